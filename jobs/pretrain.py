@@ -1,0 +1,40 @@
+"""Pre-train a person re-identification backbone without labels, score it and register it.
+
+Examples:
+  python jobs/pretrain.py demo
+  python jobs/pretrain.py laptop --data.shards DIR
+  python jobs/pretrain.py luperson --data.shards s3://bucket/shards --optimizer.lr 0.1
+  python jobs/pretrain.py demo --resume RUN_NAME
+"""
+
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from upreid_ray.command_line import (
+    JobParser,
+    add_settings,
+    connect_to_ray,
+    read_settings,
+    run_job,
+)
+from upreid_ray.pretrain import fit
+
+
+def main() -> dict[str, Any]:
+    """Parse, pre-train, and return what the JSON line says."""
+    parser = JobParser(__doc__)
+    parser.add_argument(
+        "--resume", metavar="RUN_NAME", help="continue this run; give the same settings again"
+    )
+    add_settings(parser)
+    arguments = parser.parse(sys.argv[1:])
+    config = read_settings(arguments)
+    if arguments.resume is not None:
+        config = config.override({"run.name": arguments.resume})
+    connect_to_ray()
+    return asdict(fit(config, resume=arguments.resume is not None))
+
+
+if __name__ == "__main__":
+    run_job(main)

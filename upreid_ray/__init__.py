@@ -1,0 +1,1 @@
+"""Distributed pre-training of person re-identification backbones without labels."""

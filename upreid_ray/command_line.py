@@ -1,0 +1,158 @@
+"""What all jobs share: settings from the command line, errors as one line, one JSON line."""
+
+import argparse
+import difflib
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+
+import ray
+
+from upreid_ray.config import InputError, PretrainConfig, Section
+from upreid_ray.presets import AUGMENTATIONS, PRESETS
+
+logger = logging.getLogger("upreid_ray")
+
+SETTING = re.compile(r"--[a-z_-]+\.[a-z_.-]+")
+
+
+class JobParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with the nearest flag where one is unknown."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse the words of a command line; settings may have dashes for underscores.
+
+        Raises:
+            InputError: A word is unknown or malformed.
+        """
+        words = [
+            SETTING.sub(lambda m: f"--{m[0][2:].replace('-', '_')}", word) for word in words
+        ]
+        arguments, unknown = self.parse_known_args(words)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            msg = f"{flag}: unknown; {hint}"
+            raise InputError(msg)
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print after its usage."""
+        raise InputError(message.removeprefix("argument "))
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add where a configuration begins, and a flag for each setting of a pre-training run."""
+    parser.add_argument(
+        "preset", nargs="?", choices=PRESETS, help="named run to begin with (default: demo)"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON file of settings to begin with instead",
+    )
+    parser.add_argument(
+        "--augmentation",
+        choices=AUGMENTATIONS,
+        help="named augmentation, instead of the preset's",
+    )
+    _add_section(parser, "run", PretrainConfig)
+
+
+def read_settings(arguments: argparse.Namespace) -> PretrainConfig:
+    """Return the configuration that the arguments of `add_settings` describe.
+
+    Raises:
+        InputError: A file cannot be read, or a setting is refused.
+    """
+    if arguments.config is None:
+        config = PRESETS[arguments.preset or "demo"]
+    elif arguments.preset is not None:
+        msg = f"--config {arguments.config}: give either a preset or a file"
+        raise InputError(msg)
+    else:
+        try:
+            config = PretrainConfig.parse(json.loads(arguments.config.read_text()))
+        except (OSError, json.JSONDecodeError) as error:
+            msg = f"--config {arguments.config}: cannot be read ({error})"
+            raise InputError(msg) from error
+    if arguments.augmentation is not None:
+        config = config.override({"augmentation": AUGMENTATIONS[arguments.augmentation]})
+    settings = {name: value for name, value in vars(arguments).items() if "." in name}
+    if "seed" in arguments:
+        settings["seed"] = arguments.seed
+    return config.override(settings)
+
+
+def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
+    """Run a job and exit: 0 with its result as a JSON line, 1 if it failed, 2 if refused.
+
+    Progress and logs go to standard error, the JSON line is the last of standard output.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for library in ("alembic", "mlflow", "ray"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    try:
+        result = job()
+    except InputError as error:
+        logger.error("%s: %s", Path(sys.argv[0]).name, error)
+        sys.exit(2)
+    except Exception:
+        logger.exception("%s: failed", Path(sys.argv[0]).name)
+        sys.exit(1)
+    finally:
+        ray.shutdown()
+    sys.stdout.write(json.dumps(result) + "\n")
+    sys.exit(0)
+
+
+def connect_to_ray() -> None:
+    """Connect to the running Ray cluster, or start a local one for this job."""
+    # It warns that a local cluster asks for a token, which nobody needs to know here.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    ray.init(logging_level=logging.WARNING)
+
+
+def _add_section(parser: argparse.ArgumentParser, title: str, section: type[Section]) -> None:
+    """Add a flag for each setting of a section, under its dotted path."""
+    group = parser.add_argument_group(title, section.__doc__)
+    for name, field in section.model_fields.items():
+        path = name if section is PretrainConfig else f"{title}.{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            _add_section(parser, path, field.annotation)
+        else:
+            description = (field.description or "").replace("%", "%%")
+            group.add_argument(
+                f"--{path}",
+                dest=path,
+                default=argparse.SUPPRESS,
+                metavar=_metavar(field.annotation),
+                help=description,
+            )
+
+
+def _metavar(annotation: Any) -> str:  # noqa: ANN401, whatever annotates a setting
+    """Return how the values of a setting look."""
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(get_args(annotation)) + "}"
+    if get_origin(annotation) is tuple:
+        return ",".join(_metavar(member) for member in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType):
+        return "|".join(_metavar(member) for member in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _metavar(get_args(annotation)[0])
+    return "none" if annotation is NoneType else str(annotation.__name__).upper()

@@ -1,0 +1,382 @@
+"""Every setting of a pre-training run, in one frozen tree.
+
+One setting has one name: ``optimizer.lr`` is the flag ``--optimizer.lr``, the key in a sweep,
+the MLflow parameter and the path in a checkpoint's ``config.json``.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+SMALLEST_PATCH = 8  # pixels
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message, one line, names the flag or file."""
+
+
+def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        msg = "the first of the two bounds must not exceed the second"
+        raise ValueError(msg)
+    return bounds
+
+
+def _plain(value: Any, *, is_tuple: bool) -> Any:  # noqa: ANN401, any setting
+    """Return a value as pydantic reads it; text may say ``none`` or ``first,second``."""
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    if isinstance(value, str) and value.lower() == "none":
+        return None
+    return value.split(",") if isinstance(value, str) and is_tuple else value
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ascending)]
+PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
+Color = tuple[Probability, Probability, Probability]
+Deviation = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+Jitter = Annotated[float, Field(ge=0, lt=1)]
+Pixels = Annotated[int, Field(ge=32, le=1024)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown names."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    def flatten(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        """Yield ``(dotted path, value)`` of every setting, depth first."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                yield from value.flatten(f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    def override(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy with the settings or sections at these dotted paths replaced.
+
+        Args:
+            values: Dotted path to new value. Text is read as the setting's type: ``none`` is
+                None, and commas separate the members of a tuple.
+
+        Raises:
+            InputError: A path is unknown, a value is refused, or the whole is inconsistent.
+        """
+        tree = self.model_dump()
+        for path, value in values.items():
+            *parents, name = path.split(".")
+            node: Any = tree
+            for parent in parents:
+                node = node.get(parent) if isinstance(node, dict) else None
+            if not isinstance(node, dict) or name not in node:
+                near = difflib.get_close_matches(path, dict(self.flatten()), n=1)
+                hint = f"; did you mean --{near[0]}?" if near else "; see --help"
+                msg = f"--{path}: no such setting{hint}"
+                raise InputError(msg)
+            node[name] = _plain(value, is_tuple=isinstance(node[name], tuple))
+        return self.parse(tree)
+
+    @classmethod
+    def parse(cls, tree: Mapping[str, Any]) -> Self:
+        """Validate a nested mapping, such as the parsed JSON of ``model_dump_json``.
+
+        Raises:
+            InputError: With the first refused setting, its flag and its value.
+        """
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            first = error.errors()[0]
+            path = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
+            message = first["msg"].removeprefix("Value error, ")
+            if not path:
+                raise InputError(message) from None
+            msg = f"--{path}: {message[0].lower()}{message[1:]} (got {first['input']!r})"
+            raise InputError(msg) from None
+
+
+class SyntheticConfig(Section):
+    """The procedurally drawn people that stand in where no data is given."""
+
+    seed: NonNegativeInt = 0
+    """Another seed draws other people."""
+    num_train_identities: PositiveInt = 200
+    """Labelled people of the train split."""
+    num_test_identities: PositiveInt = 60
+    """Labelled people of the query and gallery splits."""
+    num_unlabeled_identities: NonNegativeInt = 600
+    """People of the unlabeled split."""
+    num_cameras: Annotated[int, Field(ge=2, le=64)] = 4
+    """Cameras, which differ in light, colour cast, blur, background and crop."""
+    images_per_camera: Annotated[int, Field(ge=2)] = 2
+    """Images of one person by one camera."""
+    height: Annotated[int, Field(ge=64, le=1024)] = 128
+    """Height of the drawings, in pixels."""
+    width: Pixels = 64
+    """Width of the drawings, in pixels."""
+
+
+class DataConfig(Section):
+    """Which images are read, and at which size."""
+
+    shards: str | None = None
+    """Folder or URI with shards made by jobs/prepare.py; none draws the synthetic set."""
+    synthetic: SyntheticConfig = SyntheticConfig()
+    """The synthetic set that is drawn where no shards are given."""
+    height: Pixels = 256
+    """Height to which images are resized, in pixels."""
+    width: Pixels = 128
+    """Width to which images are resized, in pixels."""
+    max_undecodable: Probability = 0.01
+    """Share of images that may fail to decode before the run is stopped."""
+
+
+class AugmentationConfig(Section):
+    """How a view is drawn from an image, and how pixels are normalized."""
+
+    mean: Color = (0.3525, 0.3106, 0.3140)
+    """Subtracted from each colour channel (0..1)."""
+    std: Deviation = (0.2660, 0.2522, 0.2505)
+    """Divides each colour channel after the mean is subtracted."""
+    crop_area: ShareRange = (0.2, 1.0)
+    """Area of the random crop, as a share of the image."""
+    crop_ratio: PositiveRange = (3 / 4, 4 / 3)
+    """Width by height of the random crop, in pixels."""
+    flip_probability: Probability = 0.5
+    """Probability of a left-right flip."""
+    jitter_probability: Probability = 0.0
+    """Probability of color jitter."""
+    jitter_brightness: Jitter = 0.4
+    """Brightness is multiplied by 1 +- this."""
+    jitter_contrast: Jitter = 0.4
+    """Contrast is multiplied by 1 +- this."""
+    jitter_saturation: Jitter = 0.2
+    """Saturation is multiplied by 1 +- this."""
+    jitter_hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Hue is turned by +- this share of the colour circle."""
+    grayscale_probability: Probability = 0.2
+    """Probability of grayscale."""
+    blur_probability: Probability = 0.5
+    """Probability of Gaussian blur."""
+    blur_sigma: PositiveRange = (0.1, 2.0)
+    """Standard deviation of the blur, in pixels of the view."""
+    erase_probability: Probability = 0.5
+    """Probability that a rectangle is set to the mean colour."""
+    erase_area: ShareRange = (0.02, 0.6)
+    """Area of the rectangle, as a share of the view."""
+    erase_ratio: PositiveRange = (0.3, 3.33)
+    """Height by width of the rectangle."""
+
+
+class PatchesConfig(Section):
+    """The grid of patches that the intrinsic contrastive loss compares."""
+
+    rows: PositiveInt = 4
+    """Rows of the grid."""
+    columns: PositiveInt = 2
+    """Columns of the grid."""
+    alignment: Literal["view", "body"] = "view"
+    """Cut the augmented view, or rows at fixed heights of the original image."""
+    mining: Literal["symmetry", "none"] = "symmetry"
+    """Hardest positive of the row against other rows, or same cell against all others."""
+
+
+class ModelConfig(Section):
+    """The encoders and the queue of keys."""
+
+    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
+    """Torchvision's ResNet."""
+    pretrained: str | None = None
+    """State-dict file (.safetensors or .pth, torchvision's names) of the backbone to start."""
+    embedding_dim: PositiveInt = 128
+    """Size of the projected embedding."""
+    queue_size: PositiveInt = 65536
+    """Past keys that serve as negatives."""
+    momentum: Probability = 0.999
+    """Momentum of the key encoder at the first step."""
+    final_momentum: Probability = 0.999
+    """Momentum of the key encoder at the last step; cosine in between."""
+
+
+class LossConfig(Section):
+    """Weights and temperatures of the three terms; a weight of 0 is not computed."""
+
+    temperature: PositiveFloat = 0.1
+    """Of info_nce."""
+    consistency_weight: NonNegativeFloat = 1.0
+    """Weight of global_consistency."""
+    consistency_temperature: PositiveFloat = 0.1
+    """Of the prediction from the augmented view."""
+    consistency_target_temperature: PositiveFloat = 0.04
+    """Of the target from the original image."""
+    intrinsic_weight: NonNegativeFloat = 0.1
+    """Weight of intrinsic_contrastive."""
+    intrinsic_temperature: PositiveFloat = 0.2
+    """Of intrinsic_contrastive."""
+
+
+class OptimizerConfig(Section):
+    """SGD with warm-up and cosine decay to zero."""
+
+    lr: PositiveFloat = 0.3
+    """Peak learning rate for the whole batch; it is not scaled by anything."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: NonNegativeFloat = 1e-4
+    """Weight decay of SGD."""
+    warmup_epochs: NonNegativeFloat = 0.0
+    """Epochs of linear warm-up."""
+
+
+class TrainingConfig(Section):
+    """How long, how large and how precise."""
+
+    epochs: PositiveInt = 200
+    """Passes over the data."""
+    batch_size: PositiveInt = 2560
+    """Images of one step, over all workers."""
+    group_size: Annotated[int, Field(ge=2)] = 320
+    """Images that batch normalization sees together; a worker processes one group at a time."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of the forward passes; weights and losses stay in fp32."""
+    log_every_steps: PositiveInt = 20
+    """Steps between two entries of the training metrics."""
+
+
+class EvaluationConfig(Section):
+    """Retrieval with the frozen backbone, which picks the best checkpoint."""
+
+    shards: str | None = None
+    """Folder or URI with query and gallery splits; none takes those of the training shards."""
+    every_epochs: PositiveInt = 10
+    """Epochs between two evaluations; the untrained and the final backbone are scored too."""
+
+
+class CheckpointConfig(Section):
+    """When the state of training is saved."""
+
+    every_steps: PositiveInt = 1000
+    """Steps between two checkpoints."""
+    num_to_keep: PositiveInt = 2
+    """Newest checkpoints kept; each holds the best backbone so far too."""
+
+
+class ScalingConfig(Section):
+    """The workers that train."""
+
+    num_workers: PositiveInt = 8
+    """Processes that train; must divide the groups of a batch (batch_size / group_size)."""
+    use_gpu: bool = True
+    """One GPU (and NCCL) for each worker; false trains on CPUs with Gloo."""
+    cpus_per_worker: PositiveFloat = 1.0
+    """CPUs that each worker reserves; what it leaves free decodes images."""
+
+
+class RunConfig(Section):
+    """Where the run lives."""
+
+    name: Name | None = None
+    """Name of the run and of its folder; none makes one from the preset and the time."""
+    storage_path: str | None = None
+    """Folder or URI of all runs; none takes $UPREID_RAY_STORAGE, else ./runs."""
+    max_failures: NonNegativeInt = 3
+    """Times that training starts again from its last checkpoint after a worker was lost."""
+    experiment: str = "upreid"
+    """MLflow experiment."""
+    register_as: Name | None = None
+    """Name of the registered model; none makes it from the backbone (upreid-resnet50)."""
+
+
+class PretrainConfig(Section):
+    """A pre-training run."""
+
+    seed: NonNegativeInt = 0
+    """Of initial weights, order of images and augmentation."""
+    data: DataConfig = DataConfig()
+    """Images."""
+    augmentation: AugmentationConfig = AugmentationConfig()
+    """Views."""
+    patches: PatchesConfig = PatchesConfig()
+    """Patches."""
+    model: ModelConfig = ModelConfig()
+    """Encoders."""
+    loss: LossConfig = LossConfig()
+    """Objective."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer."""
+    training: TrainingConfig = TrainingConfig()
+    """Length and batch."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Frozen retrieval."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    scaling: ScalingConfig = ScalingConfig()
+    """Workers."""
+    run: RunConfig = RunConfig()
+    """Storage and names."""
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of one step, over all workers."""
+        return self.training.batch_size // self.training.group_size
+
+    @property
+    def model_name(self) -> str:
+        """Name under which the backbone is registered."""
+        return self.run.register_as or f"upreid-{self.model.backbone}"
+
+    @model_validator(mode="after")
+    def _groups_fill_the_batch(self) -> Self:
+        batch_size, group_size = self.training.batch_size, self.training.group_size
+        if batch_size % group_size:
+            msg = (
+                f"--training.group_size {group_size} must divide --training.batch_size "
+                f"{batch_size}"
+            )
+            raise ValueError(msg)
+        if self.num_groups % self.scaling.num_workers:
+            msg = (
+                f"--scaling.num_workers {self.scaling.num_workers} must divide the "
+                f"{self.num_groups} groups of a batch (--training.batch_size {batch_size} / "
+                f"--training.group_size {group_size})"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _patches_can_be_cut(self) -> Self:
+        if self.loss.intrinsic_weight == 0:
+            return self
+        rows, columns = self.patches.rows, self.patches.columns
+        if rows * columns == 1 or (self.patches.mining == "symmetry" and rows == 1):
+            msg = (
+                f"--patches.rows {rows} --patches.columns {columns} leaves no negatives for "
+                f"--patches.mining {self.patches.mining}"
+            )
+            raise ValueError(msg)
+        if min(self.data.height // rows, self.data.width // columns) < SMALLEST_PATCH:
+            msg = (
+                f"--patches.rows {rows} --patches.columns {columns} makes patches of less than "
+                f"{SMALLEST_PATCH} pixels from images of {self.data.height}x{self.data.width}"
+            )
+            raise ValueError(msg)
+        return self

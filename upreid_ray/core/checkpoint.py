@@ -1,0 +1,131 @@
+"""A folder <-> the state of training; the weights that others load.
+
+A checkpoint is a folder of four files, none of which can carry code:
+``model.safetensors`` (encoders and queue), ``optimizer.pt`` (tensors only),
+``best_backbone.safetensors`` (the backbone with the best score so far, torchvision's names) and
+``state.json`` (configuration, position, scores).
+"""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from upreid_ray.config import PretrainConfig
+from upreid_ray.core.training import TrainState
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.pt"
+BEST_FILE = "best_backbone.safetensors"
+POSITION_FILE = "state.json"
+
+
+@dataclass
+class BestBackbone:
+    """The backbone to register: the one with the best mAP, or the newest without scores.
+
+    Attributes:
+        weights: State dict of the backbone, on the CPU.
+        step: At which it was taken.
+        scores: Its retrieval scores, 0..1 by name.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def offer(self, state: TrainState, scores: dict[str, float]) -> None:
+        """Take the query backbone of ``state`` unless what is held has an mAP as good."""
+        if self.scores and scores.get("mAP", 0.0) <= self.scores["mAP"]:
+            return
+        backbone = state.model.query_encoder.backbone.state_dict()
+        self.weights = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+            for name, tensor in backbone.items()
+        }
+        self.step, self.scores = state.step, scores
+
+
+class Position(BaseModel):
+    """What a checkpoint says beside its tensors (``state.json``).
+
+    Attributes:
+        step: Steps taken.
+        best_step: At which the best backbone was taken.
+        best_scores: Its scores.
+        scores_untrained: Of the backbone before training.
+        images_per_second: Of training so far.
+        config: Of the run.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    best_step: int
+    best_scores: dict[str, float]
+    scores_untrained: dict[str, float]
+    images_per_second: float
+    config: PretrainConfig
+
+
+def save_checkpoint(
+    folder: Path,
+    state: TrainState,
+    best: BestBackbone,
+    *,
+    scores_untrained: dict[str, float],
+    images_per_second: float,
+) -> None:
+    """Write the state into an existing, empty ``folder``."""
+    model = {name: tensor.contiguous() for name, tensor in state.model.state_dict().items()}
+    save_file(model, folder / MODEL_FILE)
+    torch.save(state.optimizer.state_dict(), folder / OPTIMIZER_FILE)
+    save_file(best.weights, folder / BEST_FILE)
+    position = Position(
+        step=state.step,
+        best_step=best.step,
+        best_scores=best.scores,
+        scores_untrained=scores_untrained,
+        images_per_second=images_per_second,
+        config=state.config,
+    )
+    (folder / POSITION_FILE).write_text(position.model_dump_json(indent=1))
+
+
+def load_checkpoint(folder: Path, state: TrainState) -> tuple[BestBackbone, Position]:
+    """Bring ``state`` to where the checkpoint was written."""
+    position = read_position(folder)
+    state.model.load_state_dict(load_file(folder / MODEL_FILE))
+    state.optimizer.load_state_dict(
+        torch.load(folder / OPTIMIZER_FILE, map_location=state.device, weights_only=True)
+    )
+    state.step = position.step
+    weights = load_file(folder / BEST_FILE)
+    return BestBackbone(weights, position.best_step, position.best_scores), position
+
+
+def read_position(folder: Path) -> Position:
+    """Return what the checkpoint in ``folder`` says beside its tensors."""
+    return Position.model_validate_json((folder / POSITION_FILE).read_text())
+
+
+def export_backbone(folder: Path, out: Path, config: PretrainConfig) -> None:
+    """Copy the best backbone of the checkpoint in ``folder``, with what its users must know.
+
+    Writes ``backbone.safetensors`` (torchvision's names without ``fc``) and ``backbone.json``
+    (architecture, size and statistics of the images).
+    """
+    shutil.copyfile(folder / BEST_FILE, out / "backbone.safetensors")
+    description = {
+        "backbone": config.model.backbone,
+        "height": config.data.height,
+        "width": config.data.width,
+        "mean": config.augmentation.mean,
+        "std": config.augmentation.std,
+    }
+    (out / "backbone.json").write_text(json.dumps(description, indent=1))

@@ -1,0 +1,123 @@
+"""The encoder: a torchvision ResNet trunk and a projection head.
+
+Dimensions: B images, F features of the backbone, D embedding size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from upreid_ray.config import InputError, ModelConfig
+
+
+def build_backbone(name: str) -> nn.Module:
+    """Return a randomly initialized torchvision ResNet whose output is its features ``[B, F]``.
+
+    Its state dict has torchvision's names without the classifier (``fc``).
+    """
+    backbone: nn.Module = getattr(torchvision.models, name)(weights=None)
+    backbone.fc = nn.Identity()
+    return backbone
+
+
+def load_backbone_weights(backbone: nn.Module, file: str | Path) -> None:
+    """Copy the weights of a state-dict file into ``backbone``.
+
+    Args:
+        backbone: From `build_backbone`.
+        file: ``.safetensors``, or a PyTorch file of tensors only; torchvision's names. A
+            classifier in it (``fc.*``) is left out.
+
+    Raises:
+        InputError: The file cannot be read, or does not match the whole backbone.
+    """
+    path = Path(file)
+    try:
+        if path.suffix == ".safetensors":
+            weights: dict[str, Any] = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        msg = f"--model.pretrained {file}: cannot be read as weights ({reason[:200]})"
+        raise InputError(msg) from error
+    weights = {name: w for name, w in weights.items() if not name.startswith("fc.")}
+    expected = backbone.state_dict()
+    differing = sorted(
+        name
+        for name in weights.keys() | expected.keys()
+        if name not in weights
+        or name not in expected
+        or not isinstance(weights[name], Tensor)
+        or weights[name].shape != expected[name].shape
+    )
+    if differing:
+        msg = (
+            f"--model.pretrained {file}: {len(differing)} tensors do not match the backbone, "
+            f"such as {', '.join(differing[:3])}"
+        )
+        raise InputError(msg)
+    backbone.load_state_dict(weights)
+
+
+class Encoder(nn.Module):
+    """Images ``[B, 3, h, w]`` -> unit-length embeddings ``[B, D]``.
+
+    The projection head has two layers, as in MoCo v2 (Chen et al. 2020,
+    https://arxiv.org/abs/2003.04297).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.backbone = build_backbone(config.backbone)
+        if config.pretrained is not None:
+            load_backbone_weights(self.backbone, config.pretrained)
+        num_features = next(
+            module.num_features
+            for module in reversed(list(self.backbone.modules()))
+            if isinstance(module, nn.BatchNorm2d)
+        )
+        self.projection_head = nn.Sequential(
+            nn.Linear(num_features, num_features),
+            nn.ReLU(inplace=True),
+            nn.Linear(num_features, config.embedding_dim),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode ``images [B, 3, h, w]``, normalized; fp32 even under autocast."""
+        return F.normalize(self.projection_head(self.backbone(images)).float(), dim=1)
+
+
+@contextmanager
+def running_statistics(encoder: nn.Module, *, momentum: float) -> Iterator[None]:
+    """Let the forward passes inside update running statistics with ``momentum``.
+
+    Normalization is by batch either way. With ``momentum=0`` nothing is updated: patches and
+    originals have other statistics than the augmented persons whose statistics are exported.
+    """
+    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.track_running_stats = momentum, momentum > 0
+    try:
+        yield
+    finally:
+        for norm, (norm_momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.track_running_stats = norm_momentum, tracked
+
+
+def group_momentum(index: int, num_groups: int, *, momentum: float = 0.1) -> float:
+    """Momentum with which the running statistics take in group ``index`` of ``num_groups``.
+
+    Groups that one process sees one after the other then leave the same running statistics
+    as groups that as many processes see at once and average: each group weighs
+    ``momentum / num_groups``, the past ``1 - momentum``. The formula is ours.
+    """
+    return momentum / (num_groups - momentum * (num_groups - 1 - index))

@@ -1,0 +1,35 @@
+"""The keys of past batches, which serve as negatives."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class KeyQueue(nn.Module):
+    """The last ``size`` keys, first in first out, for batches of any size.
+
+    Starts as random directions, as MoCo's queue does (He et al. 2020,
+    https://arxiv.org/abs/1911.05722). ``keys`` is a ring: its rows are in no particular order.
+
+    Attributes:
+        keys: ``[size, dim]``, unit length.
+        oldest: ``[]``, int64, the row that the next key replaces.
+    """
+
+    keys: Tensor
+    oldest: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def enqueue(self, batch: Tensor) -> None:
+        """Replace the oldest keys by ``batch [B, dim]``; of B > size keys the last stay."""
+        size = len(self.keys)
+        batch = batch[-size:]
+        # The ring position stays on the device: reading it here would stall the step.
+        rows = (self.oldest + torch.arange(len(batch), device=self.keys.device)) % size
+        self.keys[rows] = batch.to(self.keys.dtype)
+        self.oldest.add_(len(batch)).remainder_(size)

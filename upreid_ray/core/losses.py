@@ -1,0 +1,115 @@
+"""The terms of the UP-ReID objective, each a pure function of its inputs.
+
+The paper (Yang et al. 2022, https://arxiv.org/abs/2112.00317) asks for the two I2 terms in
+words; the formulas of `global_consistency` and `intrinsic_contrastive` are ours.
+
+Dimensions: B images, D embedding size, Q keys in the queue, R rows x C columns of patches,
+P = R * C patches of an image in row-major order. All embeddings have unit length.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float) -> Tensor:
+    """Contrast each query with its own key against every key in the queue.
+
+    Equation 1 of He et al. 2020, https://arxiv.org/abs/1911.05722: cross-entropy over
+    ``1 + Q`` cosine similarities, the positive first.
+
+    Args:
+        query: ``[B, D]``, carries the gradient.
+        key: ``[B, D]``, row ``i`` is the other view of ``query[i]``.
+        queue: ``[Q, D]``, keys of other images.
+        temperature: Divides the similarities.
+
+    Returns:
+        The mean over B in nats; ``log(1 + Q)`` if all similarities are equal.
+    """
+    positive = (query * key).sum(dim=1, keepdim=True)
+    logits = torch.cat([positive, query @ queue.T], dim=1) / temperature
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+
+def global_consistency(
+    augmented: Tensor,
+    original: Tensor,
+    queue: Tensor,
+    *,
+    temperature: float,
+    target_temperature: float,
+) -> Tensor:
+    """Make an augmented view as similar to the queue as its original image is.
+
+    The paper asks that the distance between the similarities of augmented and of original
+    images be narrowed in distribution (abstract); the formula is ours: the KL divergence of
+    two softmax distributions over the queue, as ReSSL (https://arxiv.org/abs/2107.09282) and
+    CO2 (https://arxiv.org/abs/2010.02217) use between two augmented views.
+
+    Args:
+        augmented: ``[B, D]``, carries the gradient.
+        original: ``[B, D]``, embeddings of the images without augmentation; the target.
+        queue: ``[Q, D]``.
+        temperature: Of the prediction.
+        target_temperature: Of the target; lower is sharper.
+
+    Returns:
+        The mean over B of ``KL(target || prediction)`` in nats; 0 if both distributions agree.
+    """
+    target = F.log_softmax(original.detach() @ queue.T / target_temperature, dim=1)
+    prediction = F.log_softmax(augmented @ queue.T / temperature, dim=1)
+    return F.kl_div(prediction, target, reduction="batchmean", log_target=True)
+
+
+def intrinsic_contrastive(
+    query_patches: Tensor,
+    key_patches: Tensor,
+    *,
+    rows: int,
+    columns: int,
+    temperature: float,
+    mining: Literal["symmetry", "none"],
+) -> Tensor:
+    """Contrast the patches of two views of the same image.
+
+    The paper asks for a contrast among the patches of one image whose hard examples are mined
+    from the left-right symmetry of the body (abstract); the formula is ours. With
+    ``mining="symmetry"`` the positive of a query patch is the *least similar* key patch of its
+    row, its own cell included, and the negatives are the key patches of all other rows; a
+    flip of either view leaves the loss unchanged. With ``mining="none"`` the positive is the
+    key patch of the same cell, and all other cells are negatives.
+
+    Args:
+        query_patches: ``[B, P, D]``, carry the gradient.
+        key_patches: ``[B, P, D]``, patches of the other view.
+        rows: R.
+        columns: C.
+        temperature: Divides the similarities.
+        mining: How positive and negatives are chosen.
+
+    Returns:
+        The mean over B and P of the cross-entropy in nats; ``log(1 + number of negatives)``
+        if all similarities are equal.
+
+    Raises:
+        ValueError: The grid does not match P, or leaves no negatives.
+    """
+    num_patches = query_patches.shape[1]
+    if rows * columns != num_patches:
+        msg = f"a grid of {rows}x{columns} does not have {num_patches} patches"
+        raise ValueError(msg)
+    cell = torch.arange(num_patches, device=query_patches.device)
+    alike = cell if mining == "none" else cell // columns
+    positive = alike[:, None] == alike[None, :]  # [P, P], query patch by key patch
+    if positive.all():
+        msg = f"a grid of {rows}x{columns} has no negatives for mining={mining!r}"
+        raise ValueError(msg)
+
+    similarity = query_patches @ key_patches.transpose(1, 2) / temperature  # [B, P, P]
+    hardest = similarity.masked_fill(~positive, torch.inf).amin(dim=2, keepdim=True)
+    negatives = similarity.masked_fill(positive, -torch.inf)
+    logits = torch.cat([hardest, negatives], dim=2)
+    return (logits.logsumexp(dim=2) - hardest.squeeze(2)).mean()

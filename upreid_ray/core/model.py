@@ -1,0 +1,136 @@
+"""The query encoder, the key encoder that follows it, the queue, and the objective.
+
+Dimensions: B images of a group, P patches of an image, D embedding size.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from upreid_ray.config import PretrainConfig
+from upreid_ray.core.encoder import Encoder, running_statistics
+from upreid_ray.core.key_queue import KeyQueue
+from upreid_ray.core.losses import global_consistency, info_nce, intrinsic_contrastive
+
+SMALLEST_CPU_BF16 = 16
+
+
+@dataclass(frozen=True)
+class Views:
+    """What one encoder sees of a group of images; terms of weight 0 leave their part out.
+
+    Attributes:
+        view: ``[B, 3, H, W]``, augmented and normalized.
+        patches: ``[B, P, 3, h, w]``, cut from the augmented view, or None.
+        original: ``[B, 3, H, W]``, normalized only, or None; for the key encoder alone.
+    """
+
+    view: Tensor
+    patches: Tensor | None = None
+    original: Tensor | None = None
+
+
+class UPReID(nn.Module):
+    """Pre-training with contrast and intra-identity regularization.
+
+    Yang et al. 2022, https://arxiv.org/abs/2112.00317, on MoCo v2, Chen et al. 2020,
+    https://arxiv.org/abs/2003.04297. Calling it gives the losses of the query encoder; the
+    key encoder follows by `update_key_encoder` and never receives a gradient.
+    """
+
+    def __init__(self, config: PretrainConfig) -> None:
+        super().__init__()
+        self.loss = config.loss
+        self.patches = config.patches
+        self.bf16 = config.training.precision == "bf16"
+        self.query_encoder = Encoder(config.model)
+        self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+        self.queue = KeyQueue(config.model.queue_size, config.model.embedding_dim)
+
+    def forward(
+        self, views: Views, keys: Tensor, *, statistics_momentum: float
+    ) -> dict[str, Tensor]:
+        """Encode one group as queries and compare with its keys.
+
+        Args:
+            views: Of the B images of the group.
+            keys: ``[B, E, D]`` from `encode_keys`, in the same order of images.
+            statistics_momentum: With which the running statistics take in this group.
+
+        Returns:
+            ``loss``, the weighted sum, and each of its terms by name; all 0-dimensional.
+        """
+        with (
+            self._autocast(views.view),
+            running_statistics(self.query_encoder, momentum=statistics_momentum),
+        ):
+            query = self.query_encoder(views.view)
+        terms = {
+            "info_nce": info_nce(
+                query, keys[:, 0], self.queue.keys, temperature=self.loss.temperature
+            )
+        }
+        total = terms["info_nce"]
+        if self.loss.consistency_weight > 0:
+            terms["global_consistency"] = global_consistency(
+                query,
+                keys[:, 1],
+                self.queue.keys,
+                temperature=self.loss.consistency_temperature,
+                target_temperature=self.loss.consistency_target_temperature,
+            )
+            total = total + self.loss.consistency_weight * terms["global_consistency"]
+        if views.patches is not None:
+            query_patches = self._encode_patches(self.query_encoder, views.patches)
+            terms["intrinsic_contrastive"] = intrinsic_contrastive(
+                query_patches,
+                keys[:, -query_patches.shape[1] :],
+                rows=self.patches.rows,
+                columns=self.patches.columns,
+                temperature=self.loss.intrinsic_temperature,
+                mining=self.patches.mining,
+            )
+            total = total + self.loss.intrinsic_weight * terms["intrinsic_contrastive"]
+        return {"loss": total, **terms}
+
+    @torch.no_grad()
+    def encode_keys(self, views: Views) -> Tensor:
+        """Encode one group with the key encoder.
+
+        Returns:
+            ``[B, E, D]``: for each image the embeddings of its view, of its original if it has
+            one, and of its P patches if it has them, in this order.
+        """
+        with self._autocast(views.view):
+            parts = [self.key_encoder(views.view)[:, None]]
+            if views.original is not None:
+                with running_statistics(self.key_encoder, momentum=0):
+                    parts.append(self.key_encoder(views.original)[:, None])
+        if views.patches is not None:
+            parts.append(self._encode_patches(self.key_encoder, views.patches))
+        return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def update_key_encoder(self, *, momentum: float) -> None:
+        """Move the key encoder's weights to ``momentum * key + (1 - momentum) * query``."""
+        torch._foreach_lerp_(
+            list(self.key_encoder.parameters()),
+            list(self.query_encoder.parameters()),
+            1 - momentum,
+        )
+
+    def _encode_patches(self, encoder: Encoder, patches: Tensor) -> Tensor:
+        """Encode ``[B, P, 3, h, w]`` at native size as ``[B, P, D]``."""
+        with self._autocast(patches), running_statistics(encoder, momentum=0):
+            flat = patches.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            return encoder(flat).unflatten(0, patches.shape[:2])
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        # oneDNN's bf16 weight gradient of a strided convolution over a single pixel holds
+        # uninitialized memory (torch 2.15, CPU): images of 16 pixels and less reach that.
+        is_safe = images.device.type != "cpu" or min(images.shape[-2:]) > SMALLEST_CPU_BF16
+        return torch.autocast(
+            images.device.type, dtype=torch.bfloat16, enabled=self.bf16 and is_safe
+        )

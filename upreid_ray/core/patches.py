@@ -1,0 +1,31 @@
+"""Images -> grids of patches.
+
+Dimensions: B images, C channels, H x W pixels, P = rows * columns patches in row-major order.
+"""
+
+from torch import Tensor
+
+
+def cut_patches(images: Tensor, *, rows: int, columns: int) -> Tensor:
+    """Cut each image into a grid of equal patches.
+
+    A grid that does not divide the image uses patches of ``H // rows`` x ``W // columns``
+    pixels, and leaves an equal margin (to a pixel) on both sides.
+
+    Args:
+        images: ``[B, C, H, W]``.
+        rows: Patches from top to bottom.
+        columns: Patches from left to right.
+
+    Returns:
+        ``[B, P, C, H // rows, W // columns]``, a copy.
+    """
+    batch, channels, height, width = images.shape
+    patch_height, patch_width = height // rows, width // columns
+    top, left = (height - rows * patch_height) // 2, (width - columns * patch_width) // 2
+    grid = images[:, :, top : top + rows * patch_height, left : left + columns * patch_width]
+    return (
+        grid.reshape(batch, channels, rows, patch_height, columns, patch_width)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(batch, rows * columns, channels, patch_height, patch_width)
+    )

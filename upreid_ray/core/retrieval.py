@@ -1,0 +1,124 @@
+"""Retrieval scores: the protocol of person re-identification.
+
+Rank the gallery for each query; leave out gallery images with the query's pid and camid; skip
+queries without a remaining match (Zheng et al. 2015, Market-1501).
+
+Dimensions: Q query images, G gallery images, F features.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upreid_ray.config import AugmentationConfig
+from upreid_ray.core.augment import normalize
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """Means over the valid queries.
+
+    Attributes:
+        mean_average_precision: 0..1; the mean of the precisions at each hit.
+        cmc: ``[max_rank]``, 0..1; entry ``k - 1`` is the share of queries with a hit among the
+            first k.
+        mean_inverse_negative_penalty: 0..1; the share of hits up to the last hit (Ye et al.
+            2021, https://arxiv.org/abs/2001.04193).
+        num_valid_queries: Queries with at least one match to be found.
+    """
+
+    mean_average_precision: float
+    cmc: Tensor
+    mean_inverse_negative_penalty: float
+    num_valid_queries: int
+
+    def summary(self) -> dict[str, float]:
+        """Return the numbers that people quote, by their usual names."""
+        ranks = {f"rank{k}": float(self.cmc[k - 1]) for k in (1, 5, 10) if k <= len(self.cmc)}
+        return {
+            "mAP": self.mean_average_precision,
+            **ranks,
+            "mINP": self.mean_inverse_negative_penalty,
+        }
+
+
+def retrieval_scores(
+    distances: Tensor,
+    query_pids: Tensor,
+    query_camids: Tensor,
+    gallery_pids: Tensor,
+    gallery_camids: Tensor,
+    *,
+    max_rank: int = 50,
+) -> RetrievalScores:
+    """Score the ranking that distances give; equal distances rank in gallery order.
+
+    Args:
+        distances: ``[Q, G]``, smaller is more alike.
+        query_pids: ``[Q]``, persons.
+        query_camids: ``[Q]``, cameras.
+        gallery_pids: ``[G]``; -1 marks junk, which is left out.
+        gallery_camids: ``[G]``.
+        max_rank: Length of ``cmc``; beyond the end of the gallery it stays constant.
+
+    Raises:
+        ValueError: No query has a match to be found.
+    """
+    query_pids, query_camids, gallery_pids, gallery_camids = (
+        torch.as_tensor(ids, device=distances.device)
+        for ids in (query_pids, query_camids, gallery_pids, gallery_camids)
+    )
+    order = distances.argsort(dim=1, stable=True)
+    pids, camids = gallery_pids[order], gallery_camids[order]
+    same_pid = pids == query_pids[:, None]
+    kept = ~(same_pid & (camids == query_camids[:, None])) & (pids != -1)
+    hit = same_pid & kept
+    valid = hit.any(dim=1)
+    num_valid = int(valid.sum())
+    if num_valid == 0:
+        msg = "no query has a match in the gallery under another camera"
+        raise ValueError(msg)
+    hit, kept = hit[valid], kept[valid]
+
+    rank = kept.cumsum(dim=1)  # of the images that are left, beginning at 1
+    num_hits = hit.cumsum(dim=1)
+    precision = torch.where(hit, num_hits / rank.clamp(min=1), 0).double()
+    average_precision = precision.sum(dim=1) / num_hits[:, -1]
+    first_rank = rank.gather(1, hit.int().argmax(dim=1, keepdim=True)).squeeze(1)
+    last_rank = torch.where(hit, rank, 0).amax(dim=1)
+    ranks = torch.arange(1, max_rank + 1, device=distances.device)
+    return RetrievalScores(
+        mean_average_precision=float(average_precision.mean()),
+        cmc=(first_rank[:, None] <= ranks).double().mean(dim=0).cpu(),
+        mean_inverse_negative_penalty=float((num_hits[:, -1] / last_rank.double()).mean()),
+        num_valid_queries=num_valid,
+    )
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module, batches: Iterable[Tensor], augmentation: AugmentationConfig
+) -> Tensor:
+    """Return the unit-length features ``[N, F]`` of images under the frozen backbone.
+
+    Args:
+        backbone: Images to features; its mode is restored.
+        batches: uint8 ``[n, 3, H, W]``, N images together.
+        augmentation: Holds mean and standard deviation; nothing is augmented.
+    """
+    device = next(backbone.parameters()).device
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        features = [
+            F.normalize(
+                backbone(normalize(images.to(device).float() / 255, augmentation)), dim=1
+            )
+            for images in batches
+        ]
+    finally:
+        backbone.train(was_training)
+    return torch.cat(features)

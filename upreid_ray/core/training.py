@@ -1,0 +1,250 @@
+"""The training step, and the loop over any iterable of batches.
+
+A batch is made of groups: images that batch normalization sees together. Groups are the unit
+of work, whoever computes them: a worker takes its groups one after the other and accumulates
+gradients. So the result does not depend on the number of workers, apart from the order of
+floating-point sums, and one worker needs the memory of one group. Everything random is a
+function of (seed, step).
+
+Dimensions: B images of the whole batch, b images of this worker, G images of a group,
+E embeddings of an image by the key encoder, D embedding size.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from upreid_ray.config import PretrainConfig
+from upreid_ray.core import distributed
+from upreid_ray.core.augment import ViewParameters, draw_view_parameters, normalize, render_view
+from upreid_ray.core.encoder import group_momentum
+from upreid_ray.core.model import UPReID, Views
+from upreid_ray.core.patches import cut_patches
+from upreid_ray.core.schedule import key_momentum, learning_rate
+
+
+class TrainState:
+    """All that changes while training.
+
+    Attributes:
+        config: Of the run.
+        device: Where the model is.
+        steps_per_epoch: Steps of one pass over the data.
+        num_steps: Steps of the whole run.
+        model: Encoders and queue.
+        optimizer: Of the query encoder.
+        step: Steps taken.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, *, steps_per_epoch: int, device: torch.device
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.steps_per_epoch = steps_per_epoch
+        self.num_steps = steps_per_epoch * config.training.epochs
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = UPReID(config)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.parallel_model = distributed.data_parallel(self.model)
+        self.optimizer = torch.optim.SGD(
+            self.model.query_encoder.parameters(),
+            lr=config.optimizer.lr,
+            momentum=config.optimizer.momentum,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        self.step = 0
+
+    def average_running_statistics(self) -> None:
+        """Make the batch-norm statistics of all workers equal, as export and scoring need."""
+        distributed.average_(
+            buffer
+            for name, buffer in self.model.named_buffers()
+            if name.endswith(("running_mean", "running_var"))
+        )
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step, as the loop saw it.
+
+    Attributes:
+        step: Steps taken, this one included.
+        terms: ``loss`` and its terms, means over this worker's images, still on the device.
+        data_seconds: Time spent waiting for the batch.
+    """
+
+    step: int
+    terms: dict[str, Tensor]
+    data_seconds: float
+
+
+@dataclass(frozen=True)
+class StepDraw:
+    """What is random in one step, for all B images; a function of (seed, step).
+
+    Attributes:
+        query: Parameters of the views that the query encoder sees.
+        key: Parameters of the views that the key encoder sees.
+        shuffle: ``[B]``, int64; row ``i`` of the key encoder's batch is image ``shuffle[i]``.
+    """
+
+    query: ViewParameters
+    key: ViewParameters
+    shuffle: Tensor
+
+    @classmethod
+    def of(cls, config: PretrainConfig, step: int) -> Self:
+        """Draw for the step after ``step`` steps."""
+        seed = np.random.SeedSequence((config.seed, step)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(seed[0]))
+        size = config.training.batch_size
+        height, width = config.data.height, config.data.width
+        return cls(
+            query=draw_view_parameters(size, height, width, config.augmentation, generator),
+            key=draw_view_parameters(size, height, width, config.augmentation, generator),
+            shuffle=torch.randperm(size, generator=generator),
+        )
+
+
+def train(state: TrainState, batches: Iterable[Tensor]) -> Iterator[StepReport]:
+    """Take one step for each batch and report it, until the run has all its steps.
+
+    Args:
+        state: Changed in place.
+        batches: uint8 ``[b, 3, H, W]`` of this worker, the first for step ``state.step``.
+    """
+    iterator = iter(batches)
+    while state.step < state.num_steps:
+        started = time.perf_counter()
+        images = next(iterator)
+        data_seconds = time.perf_counter() - started
+        terms = train_step(state, images.to(state.device, non_blocking=True))
+        yield StepReport(state.step, terms, data_seconds)
+
+
+def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
+    """Take one step of UP-ReID.
+
+    Args:
+        state: Changed in place.
+        images: uint8 ``[b, 3, H, W]``, rows ``rank * b`` to ``(rank + 1) * b`` of the batch.
+
+    Returns:
+        ``loss`` and its terms, means over this worker's images, on the device.
+    """
+    config, optimizer, group_size = (
+        state.config,
+        state.optimizer,
+        state.config.training.group_size,
+    )
+    draw = StepDraw.of(config, state.step)
+    first = distributed.rank() * len(images)
+    num_groups = len(images) // group_size
+
+    all_keys = encode_all_keys(state.model, images, draw, config)
+    means: dict[str, Tensor] = {}
+    for group in range(num_groups):
+        rows = slice(group * group_size, (group + 1) * group_size)
+        of_batch = slice(first + rows.start, first + rows.stop)
+        views = render_views(images[rows], draw.query.rows(of_batch), config)
+        with _gradients_stay_local(state, unless=group == num_groups - 1):
+            terms = state.parallel_model(
+                views,
+                all_keys[of_batch],
+                statistics_momentum=group_momentum(group, num_groups),
+            )
+            (terms["loss"] / num_groups).backward()
+        for name, term in terms.items():
+            means[name] = means.get(name, 0) + term.detach() / num_groups
+
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = learning_rate(
+            state.step,
+            peak=config.optimizer.lr,
+            num_steps=state.num_steps,
+            warmup_steps=round(config.optimizer.warmup_epochs * state.steps_per_epoch),
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    state.model.update_key_encoder(
+        momentum=key_momentum(
+            state.step,
+            start=config.model.momentum,
+            end=config.model.final_momentum,
+            num_steps=state.num_steps,
+        )
+    )
+    state.model.queue.enqueue(all_keys[:, 0])
+    state.step += 1
+    return means
+
+
+def encode_all_keys(
+    model: UPReID, images: Tensor, draw: StepDraw, config: PretrainConfig
+) -> Tensor:
+    """Encode the keys of the whole batch, each worker its share.
+
+    The images of the batch are shuffled over all groups of all workers first (shuffle-BN, He
+    et al. 2020, https://arxiv.org/abs/1911.05722): were an image normalized among the same
+    others as query and as key, these statistics would give the match away.
+
+    Returns:
+        ``[B, E, D]``, in the order of the batch.
+    """
+    group_size = config.training.group_size
+    shuffled = distributed.permute_rows(images, draw.shuffle)
+    first = distributed.rank() * len(images)
+    keys = []
+    for start in range(0, len(images), group_size):
+        here = slice(start, start + group_size)
+        sources = draw.shuffle[first + start : first + start + group_size]
+        views = render_views(shuffled[here], draw.key.rows(sources), config, for_keys=True)
+        keys.append(model.encode_keys(views))
+    gathered = distributed.gather_rows(torch.cat(keys))
+    return gathered[draw.shuffle.argsort().to(gathered.device, non_blocking=True)]
+
+
+def render_views(
+    images: Tensor,
+    parameters: ViewParameters,
+    config: PretrainConfig,
+    *,
+    for_keys: bool = False,
+) -> Views:
+    """Draw what an encoder sees of the uint8 ``images [G, 3, H, W]``.
+
+    Patches are drawn only if the intrinsic loss has a weight, and originals only for the key
+    encoder if the consistency loss has one.
+    """
+    parameters = parameters.to(images.device)
+    view = render_view(images, parameters, config.augmentation)
+    patches = original = None
+    if config.loss.intrinsic_weight > 0:
+        whole = view
+        if config.patches.alignment == "body":
+            at_body = parameters.at_full_height(config.data.height)
+            whole = render_view(images, at_body, config.augmentation)
+        patches = cut_patches(whole, rows=config.patches.rows, columns=config.patches.columns)
+    if for_keys and config.loss.consistency_weight > 0:
+        original = _channels_last(normalize(images.float() / 255, config.augmentation))
+    return Views(_channels_last(view), patches, original)
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _gradients_stay_local(state: TrainState, *, unless: bool) -> AbstractContextManager[None]:
+    if unless or not isinstance(state.parallel_model, DistributedDataParallel):
+        return nullcontext()
+    return state.parallel_model.no_sync()

@@ -1,0 +1,1 @@
+"""From images on disk to uint8 batches in a reproducible order."""

@@ -1,0 +1,56 @@
+"""Named runs and named augmentations: where a command line begins."""
+
+from upreid_ray.config import (
+    AugmentationConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    ScalingConfig,
+    TrainingConfig,
+)
+
+AUGMENTATIONS = {
+    # LUPerson's (Fu et al. 2021, https://arxiv.org/abs/2012.03753): without color jitter.
+    "luperson": AugmentationConfig(),
+    # The DINO family's for ReID (TransReID-SSL, Luo et al. 2021,
+    # https://arxiv.org/abs/2111.12084): color jitter, upright crops, ImageNet's statistics.
+    "dino": AugmentationConfig(
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        crop_ratio=(0.4, 0.6),
+        jitter_probability=0.8,
+    ),
+}
+
+PRESETS = {
+    # python jobs/pretrain.py demo: synthetic people on two cores, in minutes.
+    "demo": PretrainConfig(
+        data=DataConfig(height=64, width=32),
+        augmentation=AUGMENTATIONS["luperson"],
+        model=ModelConfig(
+            backbone="resnet18", queue_size=1024, momentum=0.99, final_momentum=1.0
+        ),
+        optimizer=OptimizerConfig(lr=0.06, warmup_epochs=1),
+        training=TrainingConfig(epochs=10, batch_size=128, group_size=64, log_every_steps=10),
+        evaluation=EvaluationConfig(every_epochs=5),
+        checkpoint=CheckpointConfig(every_steps=50),
+        scaling=ScalingConfig(num_workers=1, use_gpu=False, cpus_per_worker=1.0),
+    ),
+    # python jobs/pretrain.py laptop --data.shards DIR: real crops on one machine.
+    "laptop": PretrainConfig(
+        data=DataConfig(height=128, width=64),
+        model=ModelConfig(
+            backbone="resnet18", queue_size=4096, momentum=0.99, final_momentum=1.0
+        ),
+        optimizer=OptimizerConfig(lr=0.06, warmup_epochs=1),
+        training=TrainingConfig(epochs=20, batch_size=128, group_size=64, log_every_steps=5),
+        evaluation=EvaluationConfig(every_epochs=5),
+        checkpoint=CheckpointConfig(every_steps=50),
+        scaling=ScalingConfig(num_workers=1, use_gpu=False, cpus_per_worker=1.0),
+    ),
+    # The recipe of LUPerson's MoCo v2, with the I2 terms, for 8 GPUs.
+    "luperson": PretrainConfig(data=DataConfig(shards="luperson-shards")),
+}

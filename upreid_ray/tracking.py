@@ -1,0 +1,283 @@
+"""MLflow: runs, metrics and the registry of backbones. No other module imports it."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow.artifacts
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from PIL.Image import Image
+from torch import nn
+
+from upreid_ray.config import InputError, Section
+from upreid_ray.core.encoder import build_backbone, load_backbone_weights
+
+logger = logging.getLogger(__name__)
+
+BACKBONE_FOLDER = "backbone"
+WEIGHTS_FILE = "backbone.safetensors"
+DESCRIPTION_FILE = "backbone.json"
+CHALLENGER, CHAMPION = "challenger", "champion"
+LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow", "pillow")
+# MLflow's own defaults retry an unreachable server for minutes.
+HTTP_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+}
+NUM_PARAMS_A_CALL = 100
+RETRY_SECONDS = 5.0
+
+
+def tracking_uri() -> str:
+    """Return ``MLFLOW_TRACKING_URI``, else the embedded store of the working folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
+
+
+def connect() -> MlflowClient:
+    """Return a client of the tracking server.
+
+    Raises:
+        InputError: The server does not answer, or is none.
+    """
+    for name, value in HTTP_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    uri = tracking_uri()
+    try:
+        mlflow.set_tracking_uri(uri)
+        client = MlflowClient(uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:  # MLflow raises what its stores and HTTP libraries raise
+        reason = str(error).strip().splitlines()[0][:200]
+        msg = f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers ({reason})"
+        raise InputError(msg) from error
+    return client
+
+
+def start_run(client: MlflowClient, *, experiment: str, name: str, config: Section) -> str:
+    """Make a run and log its settings; return its id.
+
+    Parameters are the dotted paths of the settings; tags say which code and libraries ran.
+    """
+    found = client.get_experiment_by_name(experiment)
+    if found is not None:
+        experiment_id = found.experiment_id
+    else:
+        embedded = tracking_uri().startswith("sqlite:")
+        location = Path("mlartifacts").absolute().as_uri() if embedded else None
+        experiment_id = client.create_experiment(experiment, artifact_location=location)
+    run = client.create_run(experiment_id, run_name=name, tags=environment())
+    run_id: str = run.info.run_id
+    params = [Param(path, str(value)) for path, value in config.flatten()]
+    for start in range(0, len(params), NUM_PARAMS_A_CALL):
+        client.log_batch(run_id, params=params[start : start + NUM_PARAMS_A_CALL])
+    client.log_text(run_id, config.model_dump_json(indent=1), "config.json")
+    return run_id
+
+
+def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
+    """Add tags to a run."""
+    client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+@contextmanager
+def running(client: MlflowClient, run_id: str) -> Iterator[None]:
+    """Mark a run as running inside, and then as finished or failed."""
+    client.update_run(run_id, status="RUNNING")
+    try:
+        yield
+    except BaseException:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+def environment() -> dict[str, str]:
+    """Return the commit and the versions of what runs, as tags."""
+    return {
+        "mlflow.source.git.commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{f"version.{library}": version(library) for library in LIBRARIES},
+    }
+
+
+class RunLog:
+    """Metrics and files of a run: on disk at once, with MLflow when it answers.
+
+    Training writes lines to a file; a thread delivers them in order and notes how far it came,
+    so that a process that continues the run delivers the rest. A line that is delivered twice
+    has the same time stamp and counts once.
+    """
+
+    def __init__(self, run_id: str, uri: str, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run_id = run_id
+        self._uri = uri
+        self._folder = folder
+        self._lines = folder / "metrics.jsonl"
+        self._delivered = folder / "metrics.delivered"
+        self._wake = threading.Condition()
+        self._closing = False
+        self._lines.touch()
+        self._thread = threading.Thread(target=self._deliver, daemon=True, name="mlflow")
+        self._thread.start()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Log values of this step under names of the form ``section/name``."""
+        self._append({"step": step, "time": int(time.time() * 1000), "metrics": dict(values)})
+
+    def picture(self, name: str, image: Image) -> None:
+        """Log an image as the artifact ``name``."""
+        image.save(self._folder / name)
+        self._append({"file": name})
+
+    def close(self, timeout_seconds: float) -> None:
+        """Wait until all is delivered, but no longer than this."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            logger.warning("MLflow does not answer; undelivered metrics are in %s", self._lines)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with self._wake:
+            with self._lines.open("a") as stream:
+                stream.write(json.dumps(entry) + "\n")
+            self._wake.notify()
+
+    def _deliver(self) -> None:
+        client = MlflowClient(self._uri)
+        offset = int(self._delivered.read_text()) if self._delivered.exists() else 0
+        while True:
+            with self._lines.open() as stream:
+                stream.seek(offset)
+                line = stream.readline()
+            if not line.endswith("\n"):
+                with self._wake:
+                    if self._closing and self._lines.stat().st_size == offset:
+                        return
+                    self._wake.wait(RETRY_SECONDS)
+                continue
+            try:
+                self._send(client, json.loads(line))
+            except Exception as error:  # whatever the server does must not stop training
+                logger.debug("MLflow: %s", error)
+                time.sleep(RETRY_SECONDS)
+                continue
+            offset += len(line.encode())
+            self._delivered.write_text(str(offset))
+
+    def _send(self, client: MlflowClient, entry: dict[str, Any]) -> None:
+        if "file" in entry:
+            client.log_artifact(self._run_id, str(self._folder / entry["file"]))
+            return
+        metrics = [
+            Metric(k, v, entry["time"], entry["step"]) for k, v in entry["metrics"].items()
+        ]
+        client.log_batch(self._run_id, metrics=metrics)
+
+
+def register_backbone(
+    client: MlflowClient, *, run_id: str, name: str, folder: Path, tags: Mapping[str, str]
+) -> str:
+    """Register the backbone in ``folder`` as the newest version of model ``name``.
+
+    The version becomes the challenger. It becomes the champion too if there is none, or if it
+    has a better mAP (tag ``score.mAP``) on the same evaluation set (tag ``evaluation``). A run
+    registers once: calling it again returns the version there is.
+
+    Args:
+        client: From `connect`.
+        run_id: Whose artifact the folder becomes.
+        name: Of the registered model.
+        folder: Holds ``backbone.safetensors`` and ``backbone.json``.
+        tags: The lineage of the version.
+
+    Returns:
+        The URI ``models:/name/version``.
+    """
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    versions = client.search_model_versions(f"name = '{name}'")
+    for registered in versions:
+        if registered.run_id == run_id:
+            return f"models:/{name}/{registered.version}"
+    client.log_artifacts(run_id, str(folder), BACKBONE_FOLDER)
+    new = client.create_model_version(
+        name, f"runs:/{run_id}/{BACKBONE_FOLDER}", run_id, tags=dict(tags)
+    )
+    client.set_registered_model_alias(name, CHALLENGER, new.version)
+    if _is_better(new, _version_by_alias(client, name, CHAMPION)):
+        client.set_registered_model_alias(name, CHAMPION, new.version)
+    return f"models:/{name}/{new.version}"
+
+
+def load_backbone(uri: str) -> nn.Module:
+    """Return the backbone of a version such as ``models:/upreid-resnet50@champion``.
+
+    Returns:
+        A torchvision ResNet: images ``[B, 3, H, W]`` to features ``[B, F]``, in eval mode.
+
+    Raises:
+        InputError: There is no such version, or its files do not make a backbone.
+    """
+    client = connect()
+    try:
+        folder = Path(
+            mlflow.artifacts.download_artifacts(uri, tracking_uri=client.tracking_uri)
+        )
+        description = json.loads((folder / DESCRIPTION_FILE).read_text())
+    except (MlflowException, OSError, ValueError) as error:
+        msg = f"{uri}: cannot be loaded ({str(error).strip().splitlines()[0]})"
+        raise InputError(msg) from error
+    backbone = build_backbone(description["backbone"])
+    load_backbone_weights(backbone, folder / WEIGHTS_FILE)
+    return backbone.eval()
+
+
+def _version_by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    model = client.get_registered_model(name)
+    if alias not in model.aliases:
+        return None
+    return client.get_model_version(name, model.aliases[alias])
+
+
+def _is_better(new: ModelVersion, champion: ModelVersion | None) -> bool:
+    if champion is None:
+        return True
+    same_set = new.tags.get("evaluation") == champion.tags.get("evaluation")
+    if not same_set or "score.mAP" not in new.tags or "score.mAP" not in champion.tags:
+        return False
+    return float(new.tags["score.mAP"]) > float(champion.tags["score.mAP"])
+
+
+def _commit() -> str:
+    """Return the commit of this code, with ``-dirty`` if it was changed, or ``unknown``."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
