@@ -125,6 +125,7 @@ def connect_to_ray() -> None:
     # It warns that a local cluster asks for a token, which nobody needs to know here.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ray.init(logging_level=logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def _add_section(parser: argparse.ArgumentParser, title: str, section: type[Section]) -> None:

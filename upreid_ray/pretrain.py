@@ -12,7 +12,14 @@ from pathlib import Path
 
 import ray
 from pyarrow import fs
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.torch import TorchTrainer
 from rich.console import Console
 from rich.progress import Progress
@@ -248,6 +255,7 @@ def _train(settings: WorkerSettings, folder: RunFolder) -> Checkpoint:
             storage_path=folder.storage,
             failure_config=FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.num_to_keep),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     return trainer.fit().checkpoint

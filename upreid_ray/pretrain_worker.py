@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 
 import ray.train
-import ray.train.collective
 import ray.train.torch
 import torch
+from ray.data import DataIterator
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
@@ -138,11 +138,11 @@ class Worker:
         while step < self.state.num_steps:
             rounds = list(islice(self.images.rounds(step, self.state.num_steps), num_rounds))
             step = rounds[-1].first_step + rounds[-1].num_steps
-            iterators = None
+            iterators: list[DataIterator] = []
             if rank == 0:
                 blocks = [block for each in rounds for block in each.by_worker(num_workers)]
                 iterators = stream_blocks(self.images.read, blocks, num_workers=num_workers)
-            mine = ray.train.collective.broadcast_from_rank_zero(iterators)[rank]
+            mine = distributed.share_from_first(iterators)[rank]
             decoded = read_stream(mine, rank=rank, num_workers=num_workers)
             for images in self.images.batches(rounds, decoded, num_workers):
                 batch = torch.from_numpy(images)

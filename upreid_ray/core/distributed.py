@@ -67,6 +67,15 @@ def permute_rows(rows: Tensor, permutation: Tensor) -> Tensor:
     return received[source.argsort(stable=True).argsort().to(rows.device)]
 
 
+def share_from_first(value: T) -> T:
+    """Return the picklable value that rank 0 gave, on every process."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def gather_at_first(value: T) -> list[T] | None:
     """Collect a picklable value of each process, in rank order, at rank 0; None elsewhere."""
     if world_size() == 1:

@@ -198,6 +198,7 @@ def write_shards(
         [{"plan": pickle.dumps(plan)} for plan in plans], override_num_blocks=len(plans)
     )
     results = tasks.map(lambda row: _write_planned(pickle.loads(row["plan"])))  # noqa: S301
+    results.context.enable_progress_bars = False
     shards: list[Shard] = []
     refused: list[Refused] = []
     for row in results.iter_rows():

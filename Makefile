@@ -1,0 +1,62 @@
+# One verb a line; `make` alone lists them. PYTHON is any Python 3.11-3.13.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+UV_VERSION := 0.13.9
+
+.PHONY: help setup pretrain check format test test-fast bench up down status lock clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(READY)  ## make .venv from the locked requirements
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+pretrain: $(READY)  ## synthetic people -> a registered backbone, in minutes on two cores
+	$(BIN)/python jobs/pretrain.py demo
+	@echo
+	@echo "Look at the run:      $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
+	@echo "Use your own images:  $(BIN)/python jobs/prepare.py FOLDER --out shards"
+	@echo "                      $(BIN)/python jobs/pretrain.py laptop --data.shards shards"
+
+check: $(READY)  ## format, lint, types, layers
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(READY)  ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(READY)  ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)  ## the tests that need no Ray cluster
+	$(BIN)/python -m pytest -m "not ray"
+
+bench: $(READY)  ## the numbers of BENCHMARKS.md
+	$(BIN)/python benchmarks/ray_overhead.py
+
+up: $(READY)  ## start a local Ray head and an MLflow server
+	$(BIN)/python cluster/local.py up $(ARGS)
+
+down: $(READY)  ## end what `make up` started
+	$(BIN)/python cluster/local.py down $(ARGS)
+
+status: $(READY)  ## show what `make up` started
+	$(BIN)/python cluster/local.py status $(ARGS)
+
+lock: $(READY)  ## resolve the newest versions into requirements.lock
+	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
+	  --upgrade --quiet pyproject.toml --group dev -o requirements.lock
+
+clean:  ## remove the environment and the caches, not the runs
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
