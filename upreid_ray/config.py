@@ -222,7 +222,7 @@ class LossConfig(Section):
 
     temperature: PositiveFloat = 0.1
     """Of info_nce."""
-    consistency_weight: NonNegativeFloat = 1.0
+    consistency_weight: NonNegativeFloat = 0.1
     """Weight of global_consistency."""
     consistency_temperature: PositiveFloat = 0.1
     """Of the prediction from the augmented view."""

@@ -23,34 +23,47 @@ AUGMENTATIONS = {
         crop_ratio=(0.4, 0.6),
         jitter_probability=0.8,
     ),
+    # Ours, for short runs on small images: upright crops, little blur and erasing.
+    "mild": AugmentationConfig(
+        crop_area=(0.5, 1.0),
+        crop_ratio=(0.4, 0.6),
+        jitter_probability=0.8,
+        jitter_hue=0.05,
+        grayscale_probability=0.05,
+        blur_sigma=(0.1, 0.5),
+        erase_area=(0.02, 0.2),
+    ),
 }
+
+_ONE_MACHINE = ScalingConfig(num_workers=1, use_gpu=False, cpus_per_worker=1.0)
+# Thousands of images instead of millions: a shorter queue, a key encoder that follows faster.
+_SMALL_MODEL = ModelConfig(
+    backbone="resnet18", queue_size=1024, momentum=0.99, final_momentum=1.0
+)
 
 PRESETS = {
     # python jobs/pretrain.py demo: synthetic people on two cores, in minutes.
     "demo": PretrainConfig(
         data=DataConfig(height=64, width=32),
-        augmentation=AUGMENTATIONS["luperson"],
-        model=ModelConfig(
-            backbone="resnet18", queue_size=1024, momentum=0.99, final_momentum=1.0
-        ),
-        optimizer=OptimizerConfig(lr=0.06, warmup_epochs=1),
-        training=TrainingConfig(epochs=10, batch_size=128, group_size=64, log_every_steps=10),
-        evaluation=EvaluationConfig(every_epochs=5),
+        augmentation=AUGMENTATIONS["mild"],
+        model=_SMALL_MODEL,
+        optimizer=OptimizerConfig(lr=0.02, warmup_epochs=1),
+        training=TrainingConfig(epochs=4, batch_size=64, group_size=32, log_every_steps=10),
+        evaluation=EvaluationConfig(every_epochs=1),
         checkpoint=CheckpointConfig(every_steps=50),
-        scaling=ScalingConfig(num_workers=1, use_gpu=False, cpus_per_worker=1.0),
+        scaling=_ONE_MACHINE,
     ),
     # python jobs/pretrain.py laptop --data.shards DIR: real crops on one machine.
     "laptop": PretrainConfig(
         data=DataConfig(height=128, width=64),
-        model=ModelConfig(
-            backbone="resnet18", queue_size=4096, momentum=0.99, final_momentum=1.0
-        ),
-        optimizer=OptimizerConfig(lr=0.06, warmup_epochs=1),
-        training=TrainingConfig(epochs=20, batch_size=128, group_size=64, log_every_steps=5),
+        augmentation=AUGMENTATIONS["mild"],
+        model=_SMALL_MODEL,
+        optimizer=OptimizerConfig(lr=0.02, warmup_epochs=1),
+        training=TrainingConfig(epochs=20, batch_size=64, group_size=32, log_every_steps=10),
         evaluation=EvaluationConfig(every_epochs=5),
         checkpoint=CheckpointConfig(every_steps=50),
-        scaling=ScalingConfig(num_workers=1, use_gpu=False, cpus_per_worker=1.0),
+        scaling=_ONE_MACHINE,
     ),
-    # The recipe of LUPerson's MoCo v2, with the I2 terms, for 8 GPUs.
+    # The recipe of LUPerson's MoCo v2, which the defaults are, with the I2 terms; 8 GPUs.
     "luperson": PretrainConfig(data=DataConfig(shards="luperson-shards")),
 }

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import sys
 import tempfile
 import time
 from collections import deque
@@ -68,7 +67,7 @@ class WorkerSettings:
 
 def train_worker(settings: dict[str, WorkerSettings]) -> None:
     """Train from the newest checkpoint, or from the beginning, to the end."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    _log_to_stderr()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         # Ray gives a worker the threads of the CPUs that it reserves; what is left free for
@@ -76,6 +75,14 @@ def train_worker(settings: dict[str, WorkerSettings]) -> None:
         num_local = ray.train.get_context().get_local_world_size()
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local))
     Worker(settings["settings"], device).train()
+
+
+def _log_to_stderr() -> None:
+    """Let this package's progress through, which Ray forwards to the driver, and no more."""
+    ours = logging.getLogger("upreid_ray")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(logging.StreamHandler())
+    ours.propagate = False
 
 
 class Worker:

@@ -259,6 +259,38 @@ def test_a_submitted_job_finds_python_mlflow_and_the_storage(up: Up, tmp_path: P
     assert (artifacts / "0" / seen["run"] / "artifacts" / "hello.txt").read_text() == "hello"
 
 
+def test_a_submitted_pre_training_registers_a_backbone_with_the_submitted_code(
+    up: Up, tmp_path: Path
+) -> None:
+    """The job runs from the folder that was submitted, and its log shows the progress."""
+    work = tmp_path / "work"
+    for folder in ("upreid_ray", "jobs"):
+        shutil.copytree(ROOT / folder, work / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    code = work / "upreid_ray" / "pretrain.py"
+    code.write_text(code.read_text().replace("if it ends early", "submitted code"))
+    settings = {
+        "data.synthetic.num_train_identities": 8,
+        "data.synthetic.num_test_identities": 4,
+        "data.synthetic.num_unlabeled_identities": 0,
+        "training.batch_size": 16,
+        "training.group_size": 8,
+        "training.epochs": 1,
+        "training.log_every_steps": 1,
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    target = [f"--address=http://127.0.0.1:{up.dashboard}", f"--working-dir={work}"]
+    job = ["python", "jobs/pretrain.py", "demo", *words]
+    done = run("/usr/bin/env", "ray", "job", "submit", *target, "--", *job, env=up.env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "submitted code" in done.stdout
+    assert "images/s" in done.stdout
+    result = json.loads(next(line for line in done.stdout.splitlines() if '"run_id"' in line))
+    assert result["model_uri"] == "models:/upreid-resnet18/1"
+    assert result["result_dir"].startswith(f"{up.storage}/")
+    run_artifacts = up.storage / "mlflow" / "artifacts" / "1" / result["run_id"] / "artifacts"
+    assert (run_artifacts / "backbone" / "backbone.safetensors").stat().st_size > 0
+
+
 def test_all_sockets_are_on_loopback_and_down_ends_all_and_nothing_else(
     up: Up, tmp_path: Path
 ) -> None:

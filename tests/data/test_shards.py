@@ -2,10 +2,9 @@
 
 import hashlib
 import io
-import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from upreid_ray.data.shards import Manifest, read_manifest, usable_image, write_
 
 ORIENTATION = 0x0112
 NUM_IMAGES = 24
-BROKEN = "train/broken.jpg"
 
 
 def picture(
@@ -60,7 +58,7 @@ def turned() -> bytes:
     """Return a JPEG that is stored lying on its side: upright, its top is dark."""
     exif = Image.Exif()
     exif[ORIENTATION] = 6  # to be turned by 90 degrees clockwise
-    return encode(picture(size=(16, 8)).rotate(180), "JPEG", exif=exif)
+    return encode(picture(size=(16, 8)), "JPEG", exif=exif)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -111,7 +109,7 @@ def test_a_turned_image_is_upright_afterwards():
     pixels = np.asarray(decode(usable_image(turned(), max_height=None)).convert("L"))
 
     top, bottom = pixels[:6].mean(), pixels[-6:].mean()
-    assert (round(top, -1), round(bottom, -1)) == (200, 40)
+    assert (round(top, -1), round(bottom, -1)) == (40, 200)
 
 
 def test_the_orientation_of_a_turned_image_is_gone_afterwards():
@@ -145,9 +143,7 @@ def test_a_thin_image_keeps_one_column_when_it_is_shrunk():
         (encode(picture(size=(64, 64)), "PNG")[:-40], "does not decode: "),
         (b"<html>\n<body>Not Found</body>\n</html>", "does not decode: "),
         (
-            encode(
-                picture("P"), "GIF", save_all=True, append_images=[picture("P", left=90)]
-            ),
+            encode(picture("P"), "GIF", save_all=True, append_images=[picture("P", left=90)]),
             "has 2 frames",
         ),
     ],
@@ -215,7 +211,7 @@ def write(
     *,
     seed: int = 0,
     max_height: int | None = None,
-    on_progress: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], object] = bool,
 ) -> Manifest:
     return write_shards(
         folder_records(str(source)),
@@ -376,7 +372,9 @@ def test_another_seed_writes_another_order(prepared, source, tmp_path):
 
     other = write(source, tmp_path, seed=1)
 
-    keys = [[row["key"] for row in rows(*each)] for each in ((out, manifest), (tmp_path, other))]
+    keys = [
+        [row["key"] for row in rows(*each)] for each in ((out, manifest), (tmp_path, other))
+    ]
     assert (sorted(keys[0]) == sorted(keys[1]), keys[0] == keys[1]) == (True, False)
 
 

@@ -102,7 +102,7 @@ def retrieval_scores(
 def extract_features(
     backbone: nn.Module, batches: Iterable[Tensor], augmentation: AugmentationConfig
 ) -> Tensor:
-    """Return the unit-length features ``[N, F]`` of images under the frozen backbone.
+    """Return the unit-length features ``[N, F]`` of images, ``[0]`` if there are none.
 
     Args:
         backbone: Images to features; its mode is restored.
@@ -121,4 +121,4 @@ def extract_features(
         ]
     finally:
         backbone.train(was_training)
-    return torch.cat(features)
+    return torch.cat(features) if features else torch.empty(0)

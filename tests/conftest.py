@@ -1,0 +1,35 @@
+"""Fixtures that several tests share."""
+
+import logging
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import ray
+
+from tests.core.pool import RunInPool, gloo_pool
+
+# How long an example takes depends on what else runs on the machine.
+hypothesis.settings.register_profile("project", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Start a Ray cluster of this process, whatever else runs on the machine."""
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def run_in_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunInPool]:
+    """Call a module's function in two processes joined by Gloo; a list of the results."""
+    with gloo_pool(tmp_path_factory.mktemp("gloo")) as run:
+        yield run

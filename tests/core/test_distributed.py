@@ -1,0 +1,128 @@
+"""Rows, values and means over two processes, against the same on the joined rows."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from upreid_ray.core import distributed
+
+NUM_ROWS = 5  # of each process
+SEEDS = range(6)
+
+
+def joined_rows() -> Tensor:
+    return torch.arange(2 * NUM_ROWS * 2 * 3).reshape(2 * NUM_ROWS, 2, 3)
+
+
+def own_rows() -> Tensor:
+    return joined_rows()[distributed.rank() * NUM_ROWS :][:NUM_ROWS]
+
+
+def permutation(seed: int) -> Tensor:
+    return torch.randperm(2 * NUM_ROWS, generator=torch.Generator().manual_seed(seed))
+
+
+def permute_own_rows(seeds: list[int]) -> list[Tensor]:
+    return [distributed.permute_rows(own_rows(), permutation(seed)) for seed in seeds]
+
+
+def exchange_halves() -> Tensor:
+    order = torch.arange(2 * NUM_ROWS).roll(NUM_ROWS)
+    return distributed.permute_rows(own_rows(), order)
+
+
+def keep_order() -> Tensor:
+    return distributed.permute_rows(own_rows(), torch.arange(2 * NUM_ROWS))
+
+
+def gather_own_rows() -> Tensor:
+    return distributed.gather_rows(own_rows())
+
+
+def gather_rows_of_a_transposed_tensor() -> Tensor:
+    return distributed.gather_rows(own_rows().transpose(1, 2))
+
+
+def average_own_rows() -> Tensor:
+    rows = own_rows().double()
+    distributed.average_([rows])
+    return rows
+
+
+def share_rank() -> str:
+    return distributed.share_from_first(f"rank {distributed.rank()}")
+
+
+def gather_ranks() -> list[str] | None:
+    return distributed.gather_at_first(f"rank {distributed.rank()}")
+
+
+def place() -> tuple[int, int]:
+    return distributed.rank(), distributed.world_size()
+
+
+def test_processes_know_their_place(run_in_pool):
+    assert run_in_pool(place) == [(0, 2), (1, 2)]
+
+
+def test_permuted_rows_are_the_joined_rows_in_that_order(run_in_pool):
+    permuted = run_in_pool(permute_own_rows, list(SEEDS))
+
+    for seed, first, second in zip(SEEDS, *permuted, strict=True):
+        assert_close(torch.cat([first, second]), joined_rows()[permutation(seed)])
+
+
+@pytest.mark.parametrize(("function", "shift"), [(exchange_halves, NUM_ROWS), (keep_order, 0)])
+def test_rows_may_all_go_to_the_other_process_or_stay(run_in_pool, function, shift):
+    permuted = run_in_pool(function)
+
+    assert_close(torch.cat(permuted), joined_rows().roll(shift, 0))
+
+
+def test_gathered_rows_are_the_joined_rows_everywhere(run_in_pool):
+    for rows in run_in_pool(gather_own_rows):
+        assert_close(rows, joined_rows())
+
+
+def test_rows_of_any_memory_layout_can_be_gathered(run_in_pool):
+    for rows in run_in_pool(gather_rows_of_a_transposed_tensor):
+        assert_close(rows, joined_rows().transpose(1, 2))
+
+
+def test_averages_are_the_means_over_the_processes(run_in_pool):
+    halves = joined_rows().double().unflatten(0, (2, NUM_ROWS))
+
+    for rows in run_in_pool(average_own_rows):
+        assert_close(rows, halves.mean(0))
+
+
+def test_every_process_learns_the_value_of_the_first(run_in_pool):
+    assert run_in_pool(share_rank) == ["rank 0", "rank 0"]
+
+
+def test_values_are_gathered_at_the_first_process_alone(run_in_pool):
+    assert run_in_pool(gather_ranks) == [["rank 0", "rank 1"], None]
+
+
+def test_a_process_alone_permutes_its_own_rows():
+    rows = torch.arange(6)
+
+    assert distributed.permute_rows(rows, torch.tensor([3, 1, 5, 0, 2, 4])).tolist() == [
+        3,
+        1,
+        5,
+        0,
+        2,
+        4,
+    ]
+
+
+def test_a_process_alone_keeps_what_it_has():
+    rows = torch.arange(6.0)
+
+    distributed.average_([rows])
+
+    assert distributed.gather_rows(rows).tolist() == [0, 1, 2, 3, 4, 5]
+    assert distributed.share_from_first("a") == "a"
+    assert distributed.gather_at_first("a") == ["a"]

@@ -1,0 +1,119 @@
+"""The documented formulas in plain loops over Python numbers, slow and obvious.
+
+Nothing here is imported from the package: a test compares the two.
+"""
+
+import math
+from collections.abc import Sequence
+
+Vector = Sequence[float]
+
+
+def dot(left: Vector, right: Vector) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))
+
+
+def mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def cross_entropy(positive: float, negatives: Sequence[float], temperature: float) -> float:
+    """-log( e^{s+/t} / (e^{s+/t} + sum of e^{s-/t}) )."""
+    numerator = math.exp(positive / temperature)
+    others = [math.exp(negative / temperature) for negative in negatives]
+    return -math.log(numerator / (numerator + math.fsum(others)))
+
+
+def softmax(values: Sequence[float], temperature: float) -> list[float]:
+    powers = [math.exp(value / temperature) for value in values]
+    return [power / math.fsum(powers) for power in powers]
+
+
+def info_nce(
+    query: Sequence[Vector], key: Sequence[Vector], queue: Sequence[Vector], temperature: float
+) -> float:
+    return mean(
+        [
+            cross_entropy(dot(query[i], key[i]), [dot(query[i], k) for k in queue], temperature)
+            for i in range(len(query))
+        ]
+    )
+
+
+def global_consistency(
+    augmented: Sequence[Vector],
+    original: Sequence[Vector],
+    queue: Sequence[Vector],
+    temperature: float,
+    target_temperature: float,
+) -> float:
+    divergences = []
+    for i in range(len(augmented)):
+        target = softmax([dot(original[i], key) for key in queue], target_temperature)
+        prediction = softmax([dot(augmented[i], key) for key in queue], temperature)
+        divergences.append(
+            math.fsum(t * math.log(t / p) for t, p in zip(target, prediction, strict=True))
+        )
+    return mean(divergences)
+
+
+def intrinsic_contrastive(
+    query_patches: Sequence[Sequence[Vector]],
+    key_patches: Sequence[Sequence[Vector]],
+    rows: int,
+    columns: int,
+    temperature: float,
+    mining: str,
+) -> float:
+    losses = []
+    for queries, keys in zip(query_patches, key_patches, strict=True):
+        for row in range(rows):
+            for column in range(columns):
+                query = queries[row * columns + column]
+                positives, negatives = [], []
+                for other_row in range(rows):
+                    for other_column in range(columns):
+                        similarity = dot(query, keys[other_row * columns + other_column])
+                        if mining == "symmetry":
+                            is_positive = other_row == row
+                        else:
+                            is_positive = (other_row, other_column) == (row, column)
+                        (positives if is_positive else negatives).append(similarity)
+                losses.append(cross_entropy(min(positives), negatives, temperature))
+    return mean(losses)
+
+
+def retrieval(
+    distances: Sequence[Vector],
+    query_ids: Sequence[tuple[int, int]],
+    gallery_ids: Sequence[tuple[int, int]],
+    max_rank: int,
+) -> tuple[float, list[float], float, int] | None:
+    """Return mAP, CMC, mINP and the number of valid queries; None without any.
+
+    Ids are pairs of pid and camid.
+    """
+    precisions, inverse_penalties = [], []
+    found = [0] * max_rank
+    for query, (pid, camid) in enumerate(query_ids):
+        remaining = [
+            g
+            for g, (gallery_pid, gallery_camid) in enumerate(gallery_ids)
+            if gallery_pid != -1 and (gallery_pid, gallery_camid) != (pid, camid)
+        ]
+        remaining.sort(key=lambda g: distances[query][g])
+        hits = [rank for rank, g in enumerate(remaining, 1) if gallery_ids[g][0] == pid]
+        if not hits:
+            continue
+        precisions.append(mean([count / rank for count, rank in enumerate(hits, 1)]))
+        inverse_penalties.append(len(hits) / hits[-1])
+        for k in range(1, max_rank + 1):
+            found[k - 1] += hits[0] <= k
+    if not precisions:
+        return None
+    return (
+        mean(precisions),
+        [count / len(precisions) for count in found],
+        mean(inverse_penalties),
+        len(precisions),
+    )

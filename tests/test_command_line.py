@@ -1,0 +1,272 @@
+"""What the user types becomes a configuration, or one line that says what is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from upreid_ray.command_line import JobParser, add_settings, read_settings
+from upreid_ray.config import InputError, PretrainConfig, Section
+from upreid_ray.presets import AUGMENTATIONS, PRESETS
+
+ROOT = Path(__file__).parents[1]
+
+
+def parser() -> JobParser:
+    made = JobParser("A job.")
+    add_settings(made)
+    return made
+
+
+def settings(*words: str) -> PretrainConfig:
+    return read_settings(parser().parse(words))
+
+
+def sections(section: type[Section], title: str = "run") -> list[str]:
+    """Return the title of a section and those of the sections in it."""
+    found = [title]
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            path = name if title == "run" else f"{title}.{name}"
+            found += sections(field.annotation, path)
+    return found
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_named_by_the_first_word(name):
+    assert settings(name) == PRESETS[name]
+
+
+def test_without_a_preset_the_demo_is_taken():
+    assert settings() == PRESETS["demo"]
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "value"),
+    [
+        (["--optimizer.lr", "0.5"], "optimizer.lr", 0.5),
+        (["--optimizer.lr=5e-1"], "optimizer.lr", 0.5),
+        (["--training.batch_size", "256"], "training.batch_size", 256),
+        (["--training.batch-size", "256"], "training.batch_size", 256),
+        (["--training.batch-size=256"], "training.batch_size", 256),
+        (["--data.shards", "s3://my-bucket/a_b"], "data.shards", "s3://my-bucket/a_b"),
+        (["--data.shards=/my-images/x-y"], "data.shards", "/my-images/x-y"),
+        (["--data.shards", "/sets/crops--v.a-b"], "data.shards", "/sets/crops--v.a-b"),
+        (["--data.shards=/sets/crops--v.a-b"], "data.shards", "/sets/crops--v.a-b"),
+        (["--data.shards", "None"], "data.shards", None),
+        (["--augmentation.crop_area", "0.5,0.9"], "augmentation.crop_area", (0.5, 0.9)),
+        (["--seed", "7"], "seed", 7),
+        (["--data.synthetic.num-cameras", "3"], "data.synthetic.num_cameras", 3),
+        (["--scaling.use_gpu", "false"], "scaling.use_gpu", False),
+    ],
+)
+def test_a_flag_sets_its_setting_and_no_other(words, path, value):
+    before = dict(PRESETS["laptop"].flatten())
+
+    after = dict(settings("laptop", *words).flatten())
+
+    assert after == {**before, path: value}
+
+
+def test_of_a_flag_that_comes_twice_the_last_counts():
+    assert settings("--seed", "1", "--seed", "2").seed == 2
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_a_named_augmentation_replaces_the_preset_s(name):
+    expected = PRESETS["laptop"].override({"augmentation": AUGMENTATIONS[name]})
+
+    assert settings("laptop", "--augmentation", name) == expected
+
+
+def test_a_flag_changes_a_named_augmentation():
+    config = settings("--augmentation", "dino", "--augmentation.flip_probability", "0")
+
+    assert config.augmentation == AUGMENTATIONS["dino"].override({"flip_probability": 0})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_configuration_survives_a_file(tmp_path, name):
+    (tmp_path / "config.json").write_text(PRESETS[name].model_dump_json())
+
+    assert settings("--config", str(tmp_path / "config.json")) == PRESETS[name]
+
+
+def test_a_flag_changes_a_configuration_from_a_file(tmp_path):
+    (tmp_path / "config.json").write_text(PRESETS["laptop"].model_dump_json())
+
+    config = settings("--config", str(tmp_path / "config.json"), "--optimizer.lr", "0.01")
+
+    assert config == PRESETS["laptop"].override({"optimizer.lr": 0.01})
+
+
+def test_a_file_that_names_few_settings_leaves_the_others_at_their_defaults(tmp_path):
+    (tmp_path / "config.json").write_text('{"optimizer": {"lr": 0.25}}')
+
+    config = settings("--config", str(tmp_path / "config.json"))
+
+    assert config == PretrainConfig().override({"optimizer.lr": 0.25})
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--optimiser.lr", "--optimizer.lr"),
+        ("--training.batchsize", "--training.batch_size"),
+        ("--training.epoch", "--training.epochs"),
+        ("--augmentations", "--augmentation"),
+        ("--model.queue-sise", "--model.queue_size"),
+    ],
+)
+@pytest.mark.parametrize("preset", [["demo"], []], ids=["with preset", "without preset"])
+def test_an_unknown_flag_is_answered_with_the_nearest(typed, meant, preset):
+    with pytest.raises(InputError, match=rf"^--[^\n]*: unknown; did you mean {meant}\?$"):
+        settings(*preset, typed, "1")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demoo"],
+        ["demo", "laptop"],
+        ["--wholly-different", "1"],
+        ["demo", "--config", "config.json"],
+        ["--config", "missing.json"],
+        ["--augmentation", "strong"],
+        ["--seed", "-1"],
+        ["--seed", "1.5"],
+        ["--seed"],
+        ["--optimizer.lr", "fast"],
+        ["--optimizer.lr", "nan"],
+        ["--optimizer.lr", "0"],
+        ["--training.batch_size", "none"],
+        ["--training.batch_size", "100"],
+        ["--training.precision", "fp8"],
+        ["--augmentation.crop_area", "0.9,0.2"],
+        ["--augmentation.crop_area", "0.9"],
+        ["--patches.rows", "1"],
+        ["--patches.rows", "64"],
+        ["--scaling.num_workers", "3"],
+        ["--run.name", "../elsewhere"],
+        ["--data.synthetic.num_cameras", "1"],
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_one_line_that_names_it(words):
+    with pytest.raises(InputError) as refusal:
+        settings(*words)
+
+    message = str(refusal.value)
+    named = [word for word in [*words, "preset"] if word in message]
+    assert (message.count("\n"), bool(named)) == (0, True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[1]", b'"text"', b"\xff\xd8\xff\xe0", b'{"optimizer": {"lrr": 1}}'],
+    ids=["empty", "cut", "list", "text", "jpeg", "unknown"],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+
+    with pytest.raises(InputError, match=r"^--[a-z.]+[^\n]*: [^\n]+$"):
+        settings("--config", str(tmp_path / "config.json"))
+
+
+def test_the_help_shows_every_section_and_setting():
+    text = parser().format_help()
+
+    missing = [title for title in sections(PretrainConfig) if f"\n{title}:\n" not in text]
+    missing += [path for path, _ in PretrainConfig().flatten() if f"--{path} " not in text]
+    assert missing == []
+
+
+def test_flags_are_not_abbreviated():
+    with pytest.raises(InputError, match="--aug: unknown"):
+        settings("demo", "--aug", "dino")
+
+
+def test_words_of_a_job_are_parsed_beside_the_settings():
+    job = parser()
+    job.add_argument("--resume")
+
+    arguments = job.parse(["laptop", "--resume", "a-run", "--seed", "3"])
+
+    assert (arguments.resume, read_settings(arguments).seed) == ("a-run", 3)
+
+
+# Whole processes: what they print, and how they exit.
+
+# What every job with settings does before it imports what takes seconds.
+PARSE = """
+import sys
+from upreid_ray.command_line import JobParser, add_settings, read_settings, run_job
+
+def job():
+    parser = JobParser("A job.")
+    add_settings(parser)
+    return read_settings(parser.parse(sys.argv[1:])).model_dump(mode="json")
+
+run_job(job)
+"""
+PRETRAIN, PREPARE = (str(ROOT / "jobs" / f"{name}.py") for name in ("pretrain", "prepare"))
+REFUSED = {
+    "unknown flag": (PRETRAIN, "demo", "--optimizer.lrr", "1"),
+    "bad grid": ("-c", PARSE, "demo", "--patches.rows", "40"),
+    "bad preset": ("-c", PARSE, "dmeo"),
+    "empty folder": (PREPARE, "empty", "--out", "out"),
+    "missing folder": (PREPARE, "missing", "--out", "out"),
+    "no images": (PREPARE, "texts", "--out", "out"),
+    "no folder to write": (PREPARE, "images"),
+    "negative seed": (PREPARE, "synthetic", "--out", "out", "--seed", "-1"),
+}
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Make a working folder with sources to prepare."""
+    root = tmp_path_factory.mktemp("work")
+    for name in ("empty", "texts", "images"):
+        (root / name).mkdir()
+    (root / "texts/readme.txt").write_text("no images here")
+    (root / "images/a.jpg").write_bytes(b"")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(folder) -> dict[str, tuple[int, str, str]]:
+    """Run the refused jobs, as many at once as there are; return status, output, errors."""
+    jobs = {name: start(folder, *words) for name, words in REFUSED.items()}
+    jobs["help"] = start(folder, PRETRAIN, "--help")
+    outputs = {name: job.communicate(timeout=120) for name, job in jobs.items()}
+    return {name: (jobs[name].returncode, *outputs[name]) for name in jobs}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_job_refuses_wrong_input_with_one_line_and_status_2(finished, name):
+    status, output, errors = finished[name]
+
+    assert (status, output, errors.count("\n")) == (2, "", 1), errors
+
+
+def test_a_refused_job_writes_nothing(folder, finished):
+    left = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+    assert left == ["empty", "images", "images/a.jpg", "texts", "texts/readme.txt"]
+
+
+def test_the_help_of_a_job_goes_to_standard_output_with_status_0(finished):
+    status, output, errors = finished["help"]
+
+    missing = [title for title in sections(PretrainConfig) if f"\n{title}:\n" not in output]
+    assert (status, errors, missing) == (0, "", [])
