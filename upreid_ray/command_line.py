@@ -122,8 +122,9 @@ def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
 
 def connect_to_ray() -> None:
     """Connect to the running Ray cluster, or start a local one for this job."""
-    # It warns that a local cluster asks for a token, which nobody needs to know here.
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    # They warn that a local cluster asks for a token, and that Ray Data draws no bars.
+    for talkative in ("ray._private.authentication", "ray.data._internal.progress"):
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     ray.init(logging_level=logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 

@@ -48,7 +48,7 @@ PRESETS = {
         augmentation=AUGMENTATIONS["mild"],
         model=_SMALL_MODEL,
         optimizer=OptimizerConfig(lr=0.02, warmup_epochs=1),
-        training=TrainingConfig(epochs=4, batch_size=64, group_size=32, log_every_steps=10),
+        training=TrainingConfig(epochs=3, batch_size=64, group_size=32, log_every_steps=10),
         evaluation=EvaluationConfig(every_epochs=1),
         checkpoint=CheckpointConfig(every_steps=50),
         scaling=_ONE_MACHINE,
