@@ -20,7 +20,9 @@ def ray_cluster() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=4,
-        include_dashboard=False,
+        # Without its own dashboard, Ray Train asks another cluster's on the usual port, which
+        # does not know the run, takes it for dead and removes its workers.
+        include_dashboard=True,
         logging_level=logging.ERROR,
         log_to_driver=False,
     )

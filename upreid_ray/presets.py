@@ -59,7 +59,7 @@ PRESETS = {
         augmentation=AUGMENTATIONS["mild"],
         model=_SMALL_MODEL,
         optimizer=OptimizerConfig(lr=0.02, warmup_epochs=1),
-        training=TrainingConfig(epochs=20, batch_size=64, group_size=32, log_every_steps=10),
+        training=TrainingConfig(epochs=10, batch_size=64, group_size=32, log_every_steps=10),
         evaluation=EvaluationConfig(every_epochs=5),
         checkpoint=CheckpointConfig(every_steps=50),
         scaling=_ONE_MACHINE,

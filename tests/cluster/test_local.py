@@ -265,7 +265,9 @@ def test_a_submitted_pre_training_registers_a_backbone_with_the_submitted_code(
     """The job runs from the folder that was submitted, and its log shows the progress."""
     work = tmp_path / "work"
     for folder in ("upreid_ray", "jobs"):
-        shutil.copytree(ROOT / folder, work / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / folder, work / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
     code = work / "upreid_ray" / "pretrain.py"
     code.write_text(code.read_text().replace("if it ends early", "submitted code"))
     settings = {

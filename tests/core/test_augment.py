@@ -52,9 +52,7 @@ def changed(size: int, **fields: Tensor) -> ViewParameters:
 
 def pictures(size: int, seed: int = 0) -> Tensor:
     generator = Generator().manual_seed(seed)
-    return torch.randint(
-        256, (size, 3, HEIGHT, WIDTH), generator=generator, dtype=torch.uint8
-    )
+    return torch.randint(256, (size, 3, HEIGHT, WIDTH), generator=generator, dtype=torch.uint8)
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:

@@ -83,9 +83,8 @@ def test_backbones_give_features(name, size):
     assert build_backbone(name)(torch.zeros(2, 3, 32, 32)).shape == (2, size)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_embeddings_have_unit_length(name):
-    encoder = Encoder(ModelConfig(backbone=name, embedding_dim=16))
+def test_embeddings_have_unit_length():
+    encoder = Encoder(ModelConfig(backbone="resnet18", embedding_dim=16))
 
     embeddings = encoder(torch.randn(4, 3, 64, 32, generator=torch.Generator().manual_seed(0)))
 

@@ -226,7 +226,9 @@ def test_same_cell_pairing_notices_a_flip(seed):
 def test_intrinsic_contrastive_notices_exchanged_rows(mining):
     query, key = units(0, (2, 6, 5), (2, 6, 5))
 
-    upside_down = intrinsic(query, key.unflatten(1, (3, 2)).flip(1).flatten(1, 2), mining=mining)
+    upside_down = intrinsic(
+        query, key.unflatten(1, (3, 2)).flip(1).flatten(1, 2), mining=mining
+    )
 
     assert abs(upside_down - intrinsic(query, key, mining=mining)) > 1e-3
 

@@ -41,3 +41,19 @@ def people(number: int, seed: int = 0, config: PretrainConfig = TINY) -> Tensor:
     noise = torch.rand(shape, generator=generator)
     color = torch.rand((number, 3, 1, 1), generator=generator)
     return ((0.3 * noise + 0.7 * color) * 255).byte()
+
+
+def float64_state(config: PretrainConfig = TINY) -> TrainState:
+    """Make a state whose encoders compute in float64, so that the order of sums is no matter.
+
+    Views, embeddings and losses stay in fp32, as `core` has them.
+    """
+    torch.set_default_dtype(torch.float64)
+    try:
+        state = fresh_state(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    state.model.queue.float()
+    for encoder in (state.model.query_encoder, state.model.key_encoder):
+        encoder.register_forward_pre_hook(lambda _, images: (images[0].double(),))
+    return state

@@ -1,0 +1,410 @@
+"""A step: a function of seed and step, the same for any number of processes, resumable."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from tests.core.tiny import TINY, float64_state, fresh_state, people, tiny
+from upreid_ray.config import PretrainConfig
+from upreid_ray.core import distributed
+from upreid_ray.core.checkpoint import (
+    BestBackbone,
+    export_backbone,
+    load_checkpoint,
+    read_position,
+    save_checkpoint,
+)
+from upreid_ray.core.training import (
+    StepDraw,
+    TrainState,
+    encode_all_keys,
+    render_views,
+    train,
+    train_step,
+)
+
+STILL = {
+    "augmentation.crop_area": (1.0, 1.0),
+    "augmentation.crop_ratio": (0.5, 0.5),
+    "augmentation.flip_probability": 0,
+    "augmentation.grayscale_probability": 0,
+    "augmentation.blur_probability": 0,
+    "augmentation.erase_probability": 0,
+}
+
+
+def batch(step: int, config: PretrainConfig = TINY) -> Tensor:
+    return people(config.training.batch_size, seed=step)
+
+
+def take_steps(state: TrainState, number: int) -> list[dict[str, Tensor]]:
+    return [train_step(state, batch(state.step, state.config)) for _ in range(number)]
+
+
+def tensors_of(state: TrainState) -> dict[str, Tensor]:
+    momenta = state.optimizer.state_dict()["state"]
+    return {
+        **state.model.state_dict(),
+        **{f"momentum {i}": slot["momentum_buffer"] for i, slot in momenta.items()},
+    }
+
+
+def assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def save(state: TrainState, folder: Path, best: BestBackbone | None = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_checkpoint(
+        folder, state, best or BestBackbone(), scores_untrained={}, images_per_second=1.0
+    )
+    return folder
+
+
+# Learning ------------------------------------------------------------------------------------
+
+
+def test_the_loss_falls_on_a_fixed_batch():
+    state = fresh_state(tiny({**STILL, "model.queue_size": 8, "optimizer.lr": 0.02}))
+
+    losses = [float(train_step(state, people(8))["loss"]) for _ in range(11)]
+
+    # The first two meet random keys, and keys of an untrained encoder.
+    assert sum(losses[-3:]) < 0.95 * sum(losses[2:5])
+
+
+# Determinism ---------------------------------------------------------------------------------
+
+
+def test_a_run_is_a_function_of_its_seed():
+    first, second = fresh_state(), fresh_state()
+
+    losses = [take_steps(state, 2) for state in (first, second)]
+
+    for a, b in zip(*losses, strict=True):
+        assert_equal(a, b)
+    assert_equal(tensors_of(first), tensors_of(second))
+
+
+def test_a_run_does_not_depend_on_the_global_seed():
+    torch.manual_seed(1)
+    first = take_steps(fresh_state(), 1)
+    torch.manual_seed(2)
+    second = take_steps(fresh_state(), 1)
+
+    assert_equal(first[0], second[0])
+
+
+def test_a_fresh_state_leaves_the_global_random_state():
+    before = torch.random.get_rng_state()
+
+    fresh_state()
+
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_another_seed_starts_from_other_weights():
+    first, second = (fresh_state(tiny({"seed": seed})).model for seed in (0, 1))
+
+    name = "query_encoder.backbone.conv1.weight"
+    assert not torch.equal(first.state_dict()[name], second.state_dict()[name])
+
+
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"step": 1}])
+def test_another_seed_or_step_draws_other_views_and_another_shuffle(changed):
+    seed, step = changed.get("seed", 0), changed.get("step", 0)
+
+    first, other = StepDraw.of(TINY, 0), StepDraw.of(tiny({"seed": seed}), step)
+
+    assert not torch.equal(first.query.crop, other.query.crop)
+    assert not torch.equal(first.key.crop, other.key.crop)
+    assert not torch.equal(first.shuffle, other.shuffle)
+
+
+def test_both_views_of_a_step_are_drawn_apart():
+    draw = StepDraw.of(TINY, 0)
+
+    assert not torch.equal(draw.query.crop, draw.key.crop)
+
+
+def test_the_shuffle_is_a_permutation_of_the_batch():
+    assert StepDraw.of(TINY, 0).shuffle.sort().values.tolist() == list(range(8))
+
+
+def test_training_takes_the_steps_that_are_left():
+    state = fresh_state(num_steps=3)
+    state.step = 1
+
+    reports = list(train(state, iter(batch(step) for step in range(1, 9))))
+
+    assert [report.step for report in reports] == [2, 3]
+
+
+def test_the_schedules_are_applied_at_each_step():
+    state = fresh_state(tiny({"optimizer.lr": 0.4, "training.epochs": 2}), num_steps=2)
+
+    rates = []
+    for _ in range(4):
+        take_steps(state, 1)
+        rates.append(state.optimizer.param_groups[0]["lr"])
+
+    half_sqrt = 0.5**0.5
+    assert_close(rates, [0.4, 0.2 * (1 + half_sqrt), 0.2, 0.2 * (1 - half_sqrt)])
+
+
+# Keys ----------------------------------------------------------------------------------------
+
+
+def test_the_keys_of_a_step_enter_the_queue_in_the_order_of_the_batch():
+    state = fresh_state()
+    model = copy.deepcopy(state.model)
+
+    take_steps(state, 1)
+
+    keys = encode_all_keys(model, batch(0), StepDraw.of(TINY, 0), TINY)
+    assert_close(state.model.queue.keys[:8], keys[:, 0])
+
+
+def test_keys_are_of_their_images_whatever_the_shuffle():
+    config = tiny({"training.group_size": 8})
+    model, draw = float64_state(config).model, StepDraw.of(config, 0)
+    unshuffled = StepDraw(draw.query, draw.key, torch.arange(8))
+
+    shuffled_keys = encode_all_keys(model, batch(0), draw, config)
+
+    # With one group, normalization is among the same images in either order.
+    assert_close(shuffled_keys, encode_all_keys(model, batch(0), unshuffled, config))
+
+
+def test_the_shuffle_changes_the_company_of_an_image():
+    model, draw = fresh_state().model, StepDraw.of(TINY, 0)
+    unshuffled = StepDraw(draw.query, draw.key, torch.arange(8))
+
+    shuffled_keys = encode_all_keys(model, batch(0), draw, TINY)
+
+    plain_keys = encode_all_keys(model, batch(0), unshuffled, TINY)
+    assert (shuffled_keys - plain_keys).abs().max() > 1e-3
+
+
+# Patches -------------------------------------------------------------------------------------
+
+
+def patches_of_striped_images(alignment: str) -> list[Tensor]:
+    """Render both views of images whose brightness is the height in the image."""
+    config = tiny(
+        {
+            **STILL,
+            "augmentation.crop_area": (0.3, 0.8),
+            "augmentation.crop_ratio": (0.4, 0.6),
+            "augmentation.flip_probability": 0.5,
+            "patches.alignment": alignment,
+        }
+    )
+    images = (torch.arange(64, dtype=torch.uint8) * 4)[:, None].expand(8, 3, 64, 32)
+    draw = StepDraw.of(config, 0)
+    return [render_views(images, view, config).patches for view in (draw.query, draw.key)]
+
+
+def test_patches_aligned_to_the_body_show_the_same_rows_in_both_views():
+    assert_close(*patches_of_striped_images("body"))
+
+
+def test_patches_aligned_to_the_view_show_other_rows_in_each_view():
+    query, key = patches_of_striped_images("view")
+
+    means = [patches.mean((2, 3, 4)) for patches in (query, key)]
+    assert (means[0] - means[1]).abs().amin() > 0.01
+
+
+def test_patches_aligned_to_the_view_are_cut_from_it():
+    views = render_views(batch(0), StepDraw.of(TINY, 0).query, TINY)
+
+    assert_close(views.patches[:, 0], views.view[:, :, :32, :16])
+    assert_close(views.patches[:, 3], views.view[:, :, 32:, 16:])
+
+
+# Checkpoints ---------------------------------------------------------------------------------
+
+
+def test_four_steps_are_two_saved_restored_and_two_more(tmp_path):
+    straight, resumed = fresh_state(), fresh_state()
+    stopped = fresh_state()
+    straight_losses = take_steps(straight, 4)
+    take_steps(stopped, 2)
+    save(stopped, tmp_path)
+
+    load_checkpoint(tmp_path, resumed)
+    resumed_losses = take_steps(resumed, 2)
+
+    for a, b in zip(straight_losses[2:], resumed_losses, strict=True):
+        assert_equal(a, b)
+    assert_equal(tensors_of(straight), tensors_of(resumed))
+
+
+def test_loading_replaces_everything_of_another_state(tmp_path):
+    saved, other = fresh_state(), fresh_state(tiny({"seed": 5}))
+    take_steps(saved, 1)
+    save(saved, tmp_path)
+
+    load_checkpoint(tmp_path, other)
+
+    assert other.step == 1
+    assert_equal(tensors_of(saved), tensors_of(other))
+
+
+def test_a_checkpoint_keeps_what_it_says_beside_its_tensors(tmp_path):
+    state = fresh_state()
+    best = BestBackbone()
+    best.offer(state, {"mAP": 0.5})
+    save_checkpoint(
+        tmp_path, state, best, scores_untrained={"mAP": 0.25}, images_per_second=3.5
+    )
+
+    loaded, position = load_checkpoint(tmp_path, fresh_state())
+
+    assert position == read_position(tmp_path)
+    assert position.config == TINY
+    assert position.scores_untrained == {"mAP": 0.25}
+    assert position.images_per_second == 3.5
+    assert (loaded.step, loaded.scores) == (0, {"mAP": 0.5})
+    assert_equal(loaded.weights, best.weights)
+
+
+def test_the_best_backbone_is_the_one_with_the_best_map():
+    state, best, taken = fresh_state(), BestBackbone(), []
+
+    for step, score in enumerate([0.2, 0.4, 0.4, 0.3, 0.5]):
+        state.step = step
+        best.offer(state, {"mAP": score})
+        taken.append(best.step)
+
+    assert taken == [0, 1, 1, 1, 4]
+
+
+def test_the_best_backbone_without_scores_is_the_newest():
+    state, best = fresh_state(), BestBackbone()
+
+    for state.step in (0, 1, 2):
+        best.offer(state, {})
+
+    assert best.step == 2
+
+
+def test_the_best_backbone_does_not_follow_the_training():
+    state, best = fresh_state(), BestBackbone()
+    best.offer(state, {"mAP": 0.5})
+    before = {name: tensor.clone() for name, tensor in best.weights.items()}
+
+    take_steps(state, 1)
+
+    assert_equal(best.weights, before)
+
+
+def test_torchvision_loads_an_exported_backbone(tmp_path):
+    state, best = fresh_state(), BestBackbone()
+    best.offer(state, {})
+    save(state, tmp_path, best)
+    out = tmp_path / "out"
+    out.mkdir()
+
+    export_backbone(tmp_path, out, TINY)
+
+    theirs = torchvision.models.resnet18(weights=None)
+    theirs.fc = torch.nn.Identity()
+    theirs.load_state_dict(load_file(out / "backbone.safetensors"), strict=True)
+    assert_equal(theirs.state_dict(), state.model.query_encoder.backbone.state_dict())
+
+
+# Two processes -------------------------------------------------------------------------------
+
+PAIR = {"training.batch_size": 8, "training.group_size": 2}
+
+
+def steps_of_this_process(settings: dict[str, Any], number: int) -> tuple[list, dict, dict]:
+    """Train on this process's rows of the batches.
+
+    Returns:
+        The losses, the state before and the state after averaging the running statistics.
+    """
+    config = tiny({**settings, "scaling.num_workers": distributed.world_size()})
+    state = float64_state(config)
+    share = config.training.batch_size // distributed.world_size()
+    own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    losses = [train_step(state, batch(step, config)[own]) for step in range(number)]
+    before = {name: tensor.clone() for name, tensor in tensors_of(state).items()}
+    state.average_running_statistics()
+    return losses, before, tensors_of(state)
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[list, dict, dict]:
+    return steps_of_this_process(PAIR, 2)
+
+
+@pytest.fixture(scope="module")
+def pair(run_in_pool) -> list[tuple[list, dict, dict]]:
+    return run_in_pool(steps_of_this_process, PAIR, 2)
+
+
+def without_statistics(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return {name: t for name, t in tensors.items() if not name.endswith(statistics)}
+
+
+def statistics(tensors: dict[str, Tensor], encoder: str) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.startswith(encoder) and name.endswith(("running_mean", "running_var"))
+    }
+
+
+def test_the_mean_losses_of_two_processes_are_those_of_one(alone, pair):
+    for expected, first, second in zip(alone[0], pair[0][0], pair[1][0], strict=True):
+        assert_close({name: (first[name] + second[name]) / 2 for name in expected}, expected)
+
+
+def test_the_queue_of_two_processes_is_that_of_one(alone, pair):
+    for process in pair:
+        assert_close(process[2]["queue.keys"], alone[2]["queue.keys"])
+
+
+def test_the_weights_of_two_processes_are_those_of_one(alone, pair):
+    for process in pair:
+        assert_close(without_statistics(process[2]), without_statistics(alone[2]))
+
+
+def test_two_processes_have_equal_weights_and_queues(pair):
+    first, second = (without_statistics(process[1]) for process in pair)
+
+    assert_equal(first, second)
+
+
+@pytest.mark.parametrize("encoder", ["query_encoder", "key_encoder"])
+def test_averaged_running_statistics_of_two_processes_are_those_of_one(alone, pair, encoder):
+    for process in pair:
+        assert_close(statistics(process[2], encoder), statistics(alone[2], encoder))
+
+
+def test_running_statistics_differ_before_they_are_averaged(pair):
+    first, second = (statistics(process[1], "query_encoder") for process in pair)
+
+    assert not any(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_train_with_the_first_term_alone(run_in_pool):
+    settings = {**PAIR, "loss.consistency_weight": 0, "loss.intrinsic_weight": 0}
+
+    pair = run_in_pool(steps_of_this_process, settings, 1)
+
+    alone = steps_of_this_process(settings, 1)
+    assert_close(without_statistics(pair[0][2]), without_statistics(alone[2]))

@@ -1,0 +1,375 @@
+"""Runs on a real Ray, from the configuration to the registered backbone, and what ends them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from upreid_ray import tracking
+from upreid_ray.config import InputError, PretrainConfig
+from upreid_ray.data.shards import read_manifest
+from upreid_ray.presets import PRESETS
+from upreid_ray.pretrain import fit
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).parents[1]
+JOB_SECONDS = 300.0
+# 112 images, so 7 steps an epoch; checkpoints are neither at the ends of epochs nor of rounds.
+TINY = PRESETS["demo"].override(
+    {
+        "data.synthetic.num_train_identities": 8,
+        "data.synthetic.num_test_identities": 4,
+        "data.synthetic.num_unlabeled_identities": 20,
+        "data.synthetic.num_cameras": 2,
+        "data.synthetic.height": 64,
+        "data.synthetic.width": 32,
+        "data.height": 64,
+        "data.width": 32,
+        "model.backbone": "resnet18",
+        "model.queue_size": 32,
+        "optimizer.warmup_epochs": 0,
+        "training.epochs": 3,
+        "training.batch_size": 16,
+        "training.group_size": 8,
+        "training.precision": "fp32",
+        "training.log_every_steps": 3,
+        "evaluation.every_epochs": 2,
+        "checkpoint.every_steps": 4,
+        "scaling.num_workers": 2,
+        "scaling.cpus_per_worker": 0.5,
+        "scaling.use_gpu": False,
+        "run.name": "tiny",
+    }
+)
+NUM_STEPS = 21
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Iterator[Path]:
+    """Make a folder for runs and MLflow, and let all processes of the tests use it."""
+    root = tmp_path_factory.mktemp("pretrain")
+    before = mlflow.get_tracking_uri()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        for name, value in tracking.HTTP_DEFAULTS.items():
+            patch.setenv(name, value)
+        yield root
+        mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def tiny(folder) -> PretrainConfig:
+    return TINY.override({"run.storage_path": str(folder / "runs")})
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, tiny) -> SimpleNamespace:
+    """Run it once, undisturbed."""
+    result = fit(tiny)
+    client = tracking.connect()
+    version = client.get_model_version(*result.model_uri.removeprefix("models:/").split("/"))
+    return SimpleNamespace(
+        result=result,
+        client=client,
+        run=client.get_run(result.run_id),
+        tags=version.tags,
+        weights=weights(result.model_uri),
+    )
+
+
+def weights(model_uri: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a registered version."""
+    found = mlflow.artifacts.download_artifacts(
+        model_uri, tracking_uri=os.environ["MLFLOW_TRACKING_URI"]
+    )
+    return load_file(Path(found) / "backbone.safetensors")
+
+
+def test_a_run_has_scores_of_the_trained_and_of_the_untrained_backbone(finished):
+    result = finished.result
+
+    both = [result.scores, result.scores_untrained]
+    assert [set(scores) >= {"mAP", "rank1"} for scores in both] == [True, True]
+
+
+def test_scores_are_shares(finished):
+    scores = [*finished.result.scores.values(), *finished.result.scores_untrained.values()]
+
+    assert all(0 <= score <= 1 for score in scores)
+
+
+def test_a_run_measures_its_speed(finished):
+    assert finished.result.images_per_second > 0
+
+
+def test_a_run_ends_finished_in_mlflow(finished):
+    assert finished.run.info.status == "FINISHED"
+
+
+def test_the_version_carries_its_lineage(finished, tiny):
+    shards = finished.tags["shards"]
+
+    expected = {
+        "run": "tiny",
+        "manifest": read_manifest(shards).digest(),
+        "evaluation": read_manifest(shards).digest(["query", "gallery"]),
+        "config": tiny.model_dump_json(),
+        "mlflow.source.git.commit": tracking.environment()["mlflow.source.git.commit"],
+        "score.mAP": str(finished.result.scores["mAP"]),
+    }
+    assert {name: finished.tags.get(name) for name in expected} == expected
+
+
+def test_each_logged_step_is_in_mlflow_once(finished):
+    history = finished.client.get_metric_history(finished.run.info.run_id, "train/loss")
+
+    assert sorted(each.step for each in history) == list(range(3, NUM_STEPS + 1, 3))
+
+
+def test_each_evaluation_is_in_mlflow(finished):
+    history = finished.client.get_metric_history(finished.run.info.run_id, "eval/mAP")
+
+    assert sorted(each.step for each in history) == [0, 14, 21]
+
+
+def test_a_picture_of_the_views_is_in_mlflow(finished):
+    files = finished.client.list_artifacts(finished.run.info.run_id)
+
+    assert "views.png" in [file.path for file in files]
+
+
+def test_the_registered_backbone_was_trained(finished):
+    other = tracking.load_backbone(finished.result.model_uri)
+
+    features = other(torch.rand(4, 3, 64, 32))
+    assert (features.isfinite().all(), features.std() > 0) == (True, True)
+
+
+def test_resuming_a_finished_run_registers_nothing_new(finished, tiny):
+    again = fit(tiny, resume=True)
+
+    versions = finished.client.search_model_versions("name = 'upreid-resnet18'")
+    assert (again.model_uri, len(versions)) == (finished.result.model_uri, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "resume", "message"),
+    [
+        ({}, False, "--run.name tiny: "),
+        ({"run.name": "unknown"}, True, "--resume unknown: "),
+        ({"optimizer.lr": 0.01}, True, "--optimizer.lr 0.01: "),
+        ({"training.epochs": 4}, True, "--training.epochs 4: "),
+        ({"run.name": "a", "data.shards": "/no/shards"}, False, "/no/shards: "),
+        ({"run.name": "b", "evaluation.shards": "/no/shards"}, False, "/no/shards: "),
+        ({"run.name": "c", "scaling.use_gpu": True}, False, "--scaling.num_workers 2: "),
+        ({"run.name": "d", "scaling.cpus_per_worker": 9}, False, "--scaling.cpus_per_worker 9"),
+        (
+            {"run.name": "e", "training.batch_size": 512},
+            False,
+            "--training.batch_size 512: exceeds the 112 ",
+        ),
+    ],
+    ids=[
+        "taken name",
+        "unknown run",
+        "other rate",
+        "other length",
+        "no shards",
+        "no evaluation shards",
+        "no gpu",
+        "no cpus",
+        "few images",
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_in_one_line(finished, tiny, changed, resume, message):
+    with pytest.raises(InputError) as refusal:
+        fit(tiny.override(changed), resume=resume)
+
+    said = str(refusal.value)
+    assert (said.startswith(message), said.count("\n")) == (True, 0), said
+
+
+def test_a_run_that_is_refused_leaves_no_run_in_mlflow(finished, tiny):
+    experiment = finished.client.get_experiment_by_name("upreid").experiment_id
+    before = len(finished.client.search_runs([experiment]))
+
+    with pytest.raises(InputError):
+        fit(tiny.override({"run.name": "f", "data.shards": "/no/shards"}))
+
+    assert len(finished.client.search_runs([experiment])) == before
+
+
+# From here on the job runs in a process with a Ray of its own, parts of which are killed.
+
+
+def descendants(root: int) -> set[int]:
+    """Return the living descendants of a process."""
+    children: dict[int, set[int]] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, set()).add(int(status.parent.name))
+    found, queue = set(), [root]
+    while queue:
+        members = children.get(queue.pop(), set()) - found
+        found |= members
+        queue += members
+    return found
+
+
+def train_workers(job: subprocess.Popen[str]) -> list[int]:
+    """Return the processes that train."""
+    workers = []
+    for pid in descendants(job.pid):
+        with suppress(OSError):
+            title = Path(f"/proc/{pid}/cmdline").read_bytes()
+            workers += [pid] if title.startswith(b"ray::RayTrainWorker") else []
+    return sorted(workers)
+
+
+def kill(pids: set[int] | list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+class Job:
+    """A process of jobs/pretrain.py."""
+
+    def __init__(self, config: PretrainConfig, folder: Path, *words: str) -> None:
+        self.run = Path(str(config.run.storage_path), str(config.run.name))
+        file = folder / f"{self.run.name}.json"
+        file.write_text(config.model_dump_json())
+        self._errors = folder / f"{self.run.name}{len(words)}.log"
+        with self._errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, ROOT / "jobs/pretrain.py", "--config", file, *words],
+                cwd=folder,
+                env={**os.environ, "RAY_ADDRESS": "local"},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    @property
+    def errors(self) -> str:
+        return self._errors.read_text()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until something is so while the job runs."""
+        deadline = time.monotonic() + JOB_SECONDS
+        while not condition():
+            assert self.process.poll() is None, self.errors
+            assert time.monotonic() < deadline, self.errors
+            time.sleep(0.02)
+
+    def has_checkpoint(self) -> bool:
+        return any(self.run.glob("step-*/state.json"))
+
+    def result(self) -> dict[str, object]:
+        """Wait for the end; return what the last line says."""
+        output, _ = self.process.communicate(timeout=JOB_SECONDS)
+        assert self.process.returncode == 0, self.errors
+        return json.loads(output.splitlines()[-1])
+
+    def end(self) -> None:
+        """Kill whatever is left of the job, its Ray included."""
+        kill(descendants(self.process.pid) | {self.process.pid})
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def worker_killed(finished, folder, tiny) -> SimpleNamespace:
+    """Kill one of the workers after the first checkpoint."""
+    job = Job(tiny.override({"run.name": "worker-killed"}), folder)
+    try:
+        job.wait_for(job.has_checkpoint)
+        before = train_workers(job.process)
+        kill(before[:1])
+        job.wait_for(lambda: bool(set(train_workers(job.process)) - set(before)))
+        return SimpleNamespace(before=before, result=job.result(), errors=job.errors)
+    finally:
+        job.end()
+
+
+def test_a_worker_that_is_killed_leaves_the_result_as_it_was(finished, worker_killed):
+    torch.testing.assert_close(
+        weights(worker_killed.result["model_uri"]), finished.weights, rtol=0, atol=0
+    )
+
+
+def test_the_last_line_of_the_job_says_what_came_of_it(worker_killed):
+    expected = {
+        "run_id",
+        "model_uri",
+        "scores",
+        "scores_untrained",
+        "images_per_second",
+        "result_dir",
+    }
+    assert set(worker_killed.result) == expected
+
+
+def test_a_run_of_which_a_worker_was_killed_ends_finished(finished, worker_killed):
+    run = finished.client.get_run(worker_killed.result["run_id"])
+
+    assert run.info.status == "FINISHED"
+
+
+@pytest.fixture(scope="module")
+def driver_killed(finished, folder, tiny) -> SimpleNamespace:
+    """Kill the job and its Ray after the first checkpoint, and resume it."""
+    config = tiny.override({"run.name": "driver-killed"})
+    job = Job(config, folder)
+    try:
+        job.wait_for(job.has_checkpoint)
+    finally:
+        job.end()
+    run_id = json.loads((job.run / "run.json").read_text())["run_id"]
+    status = finished.client.get_run(run_id).info.status
+    resumed = Job(config, folder, "--resume", "driver-killed")
+    try:
+        result = resumed.result()
+    finally:
+        resumed.end()
+    return SimpleNamespace(run_id=run_id, status=status, result=result)
+
+
+def test_a_job_that_is_killed_and_resumed_leaves_the_result_as_it_was(finished, driver_killed):
+    torch.testing.assert_close(
+        weights(driver_killed.result["model_uri"]), finished.weights, rtol=0, atol=0
+    )
+
+
+def test_a_resumed_job_continues_its_run_in_mlflow(finished, driver_killed):
+    run = finished.client.get_run(driver_killed.run_id)
+
+    assert (driver_killed.status, driver_killed.result["run_id"], run.info.status) == (
+        "RUNNING",
+        driver_killed.run_id,
+        "FINISHED",
+    )
+
+
+def test_a_resumed_job_keeps_the_scores_before_training(finished, driver_killed):
+    assert driver_killed.result["scores_untrained"] == finished.result.scores_untrained
+
+
+def test_steps_that_a_resumed_job_repeats_are_in_mlflow_once(finished, driver_killed):
+    history = finished.client.get_metric_history(driver_killed.run_id, "train/loss")
+
+    assert sorted(each.step for each in history) == list(range(3, NUM_STEPS + 1, 3))
