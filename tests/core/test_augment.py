@@ -164,7 +164,7 @@ def test_boxes_are_whole_pixels():
 
 
 def test_crops_have_areas_and_shapes_within_their_ranges():
-    top, left, height, width = drawn(AugmentationConfig(crop_ratio=(0.4, 0.6))).crop.unbind(1)
+    _top, _left, height, width = drawn(AugmentationConfig(crop_ratio=(0.4, 0.6))).crop.unbind(1)
 
     # Rounding moves each side by up to half a pixel.
     assert ((height + 0.5) * (width + 0.5)).min() >= 0.2 * HEIGHT * WIDTH

@@ -21,10 +21,17 @@ HEADER = """\
 
 
 def losses() -> list[float]:
+    # Weights off by 1e-7 change these losses by 1e-5 at most, but by 1e-2 at a learning rate
+    # of 1e-3, because batch norm over few pixels amplifies; ten times this rate changes them
+    # by 1e-3 and more.
     config = tiny(
-        {"data.height": 32, "optimizer.lr": 0.01, "augmentation.jitter_probability": 0.8}
+        {
+            "training.group_size": 8,
+            "optimizer.lr": 1e-6,
+            "augmentation.jitter_probability": 0.8,
+        }
     )
-    batches = (people(8, seed=step, config=config) for step in range(NUM_STEPS))
+    batches = (people(8, seed=step) for step in range(NUM_STEPS))
     reports = train(fresh_state(config, NUM_STEPS), batches)
     return [float(report.terms["loss"]) for report in reports]
 
