@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -222,14 +223,17 @@ REFUSED = {
 }
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+def finish(folder: Path, words: tuple[str, ...]) -> tuple[int, str, str]:
+    """Run Python in a folder; return status, output, errors."""
+    done = subprocess.run(
         [sys.executable, *words],
         cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
+        timeout=300,
+        check=False,
     )
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -245,11 +249,11 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder) -> dict[str, tuple[int, str, str]]:
-    """Run the refused jobs, as many at once as there are; return status, output, errors."""
-    jobs = {name: start(folder, *words) for name, words in REFUSED.items()}
-    jobs["help"] = start(folder, PRETRAIN, "--help")
-    outputs = {name: job.communicate(timeout=120) for name, job in jobs.items()}
-    return {name: (jobs[name].returncode, *outputs[name]) for name in jobs}
+    """Run the refused jobs and one that shows its help, a few at once."""
+    jobs = {**REFUSED, "help": (PRETRAIN, "--help")}
+    with ThreadPoolExecutor(3) as pool:
+        results = pool.map(lambda words: finish(folder, words), jobs.values())
+        return dict(zip(jobs, results, strict=True))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -282,6 +282,15 @@ class Job:
         known = self.run / "checkpoint_manager_snapshot.json"
         return known.exists() and "step-" in known.read_text()
 
+    def is_beyond_checkpoint(self) -> bool:
+        """Tell whether a step is logged that a resumed run takes again."""
+        if not self.has_checkpoint():
+            return False
+        known = json.loads((self.run / "checkpoint_manager_snapshot.json").read_text())
+        newest = known["latest_checkpoint_result"]["metrics"]["step"]
+        lines = (self.run / "metrics.jsonl").read_text().splitlines()
+        return any(json.loads(line).get("step", 0) > newest for line in lines)
+
     def result(self) -> dict[str, object]:
         """Wait for the end; return what the last line says."""
         output, _ = self.process.communicate(timeout=JOB_SECONDS)
@@ -292,6 +301,7 @@ class Job:
         """Kill whatever is left of the job, its Ray included."""
         kill(descendants(self.process.pid) | {self.process.pid})
         self.process.wait()
+        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +348,7 @@ def driver_killed(finished, folder, tiny) -> SimpleNamespace:
     config = tiny.override({"run.name": "driver-killed"})
     job = Job(config, folder)
     try:
-        job.wait_for(job.has_checkpoint)
+        job.wait_for(job.is_beyond_checkpoint)
     finally:
         job.end()
     run_id = json.loads((job.run / "run.json").read_text())["run_id"]
