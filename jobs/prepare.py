@@ -29,9 +29,12 @@ def main() -> dict[str, Any]:
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder or URI of the shards"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the images")
+    parser.add_argument("--seed", type=_natural, default=0, help="of the order of the images")
     parser.add_argument(
-        "--max-height", type=int, metavar="PIXELS", help="shrink higher images to this height"
+        "--max-height",
+        type=_natural,
+        metavar="PIXELS",
+        help="shrink higher images to this height",
     )
     arguments = parser.parse(sys.argv[1:])
     if arguments.source == "synthetic":
@@ -57,6 +60,14 @@ def main() -> dict[str, Any]:
         "images": manifest.counts(),
         "refused": len(manifest.refused),
     }
+
+
+def _natural(text: str) -> int:
+    """Read a whole number that is not negative."""
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
 
 
 def _table(manifest: Manifest) -> Table:

@@ -18,7 +18,6 @@ from upreid_ray.command_line import (
     read_settings,
     run_job,
 )
-from upreid_ray.pretrain import fit
 
 
 def main() -> dict[str, Any]:
@@ -32,6 +31,9 @@ def main() -> dict[str, Any]:
     config = read_settings(arguments)
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})
+    # After the arguments: it takes seconds, which a mistake or --help should not cost.
+    from upreid_ray.pretrain import fit  # noqa: PLC0415
+
     connect_to_ray()
     return asdict(fit(config, resume=arguments.resume is not None))
 

@@ -18,7 +18,7 @@ from upreid_ray.presets import AUGMENTATIONS, PRESETS
 
 logger = logging.getLogger("upreid_ray")
 
-SETTING = re.compile(r"--[a-z_-]+\.[a-z_.-]+")
+SETTING = re.compile(r"^--[a-z_-]+\.[a-z_.-]+")
 
 
 class JobParser(argparse.ArgumentParser):
@@ -40,14 +40,15 @@ class JobParser(argparse.ArgumentParser):
         words = [
             SETTING.sub(lambda m: f"--{m[0][2:].replace('-', '_')}", word) for word in words
         ]
-        arguments, unknown = self.parse_known_args(words)
-        if unknown:
-            flag = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see --help"
-            msg = f"{flag}: unknown; {hint}"
-            raise InputError(msg)
-        return arguments
+        known = self._option_string_actions
+        for word in words:
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag not in known:
+                near = difflib.get_close_matches(flag, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else "see --help"
+                msg = f"{flag}: unknown; {hint}"
+                raise InputError(msg)
+        return self.parse_args(words)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print after its usage."""
@@ -86,10 +87,14 @@ def read_settings(arguments: argparse.Namespace) -> PretrainConfig:
         raise InputError(msg)
     else:
         try:
-            config = PretrainConfig.parse(json.loads(arguments.config.read_text()))
-        except (OSError, json.JSONDecodeError) as error:
+            tree = json.loads(arguments.config.read_text())
+        except (OSError, ValueError) as error:
             msg = f"--config {arguments.config}: cannot be read ({error})"
             raise InputError(msg) from error
+        if not isinstance(tree, dict):
+            msg = f"--config {arguments.config}: is not an object of settings"
+            raise InputError(msg)
+        config = PretrainConfig.parse(tree)
     if arguments.augmentation is not None:
         config = config.override({"augmentation": AUGMENTATIONS[arguments.augmentation]})
     settings = {name: value for name, value in vars(arguments).items() if "." in name}

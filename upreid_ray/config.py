@@ -6,7 +6,8 @@ the MLflow parameter and the path in a checkpoint's ``config.json``.
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, Self
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -35,13 +36,15 @@ def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
-def _plain(value: Any, *, is_tuple: bool) -> Any:  # noqa: ANN401, any setting
+def _plain(value: Any, annotation: Any) -> Any:  # noqa: ANN401, any setting
     """Return a value as pydantic reads it; text may say ``none`` or ``first,second``."""
     if isinstance(value, BaseModel):
         return value.model_dump()
-    if isinstance(value, str) and value.lower() == "none":
+    if not isinstance(value, str):
+        return value
+    if NoneType in get_args(annotation) and value.lower() == "none":
         return None
-    return value.split(",") if isinstance(value, str) and is_tuple else value
+    return value.split(",") if get_origin(annotation) is tuple else value
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -85,14 +88,16 @@ class Section(BaseModel):
         for path, value in values.items():
             *parents, name = path.split(".")
             node: Any = tree
+            section: Any = self
             for parent in parents:
                 node = node.get(parent) if isinstance(node, dict) else None
+                section = getattr(section, parent, None)
             if not isinstance(node, dict) or name not in node:
                 near = difflib.get_close_matches(path, dict(self.flatten()), n=1)
                 hint = f"; did you mean --{near[0]}?" if near else "; see --help"
                 msg = f"--{path}: no such setting{hint}"
                 raise InputError(msg)
-            node[name] = _plain(value, is_tuple=isinstance(node[name], tuple))
+            node[name] = _plain(value, type(section).model_fields[name].annotation)
         return self.parse(tree)
 
     @classmethod

@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,23 @@ def connect() -> MlflowClient:
     Raises:
         InputError: The server does not answer, or is none.
     """
-    for name, value in HTTP_DEFAULTS.items():
-        os.environ.setdefault(name, value)
+    _limit_patience()
     uri = tracking_uri()
     try:
         mlflow.set_tracking_uri(uri)
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow raises what its stores and HTTP libraries raise
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
         msg = f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers ({reason})"
         raise InputError(msg) from error
     return client
+
+
+def _limit_patience() -> None:
+    """Let calls to a server that is down fail soon; the user's own settings count more."""
+    for name, value in HTTP_DEFAULTS.items():
+        os.environ.setdefault(name, value)
 
 
 def start_run(client: MlflowClient, *, experiment: str, name: str, config: Section) -> str:
@@ -99,7 +104,8 @@ def running(client: MlflowClient, run_id: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        client.set_terminated(run_id, "FAILED")
+        with suppress(Exception):  # a server that is down too must not hide the first error
+            client.set_terminated(run_id, "FAILED")
         raise
     client.set_terminated(run_id, "FINISHED")
 
@@ -123,6 +129,7 @@ class RunLog:
     """
 
     def __init__(self, run_id: str, uri: str, folder: Path) -> None:
+        _limit_patience()
         folder.mkdir(parents=True, exist_ok=True)
         self._run_id = run_id
         self._uri = uri
@@ -131,13 +138,22 @@ class RunLog:
         self._delivered = folder / "metrics.delivered"
         self._wake = threading.Condition()
         self._closing = False
-        self._lines.touch()
+        self._newest = self._recover()
         self._thread = threading.Thread(target=self._deliver, daemon=True, name="mlflow")
         self._thread.start()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Log values of this step under names of the form ``section/name``."""
-        self._append({"step": step, "time": int(time.time() * 1000), "metrics": dict(values)})
+        """Log values of this step under names of the form ``section/name``.
+
+        A step that was logged before is left out: a resumed run repeats the steps after its
+        checkpoint.
+        """
+        new = {
+            name: value for name, value in values.items() if step > self._newest.get(name, -1)
+        }
+        if new:
+            self._newest |= dict.fromkeys(new, step)
+            self._append({"step": step, "time": int(time.time() * 1000), "metrics": new})
 
     def picture(self, name: str, image: Image) -> None:
         """Log an image as the artifact ``name``."""
@@ -152,6 +168,19 @@ class RunLog:
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
             logger.warning("MLflow does not answer; undelivered metrics are in %s", self._lines)
+
+    def _recover(self) -> dict[str, int]:
+        """End a line that a crash cut off; return the newest step of each metric there is."""
+        newest: dict[str, int] = {}
+        with self._lines.open("a+") as stream:
+            stream.seek(0)
+            text = stream.read()
+            if text and not text.endswith("\n"):
+                stream.write("\n")
+        for line in text.splitlines():
+            entry = _parse(line)
+            newest |= dict.fromkeys(entry.get("metrics", {}), entry.get("step", -1))
+        return newest
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self._wake:
@@ -173,7 +202,7 @@ class RunLog:
                     self._wake.wait(RETRY_SECONDS)
                 continue
             try:
-                self._send(client, json.loads(line))
+                self._send(client, _parse(line))
             except Exception as error:  # whatever the server does must not stop training
                 logger.debug("MLflow: %s", error)
                 time.sleep(RETRY_SECONDS)
@@ -185,10 +214,18 @@ class RunLog:
         if "file" in entry:
             client.log_artifact(self._run_id, str(self._folder / entry["file"]))
             return
-        metrics = [
-            Metric(k, v, entry["time"], entry["step"]) for k, v in entry["metrics"].items()
-        ]
+        values = entry.get("metrics", {})
+        metrics = [Metric(k, v, entry["time"], entry["step"]) for k, v in values.items()]
         client.log_batch(self._run_id, metrics=metrics)
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """Return an entry of the log; a line that a crash cut off is an empty one."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
 
 
 def register_backbone(
@@ -213,14 +250,13 @@ def register_backbone(
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     versions = client.search_model_versions(f"name = '{name}'")
-    for registered in versions:
-        if registered.run_id == run_id:
-            return f"models:/{name}/{registered.version}"
-    client.log_artifacts(run_id, str(folder), BACKBONE_FOLDER)
-    new = client.create_model_version(
-        name, f"runs:/{run_id}/{BACKBONE_FOLDER}", run_id, tags=dict(tags)
-    )
-    client.set_registered_model_alias(name, CHALLENGER, new.version)
+    new = next((version for version in versions if version.run_id == run_id), None)
+    if new is None:
+        client.log_artifacts(run_id, str(folder), BACKBONE_FOLDER)
+        source = f"runs:/{run_id}/{BACKBONE_FOLDER}"
+        new = client.create_model_version(name, source, run_id, tags=dict(tags))
+    if all(int(version.version) <= int(new.version) for version in versions):
+        client.set_registered_model_alias(name, CHALLENGER, new.version)
     if _is_better(new, _version_by_alias(client, name, CHAMPION)):
         client.set_registered_model_alias(name, CHAMPION, new.version)
     return f"models:/{name}/{new.version}"
@@ -241,11 +277,12 @@ def load_backbone(uri: str) -> nn.Module:
             mlflow.artifacts.download_artifacts(uri, tracking_uri=client.tracking_uri)
         )
         description = json.loads((folder / DESCRIPTION_FILE).read_text())
-    except (MlflowException, OSError, ValueError) as error:
-        msg = f"{uri}: cannot be loaded ({str(error).strip().splitlines()[0]})"
+        backbone = build_backbone(description["backbone"])
+        load_backbone_weights(backbone, folder / WEIGHTS_FILE)
+    except (MlflowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).partition(": ")[2] if isinstance(error, InputError) else repr(error)
+        msg = f"{uri}: cannot be loaded ({' '.join(reason.split())[:300]})"
         raise InputError(msg) from error
-    backbone = build_backbone(description["backbone"])
-    load_backbone_weights(backbone, folder / WEIGHTS_FILE)
     return backbone.eval()
 
 

@@ -34,7 +34,7 @@ def views_of(config: PretrainConfig, *, for_keys: bool) -> Views:
 
 
 def terms_of(model: UPReID, config: PretrainConfig) -> dict[str, Tensor]:
-    keys = model.encode_keys(views_of(config, for_keys=True))
+    keys = model.encode_keys(views_of(config, for_keys=True), statistics_momentum=0.1)
     return model(views_of(config, for_keys=False), keys, statistics_momentum=0.1)
 
 
@@ -130,14 +130,16 @@ def test_no_term_has_a_gradient_for_the_key_encoder_or_the_queue(model, term):
 
 
 def test_keys_carry_no_gradient(model):
-    assert not model.encode_keys(views_of(TINY, for_keys=True)).requires_grad
+    assert not model.encode_keys(
+        views_of(TINY, for_keys=True), statistics_momentum=0.1
+    ).requires_grad
 
 
 def test_keys_are_the_view_the_original_and_the_patches_in_this_order():
     model = float64_state().model
     views = views_of(TINY, for_keys=True)
 
-    keys = model.encode_keys(views)
+    keys = model.encode_keys(views, statistics_momentum=0.1)
 
     with torch.no_grad():
         expected = [
@@ -163,7 +165,7 @@ def test_the_view_changes_the_running_statistics_of_both_encoders():
 def test_patches_leave_the_running_statistics_of_the_query_encoder(model, original):
     other = copy.deepcopy(original)
     views = views_of(TINY, for_keys=False)
-    keys = model.encode_keys(views_of(TINY, for_keys=True))
+    keys = model.encode_keys(views_of(TINY, for_keys=True), statistics_momentum=0.1)
 
     model(views, keys, statistics_momentum=0.1)
     other(Views(views.view), keys, statistics_momentum=0.1)
@@ -175,8 +177,8 @@ def test_patches_and_originals_leave_the_running_statistics_of_the_key_encoder(m
     other = copy.deepcopy(original)
     views = views_of(TINY, for_keys=True)
 
-    model.encode_keys(views)
-    other.encode_keys(Views(views.view))
+    model.encode_keys(views, statistics_momentum=0.1)
+    other.encode_keys(Views(views.view), statistics_momentum=0.1)
 
     assert_equal(buffers(model.key_encoder), buffers(other.key_encoder))
 
@@ -217,7 +219,10 @@ def test_embeddings_and_losses_stay_fp32_under_bf16():
     config = tiny({"training.precision": "bf16"})
     model = model_of(config)
 
-    assert model.encode_keys(views_of(config, for_keys=True)).dtype == torch.float32
+    assert (
+        model.encode_keys(views_of(config, for_keys=True), statistics_momentum=0.1).dtype
+        == torch.float32
+    )
     assert {term.dtype for term in terms_of(model, config).values()} == {torch.float32}
 
 

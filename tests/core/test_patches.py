@@ -56,11 +56,3 @@ def test_pixels_within_a_patch_are_neighbours():
     patch = cut_patches(coordinates(6, 4), rows=3, columns=2)[0, 3]
 
     assert patch.tolist() == [[[2, 2], [3, 3]], [[2, 3], [2, 3]]]
-
-
-def test_patches_are_a_copy():
-    images = torch.zeros(1, 3, 4, 4)
-
-    cut_patches(images, rows=2, columns=1).fill_(1)
-
-    assert_close(images, torch.zeros(1, 3, 4, 4))

@@ -48,6 +48,9 @@ def load_backbone_weights(backbone: nn.Module, file: str | Path) -> None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         msg = f"--model.pretrained {file}: cannot be read as weights ({reason[:200]})"
         raise InputError(msg) from error
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        msg = f"--model.pretrained {file}: holds no state dict"
+        raise InputError(msg)
     weights = {name: w for name, w in weights.items() if not name.startswith("fc.")}
     expected = backbone.state_dict()
     differing = sorted(

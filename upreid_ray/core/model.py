@@ -96,15 +96,16 @@ class UPReID(nn.Module):
         return {"loss": total, **terms}
 
     @torch.no_grad()
-    def encode_keys(self, views: Views) -> Tensor:
-        """Encode one group with the key encoder.
+    def encode_keys(self, views: Views, *, statistics_momentum: float) -> Tensor:
+        """Encode one group with the key encoder, whose running statistics take it in too.
 
         Returns:
             ``[B, E, D]``: for each image the embeddings of its view, of its original if it has
             one, and of its P patches if it has them, in this order.
         """
         with self._autocast(views.view):
-            parts = [self.key_encoder(views.view)[:, None]]
+            with running_statistics(self.key_encoder, momentum=statistics_momentum):
+                parts = [self.key_encoder(views.view)[:, None]]
             if views.original is not None:
                 with running_statistics(self.key_encoder, momentum=0):
                     parts.append(self.key_encoder(views.original)[:, None])

@@ -18,7 +18,7 @@ def cut_patches(images: Tensor, *, rows: int, columns: int) -> Tensor:
         columns: Patches from left to right.
 
     Returns:
-        ``[B, P, C, H // rows, W // columns]``, a copy.
+        ``[B, P, C, H // rows, W // columns]``; may share memory with ``images``.
     """
     batch, channels, height, width = images.shape
     patch_height, patch_width = height // rows, width // columns

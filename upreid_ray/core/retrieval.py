@@ -85,7 +85,7 @@ def retrieval_scores(
 
     rank = kept.cumsum(dim=1)  # of the images that are left, beginning at 1
     num_hits = hit.cumsum(dim=1)
-    precision = torch.where(hit, num_hits / rank.clamp(min=1), 0).double()
+    precision = torch.where(hit, num_hits.double() / rank.clamp(min=1), 0)
     average_precision = precision.sum(dim=1) / num_hits[:, -1]
     first_rank = rank.gather(1, hit.int().argmax(dim=1, keepdim=True)).squeeze(1)
     last_rank = torch.where(hit, rank, 0).amax(dim=1)

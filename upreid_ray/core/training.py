@@ -205,11 +205,14 @@ def encode_all_keys(
     shuffled = distributed.permute_rows(images, draw.shuffle)
     first = distributed.rank() * len(images)
     keys = []
-    for start in range(0, len(images), group_size):
+    num_groups = len(images) // group_size
+    for group in range(num_groups):
+        start = group * group_size
         here = slice(start, start + group_size)
         sources = draw.shuffle[first + start : first + start + group_size]
         views = render_views(shuffled[here], draw.key.rows(sources), config, for_keys=True)
-        keys.append(model.encode_keys(views))
+        momentum = group_momentum(group, num_groups)
+        keys.append(model.encode_keys(views, statistics_momentum=momentum))
     gathered = distributed.gather_rows(torch.cat(keys))
     return gathered[draw.shuffle.argsort().to(gathered.device, non_blocking=True)]
 

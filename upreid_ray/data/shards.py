@@ -257,7 +257,11 @@ def usable_image(encoded: bytes, *, max_height: int | None) -> bytes:
         and not too_high
     ):
         return encoded
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut instead of scale
+        scaled = np.asarray(image).astype(np.uint32) >> 8
+        upright = Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+    else:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
     if max_height is not None and upright.height > max_height:
         width = max(1, round(upright.width * max_height / upright.height))
         upright = upright.resize((width, max_height), Image.Resampling.LANCZOS)
@@ -337,9 +341,11 @@ def _encode(plan: ShardPlan) -> tuple[bytes, list[dict[str, str]]]:
     rows, refused = [], []
     for record in plan.records:
         try:
+            record.key.encode()  # file names need not be text
             image = usable_image(record.read(), max_height=plan.max_height)
         except (ValueError, OSError) as error:
-            refused.append({"key": record.key, "reason": _first_line(error)})
+            key = record.key.encode(errors="backslashreplace").decode()
+            refused.append({"key": key, "reason": _first_line(error)})
             continue
         rows.append(
             {

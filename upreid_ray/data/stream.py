@@ -181,8 +181,10 @@ class TrainingImages:
         ranges = self._groups.ranges(order, block.start, block.stop)
         encoded = _read_rows(self._uri, ranges, ["image"]).column("image")
         shuffle = np.random.default_rng((seed, block.epoch, block.start))
-        rows = shuffle.permutation(len(encoded))[block.skip :]
-        return _decode(encoded.take(pa.array(rows)), data.height, data.width)
+        rows = shuffle.permutation(len(encoded))
+        columns = _decode(encoded.take(pa.array(rows)), data.height, data.width)
+        # What was seen is decoded too: a later image may be replaced by one of these.
+        return {name: column[block.skip :] for name, column in columns.items()}
 
     def batches(
         self, rounds: Iterable[Round], blocks: Iterator[Columns], num_workers: int
@@ -306,7 +308,7 @@ def _open_shard(uri: str, name: str) -> pq.ParquetFile:
 
 
 def _decode(encoded: pa.ChunkedArray, height: int, width: int) -> Columns:
-    """Decode and resize images; what does not decode repeats the image before it."""
+    """Decode and resize images; what does not decode repeats one that does."""
     images = np.zeros((len(encoded), 3, height, width), np.uint8)
     decoded = np.zeros(len(encoded), bool)
     for row, content in enumerate(encoded):
@@ -315,8 +317,13 @@ def _decode(encoded: pa.ChunkedArray, height: int, width: int) -> Columns:
             image.draft("RGB", (width, height))  # JPEG decodes at half the size for less
             pixels = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
         except (OSError, SyntaxError, ValueError):  # what Pillow's decoders raise
-            images[row] = images[row - 1]
+            continue
         else:
             images[row] = np.asarray(pixels).transpose(2, 0, 1)
             decoded[row] = True
+    if decoded.any():
+        # The nearest decoded image before, or the first one where there is none before.
+        source = np.maximum.accumulate(np.where(decoded, np.arange(len(decoded)), -1))
+        source[source < 0] = decoded.argmax()
+        images[~decoded] = images[source[~decoded]]
     return {"image": images, "decoded": decoded}
