@@ -286,10 +286,13 @@ class Job:
         """Tell whether a step is logged that a resumed run takes again."""
         if not self.has_checkpoint():
             return False
-        known = json.loads((self.run / "checkpoint_manager_snapshot.json").read_text())
-        newest = known["latest_checkpoint_result"]["metrics"]["step"]
-        lines = (self.run / "metrics.jsonl").read_text().splitlines()
-        return any(json.loads(line).get("step", 0) > newest for line in lines)
+        try:
+            known = json.loads((self.run / "checkpoint_manager_snapshot.json").read_text())
+            newest = known["latest_checkpoint_result"]["metrics"]["step"]
+            lines = (self.run / "metrics.jsonl").read_text().splitlines()
+            return any(json.loads(line).get("step", 0) > newest for line in lines)
+        except ValueError:  # one of them is being written
+            return False
 
     def result(self) -> dict[str, object]:
         """Wait for the end; return what the last line says."""
