@@ -9,7 +9,9 @@ Examples:
   python jobs/prepare.py synthetic --out people
 """
 
+import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -29,10 +31,12 @@ def main() -> dict[str, Any]:
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder or URI of the shards"
     )
-    parser.add_argument("--seed", type=_natural, default=0, help="of the order of the images")
+    parser.add_argument(
+        "--seed", type=_at_least(0), default=0, help="of the order of the images"
+    )
     parser.add_argument(
         "--max-height",
-        type=_natural,
+        type=_at_least(1),
         metavar="PIXELS",
         help="shrink higher images to this height",
     )
@@ -62,12 +66,17 @@ def main() -> dict[str, Any]:
     }
 
 
-def _natural(text: str) -> int:
-    """Read a whole number that is not negative."""
-    number = int(text)
-    if number < 0:
-        raise ValueError
-    return number
+def _at_least(least: int) -> Callable[[str], int]:
+    """Return what reads a whole number that is not less than this."""
+
+    def read(text: str) -> int:
+        number = int(text)
+        if number < least:
+            msg = f"must be at least {least} (got {number})"
+            raise argparse.ArgumentTypeError(msg)
+        return number
+
+    return read
 
 
 def _table(manifest: Manifest) -> Table:

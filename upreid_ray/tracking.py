@@ -314,6 +314,7 @@ def _commit() -> str:
         "--dirty",
     ]
     try:
+        # A fixed command line, but for the place of this file.
         done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -221,7 +221,10 @@ def test_without_momentum_normalization_is_still_by_batch():
 def test_the_momentum_of_running_statistics_is_restored_after_an_error():
     norm = nn.BatchNorm2d(3)
 
-    with pytest.raises(ValueError), running_statistics(norm, momentum=0):  # noqa: PT011
+    with (
+        pytest.raises(ValueError, match="4D input"),
+        running_statistics(norm, momentum=0),
+    ):
         norm(torch.zeros(1))
 
     assert (norm.momentum, norm.track_running_stats) == (0.1, True)

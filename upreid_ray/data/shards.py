@@ -194,18 +194,7 @@ def write_shards(
         msg = f"--out {uri}: cannot be written ({_first_line(error)})"
         raise InputError(msg) from error
 
-    tasks = ray.data.from_items(
-        [{"plan": pickle.dumps(plan)} for plan in plans], override_num_blocks=len(plans)
-    )
-    results = tasks.map(lambda row: _write_planned(pickle.loads(row["plan"])))  # noqa: S301
-    results.context.enable_progress_bars = False
-    shards: list[Shard] = []
-    refused: list[Refused] = []
-    for row in results.iter_rows():
-        shard, left_out = row["shard"], row["refused"]
-        shards.append(Shard.model_validate_json(shard))
-        refused += [Refused(**entry) for entry in json.loads(left_out)]
-        on_progress(shards[-1].num_images + len(json.loads(left_out)))
+    shards, refused = _write_all(plans, on_progress)
     if not any(shard.num_images for shard in shards):
         first = refused[0]
         msg = (
@@ -298,6 +287,26 @@ def _plan_shards(
                 )
             )
     return plans
+
+
+def _write_all(
+    plans: Sequence[ShardPlan], on_progress: Callable[[int], None]
+) -> tuple[list[Shard], list[Refused]]:
+    """Write the shards in Ray Data tasks; return them and what was refused, in any order."""
+    tasks = ray.data.from_items(
+        [{"plan": pickle.dumps(plan)} for plan in plans], override_num_blocks=len(plans)
+    )
+    # These pickles are the ones of the line above, not anybody's files.
+    results = tasks.map(lambda row: _write_planned(pickle.loads(row["plan"])))  # noqa: S301
+    results.context.enable_progress_bars = False
+    shards: list[Shard] = []
+    refused: list[Refused] = []
+    for row in results.iter_rows():
+        left_out = [Refused(**entry) for entry in json.loads(row["refused"])]
+        shards.append(Shard.model_validate_json(row["shard"]))
+        refused += left_out
+        on_progress(shards[-1].num_images + len(left_out))
+    return shards, refused
 
 
 def _write_planned(plan: ShardPlan) -> dict[str, str]:
