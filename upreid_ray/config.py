@@ -261,8 +261,8 @@ class TrainingConfig(Section):
     """Images of one step, over all workers."""
     group_size: Annotated[int, Field(ge=2)] = 320
     """Images that batch normalization sees together; a worker processes one group at a time."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Of the forward passes; weights and losses stay in fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward passes; auto is bf16 where the device multiplies it. Weights stay fp32."""
     log_every_steps: PositiveInt = 20
     """Steps between two entries of the training metrics."""
 

@@ -226,6 +226,20 @@ def test_embeddings_and_losses_stay_fp32_under_bf16():
     assert {term.dtype for term in terms_of(model, config).values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("can", [True, False])
+def test_auto_is_bf16_where_the_device_multiplies_it(monkeypatch, can):
+    monkeypatch.setattr("upreid_ray.core.model.multiplies_bf16", lambda _: can)
+    images = {}
+    for precision in ("auto", "bf16" if can else "fp32"):
+        config = tiny({"training.precision": precision})
+        images[precision] = model_of(config).encode_keys(
+            views_of(config, for_keys=True), statistics_momentum=0.1
+        )
+
+    first, second = images.values()
+    assert first.equal(second)
+
+
 def test_small_patches_have_a_sound_gradient_under_bf16():
     # oneDNN's bf16 weight gradient of a strided convolution over one pixel holds whatever was
     # in its memory (torch 2.15 on CPUs), which patches of 16 pixels would reach.

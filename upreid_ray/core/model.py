@@ -5,6 +5,7 @@ Dimensions: B images of a group, P patches of an image, D embedding size.
 
 import copy
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,15 @@ from upreid_ray.core.key_queue import KeyQueue
 from upreid_ray.core.losses import global_consistency, info_nce, intrinsic_contrastive
 
 SMALLEST_CPU_BF16 = 16
+
+
+@cache
+def multiplies_bf16(device: torch.device) -> bool:
+    """Tell whether the device has instructions for bf16; without, it is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class UPReID(nn.Module):
         super().__init__()
         self.loss = config.loss
         self.patches = config.patches
-        self.bf16 = config.training.precision == "bf16"
+        self.precision = config.training.precision
         self.query_encoder = Encoder(config.model)
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
         self.queue = KeyQueue(config.model.queue_size, config.model.embedding_dim)
@@ -129,9 +139,12 @@ class UPReID(nn.Module):
             return encoder(flat).unflatten(0, patches.shape[:2])
 
     def _autocast(self, images: Tensor) -> torch.autocast:
+        bf16 = self.precision == "bf16" or (
+            self.precision == "auto" and multiplies_bf16(images.device)
+        )
         # oneDNN's bf16 weight gradient of a strided convolution over a single pixel holds
         # uninitialized memory (torch 2.15, CPU): images of 16 pixels and less reach that.
         is_safe = images.device.type != "cpu" or min(images.shape[-2:]) > SMALLEST_CPU_BF16
         return torch.autocast(
-            images.device.type, dtype=torch.bfloat16, enabled=self.bf16 and is_safe
+            images.device.type, dtype=torch.bfloat16, enabled=bf16 and is_safe
         )
