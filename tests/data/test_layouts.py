@@ -1,13 +1,20 @@
 """Folders and the synthetic set become records."""
 
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from upreid_ray.config import InputError, SyntheticConfig
-from upreid_ray.data.layouts import folder_records, synthetic_records
+from upreid_ray.data.layouts import (
+    KNOWN_SETS,
+    Record,
+    folder_records,
+    label_warnings,
+    synthetic_records,
+)
 
 PEOPLE = SyntheticConfig(
     num_train_identities=1, num_test_identities=1, num_unlabeled_identities=1, height=64
@@ -76,6 +83,144 @@ def test_a_name_that_is_not_of_market_is_refused(tmp_path, name):
 
     with pytest.raises(InputError, match=rf"^\S+/query/{name}: [^\n]+$"):
         folder_records(str(tmp_path))
+
+
+def labels(records: list[Record]) -> set[tuple[str, int | None, int | None, str]]:
+    return {(each.key, each.pid, each.camid, each.split) for each in records}
+
+
+@pytest.mark.parametrize("folders", [("train", "test"), ("mask_train_v2", "mask_test_v2")])
+def test_msmt17_takes_persons_from_its_lists_and_cameras_from_names(tmp_path, folders):
+    train, test = folders
+    lists = {
+        "list_train.txt": "0000/0000_000_01_0303morning_0015_0.jpg 0",
+        "list_val.txt": "0001/0001_015_14_0113noon_1056_1.jpg 1",
+        "list_query.txt": "0000/0000_003_05_0303noon_0100_0.jpg 0",
+        "list_gallery.txt": "0000/0000_004_12_0303noon_0207_1.jpg 0",
+    }
+    for name, line in lists.items():
+        part = test if name in {"list_query.txt", "list_gallery.txt"} else train
+        put(tmp_path, f"{part}/{line.split()[0]}")
+        (tmp_path / name).write_text(line + "\n")
+
+    # Person 0 is a person, and person 0 of the test part is another one.
+    assert labels(folder_records(str(tmp_path))) == {
+        (f"{train}/0000/0000_000_01_0303morning_0015_0.jpg", 0, 1, "train"),
+        (f"{train}/0001/0001_015_14_0113noon_1056_1.jpg", 1, 14, "train"),
+        (f"{test}/0000/0000_003_05_0303noon_0100_0.jpg", 2, 5, "query"),
+        (f"{test}/0000/0000_004_12_0303noon_0207_1.jpg", 2, 12, "gallery"),
+    }
+
+
+def test_the_market_style_copy_of_msmt17_keeps_person_0(tmp_path):
+    put(tmp_path, "bounding_box_train/0000_c15_0001.jpg", "bounding_box_test/0000_c2_0001.jpg")
+
+    assert {(each.pid, each.camid) for each in folder_records(str(tmp_path))} == {
+        (0, 15),
+        (0, 2),
+    }
+
+
+def test_cuhk03_np_is_read_in_either_version(tmp_path):
+    names = ["bounding_box_train/0003_c1_21.png", "query/0001_c2_402.png"]
+    put(tmp_path / "labeled", *names, "bounding_box_test/0001_c1_401.png")
+    put(tmp_path / "detected", *names)
+
+    assert {
+        (each.pid, each.camid, each.split) for each in folder_records(str(tmp_path / "labeled"))
+    } == {(3, 1, "train"), (1, 2, "query"), (1, 1, "gallery")}
+    with pytest.raises(InputError, match=r"several versions .* such as \S+/labeled$"):
+        folder_records(str(tmp_path))
+
+
+def test_personx_names_give_person_and_camera(tmp_path):
+    put(
+        tmp_path,
+        "bounding_box_train/0005_c12_03.jpg",
+        "query/0411_c3_01.jpg",
+        "bounding_box_test/0411_c8_02.jpg",
+    )
+
+    found = {(each.pid, each.camid) for each in folder_records(str(tmp_path))}
+    assert found == {(5, 12), (411, 3), (411, 8)}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("0000/0000_000_01_morning.jpg", "not a line of MSMT17"),
+        ("0000/portrait.jpg 0", "not a line of MSMT17"),
+        ("0000/0000_000_01_0303morning_0015_0.jpg 0", "cannot be read"),
+    ],
+)
+def test_lists_of_msmt17_that_lead_nowhere_are_refused(tmp_path, line, message):
+    put(tmp_path, "train/0000/another.jpg", "test/another.jpg")
+    (tmp_path / "list_train.txt").write_text(line)
+
+    with pytest.raises(InputError, match=rf"^[^\n]*{message}[^\n]*$"):
+        folder_records(str(tmp_path))
+
+
+def test_lists_of_msmt17_without_its_folders_are_refused(tmp_path):
+    (tmp_path / "list_query.txt").write_text("")
+
+    with pytest.raises(InputError, match=r"neither train/ and test/ or mask_train_v2/"):
+        folder_records(str(tmp_path))
+
+
+@dataclass(frozen=True)
+class Label:
+    """A record of which only the labels count."""
+
+    split: str
+    pid: int
+    camid: int
+    key: str = ""
+    num_bytes: int = 0
+
+    def read(self) -> bytes:
+        return b""
+
+
+def records_of(name: str) -> list[Label]:
+    """Make labels with the counts of a known set."""
+    counts = KNOWN_SETS[name]
+    sizes = {
+        "train": counts.train_images,
+        "query": counts.query_images,
+        "gallery": counts.gallery_images,
+    }
+    return [
+        Label(split, 1 + i % counts.train_persons + 10_000 * (split != "train"), camid)
+        for split, size in sizes.items()
+        for i in range(size)
+        for camid in [i % counts.cameras]
+    ]
+
+
+@pytest.mark.parametrize("name", ["Market-1501", "CUHK03-NP labeled", "CUHK03-NP detected"])
+def test_a_whole_known_set_brings_no_warning(name):
+    assert label_warnings(records_of(name)) == []
+
+
+def test_a_known_set_that_is_not_whole_is_named_with_its_counts():
+    records = records_of("CUHK03-NP detected")[1:]
+
+    assert label_warnings(records) == [
+        "not the whole CUHK03-NP detected: 7364 train images instead of 7365"
+    ]
+
+
+def test_an_unknown_set_brings_no_warning():
+    assert label_warnings([Label("train", 1, 1), Label("query", 2, 1)]) == []
+
+
+def test_persons_in_train_and_test_are_counted():
+    records = [Label("train", 7, 1), Label("query", 7, 1), Label("gallery", 7, 2)]
+
+    assert label_warnings(records) == [
+        "1 persons are in train and in query or gallery, such as 7"
+    ]
 
 
 def test_a_plain_tree_gives_unlabeled_images_of_every_depth_and_case(tmp_path):

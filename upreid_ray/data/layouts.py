@@ -1,12 +1,17 @@
 """Where images come from: folder layouts and the synthetic set -> records.
 
 A record says what an image is, without its pixels; `read` brings the encoded bytes.
+
+Layouts of labelled sets (Market-1501, Zheng et al. 2015; MSMT17, Wei et al. 2018,
+https://arxiv.org/abs/1711.08565; CUHK03-NP, Zhong et al. 2017,
+https://arxiv.org/abs/1701.08398; PersonX, Sun and Zheng 2019,
+https://arxiv.org/abs/1812.02162) are told apart by their folders.
 """
 
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -24,8 +29,20 @@ MARKET_FOLDERS: dict[str, Split] = {
     "query": "query",
     "bounding_box_test": "gallery",
 }
-MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)")
+MARKET_NAME = re.compile(r"(-?\d+)_c(-?\d+)")
 JUNK_PID = -1
+DISTRACTOR_PID = 0
+# First and second version of MSMT17: folder of training images, folder of test images.
+MSMT17_FOLDERS = (("train", "test"), ("mask_train_v2", "mask_test_v2"))
+MSMT17_LISTS: dict[str, Split] = {
+    "list_train.txt": "train",
+    "list_val.txt": "train",
+    "list_query.txt": "query",
+    "list_gallery.txt": "gallery",
+}
+MSMT17_CAMERA = 2  # place of the camera among the parts of a file name
+# Folders of downloads that hold two versions of one set, side by side.
+VERSIONS = ("labeled", "detected", "MSMT17_V1", "MSMT17_V2")
 
 
 class Record(Protocol):
@@ -128,22 +145,30 @@ def synthetic_records(config: SyntheticConfig) -> list[Record]:
 
 
 def folder_records(source: str) -> list[Record]:
-    """Return the records of a folder: Market-1501's layout if it has it, else a plain tree.
+    """Return the records of a folder: a labelled layout if it has one, else a plain tree.
 
-    A folder with ``bounding_box_train`` has Market-1501's layout; junk (pid -1) is left out,
-    distractors (pid 0) stay. In a plain tree of any depth all images are unlabeled.
+    - ``bounding_box_train`` or ``bounding_box_test``: Market-1501's layout, in which PersonX,
+      CUHK03-NP and copies of MSMT17 come too. Junk (pid -1) is left out, distractors (pid 0)
+      stay.
+    - ``list_query.txt`` or ``list_train.txt``: MSMT17, both versions. The validation images
+      belong to the train split, as in its paper's counts; test persons, whose numbers begin at
+      0 again, follow the train persons.
+    - Anything else: a plain tree of any depth, in which all images are unlabeled.
 
     Raises:
-        InputError: The folder cannot be read, or has no images.
+        InputError: The folder cannot be read, has no images, or breaks the rules of its layout.
     """
     root = Path(source)
     if not root.is_dir():
         kind = "is not a folder" if root.exists() else "does not exist"
         msg = f"{source}: {kind}; give a folder of images or 'synthetic'"
         raise InputError(msg)
-    is_market = (root / "bounding_box_train").is_dir()
+    versions = [root / name for name in VERSIONS if _layout(root / name) is not _tree_files]
+    if versions:
+        msg = f"{source}: holds several versions of a set; give one, such as {versions[0]}"
+        raise InputError(msg)
     try:
-        records = list(_market_files(root) if is_market else _tree_files(root))
+        records = list(_layout(root)(root))
     except OSError as error:
         msg = f"{error.filename}: cannot be read ({error.strerror})"
         raise InputError(msg) from error
@@ -154,6 +179,77 @@ def folder_records(source: str) -> list[Record]:
     return sorted(records, key=lambda record: record.key)
 
 
+@dataclass(frozen=True)
+class SetCounts:
+    """What is counted of a labelled set; without junk, with distractors."""
+
+    train_persons: int
+    train_images: int
+    query_images: int
+    gallery_images: int
+    cameras: int
+
+
+KNOWN_SETS = {
+    "Market-1501": SetCounts(751, 12_936, 3_368, 15_913, 6),
+    "MSMT17": SetCounts(1_041, 32_621, 11_659, 82_161, 15),
+    "CUHK03-NP labeled": SetCounts(767, 7_368, 1_400, 5_328, 2),
+    "CUHK03-NP detected": SetCounts(767, 7_365, 1_400, 5_332, 2),
+    "PersonX": SetCounts(410, 9_840, 5_136, 30_816, 6),
+}
+NUM_COUNTS_TO_KNOW = 2  # equal counts that tell which set it is
+
+
+def label_warnings(records: Sequence[Record]) -> list[str]:
+    """Return what is odd about the labels of a set, a line each.
+
+    A set that has some counts of a known one, but not all, is incomplete or changed. A person
+    in both train and test makes scores too good.
+    """
+    warnings = []
+    of_split = {
+        split: [record for record in records if record.split == split]
+        for split in ("train", "query", "gallery")
+    }
+    persons = {
+        split: {record.pid for record in members if record.pid is not None}
+        for split, members in of_split.items()
+    }
+    counts = SetCounts(
+        train_persons=len(persons["train"]),
+        train_images=len(of_split["train"]),
+        query_images=len(of_split["query"]),
+        gallery_images=len(of_split["gallery"]),
+        cameras=len({record.camid for record in records if record.camid is not None}),
+    )
+    differing = {
+        name: [
+            f"{getattr(counts, field)} {field.replace('_', ' ')} instead of {expected}"
+            for field, expected in vars(known).items()
+            if getattr(counts, field) != expected
+        ]
+        for name, known in KNOWN_SETS.items()
+    }
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    if 0 < len(differing[nearest]) <= len(vars(counts)) - NUM_COUNTS_TO_KNOW:
+        warnings.append(f"not the whole {nearest}: {', '.join(differing[nearest])}")
+    both = persons["train"] & (persons["query"] | persons["gallery"]) - {DISTRACTOR_PID}
+    if both:
+        warnings.append(
+            f"{len(both)} persons are in train and in query or gallery, such as {min(both)}"
+        )
+    return warnings
+
+
+def _layout(root: Path) -> Callable[[Path], Iterator[ImageFile]]:
+    """Return what reads a folder."""
+    if any((root / name).is_dir() for name in ("bounding_box_train", "bounding_box_test")):
+        return _market_files
+    if any((root / name).is_file() for name in ("list_train.txt", "list_query.txt")):
+        return _msmt17_files
+    return _tree_files
+
+
 def _market_files(root: Path) -> Iterator[ImageFile]:
     for folder, split in MARKET_FOLDERS.items():
         if not (root / folder).is_dir():
@@ -161,11 +257,43 @@ def _market_files(root: Path) -> Iterator[ImageFile]:
         for path in _images(root / folder):
             match = MARKET_NAME.match(path.name)
             if match is None:
-                msg = f"{path}: not a Market-1501 file name, such as 0002_c1s1_000451_03.jpg"
+                msg = (
+                    f"{path}: no person and camera in its name, such as 0002_c1s1_000451_03.jpg"
+                )
                 raise InputError(msg)
             pid, camid = int(match[1]), int(match[2])
             if pid != JUNK_PID:
                 yield _image_file(path, root, split, pid, camid)
+
+
+def _msmt17_files(root: Path) -> Iterator[ImageFile]:
+    folders = [pair for pair in MSMT17_FOLDERS if (root / pair[0]).is_dir()]
+    if not folders:
+        expected = " or ".join(f"{train}/ and {test}/" for train, test in MSMT17_FOLDERS)
+        msg = f"{root}: has lists of MSMT17 but neither {expected}"
+        raise InputError(msg)
+    train_folder, test_folder = folders[0]
+    num_train_persons = 0
+    for name, split in MSMT17_LISTS.items():
+        if not (root / name).is_file():
+            continue
+        folder = root / (train_folder if split == "train" else test_folder)
+        for line in (root / name).read_text().splitlines():
+            image, _, number = line.strip().rpartition(" ")
+            parts = Path(image).name.split("_")
+            if (
+                not number.isdigit()
+                or len(parts) <= MSMT17_CAMERA
+                or not parts[MSMT17_CAMERA].isdigit()
+            ):
+                msg = f"{root / name}: not a line of MSMT17: {line[:80]!r}"
+                raise InputError(msg)
+            pid = int(number)
+            if split == "train":
+                num_train_persons = max(num_train_persons, pid + 1)
+            else:
+                pid += num_train_persons
+            yield _image_file(folder / image, root, split, pid, int(parts[MSMT17_CAMERA]))
 
 
 def _tree_files(root: Path) -> Iterator[ImageFile]:
