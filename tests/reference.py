@@ -83,6 +83,16 @@ def intrinsic_contrastive(
     return mean(losses)
 
 
+def batch_hard_triplet(features: Sequence[Vector], pids: Sequence[int], margin: float) -> float:
+    losses = []
+    for anchor, pid in zip(features, pids, strict=True):
+        distances = [(math.dist(anchor, f), p) for f, p in zip(features, pids, strict=True)]
+        positive = max(distance for distance, other in distances if other == pid)
+        negative = min(distance for distance, other in distances if other != pid)
+        losses.append(max(0.0, positive - negative + margin))
+    return mean(losses)
+
+
 def retrieval(
     distances: Sequence[Vector],
     query_ids: Sequence[tuple[int, int]],
@@ -117,3 +127,47 @@ def retrieval(
         mean(inverse_penalties),
         len(precisions),
     )
+
+
+def reranked(
+    distances: Sequence[Sequence[float]], num_queries: int, k1: int, k2: int, weight: float
+) -> list[list[float]]:
+    """Return k-reciprocal re-ranked distances of queries and gallery images.
+
+    Zhong et al. 2017, equations 1 to 12, from the squared distances of all images, the
+    queries first.
+    """
+    images = range(len(distances))
+    relative = [[d / max(row) for d in row] for row in distances]
+    ranking = [sorted(images, key=lambda j: row[j]) for row in distances]
+
+    def reciprocal(i: int, k: int) -> set[int]:
+        return {j for j in ranking[i][: k + 1] if i in ranking[j][: k + 1]}
+
+    encodings = []
+    for i in images:
+        near = reciprocal(i, k1)
+        expanded = set(near)
+        for j in near:
+            candidates = reciprocal(j, round(k1 / 2))
+            if 3 * len(candidates & near) > 2 * len(candidates):
+                expanded |= candidates
+        weights = {j: math.exp(-relative[i][j]) for j in expanded}
+        total = sum(weights.values())
+        encodings.append({j: w / total for j, w in weights.items()})
+    averaged = [
+        {
+            j: mean([encodings[neighbor].get(j, 0.0) for neighbor in ranking[i][:k2]])
+            for j in images
+        }
+        for i in images
+    ]
+    result = []
+    for i in range(num_queries):
+        row = []
+        for j in images[num_queries:]:
+            smaller = sum(min(averaged[i][n], averaged[j][n]) for n in images)
+            larger = sum(max(averaged[i][n], averaged[j][n]) for n in images)
+            row.append((1 - weight) * (1 - smaller / larger) + weight * relative[i][j])
+        result.append(row)
+    return result

@@ -29,6 +29,11 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message, one line, names the flag or file."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says, as a part of one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
+
+
 def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     if bounds[0] > bounds[1]:
         msg = "the first of the two bounds must not exceed the second"
@@ -42,8 +47,10 @@ def _plain(value: Any, annotation: Any) -> Any:  # noqa: ANN401, any setting
         return value.model_dump()
     if not isinstance(value, str):
         return value
-    if NoneType in get_args(annotation) and value.lower() == "none":
-        return None
+    if NoneType in get_args(annotation):
+        if value.lower() == "none":
+            return None
+        annotation = get_args(annotation)[0]
     return value.split(",") if get_origin(annotation) is tuple else value
 
 
@@ -55,6 +62,7 @@ Color = tuple[Probability, Probability, Probability]
 Deviation = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Jitter = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=32, le=1024)]
+BackboneName = Literal["resnet18", "resnet34", "resnet50"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
@@ -208,10 +216,10 @@ class PatchesConfig(Section):
 class ModelConfig(Section):
     """The encoders and the queue of keys."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
+    backbone: BackboneName = "resnet50"
     """Torchvision's ResNet."""
     pretrained: str | None = None
-    """State-dict file (.safetensors or .pth, torchvision's names) of the backbone to start."""
+    """File of weights to start from: torchvision's, or a checkpoint of MoCo or fast-reid."""
     embedding_dim: PositiveInt = 128
     """Size of the projected embedding."""
     queue_size: PositiveInt = 65536
@@ -268,10 +276,10 @@ class TrainingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Retrieval with the frozen backbone, which picks the best checkpoint."""
+    """Retrieval on query and gallery images, which picks the best checkpoint."""
 
     shards: str | None = None
-    """Folder or URI with query and gallery splits; none takes those of the training shards."""
+    """Folder or URI with query and gallery splits; none takes those of the training set."""
     every_epochs: PositiveInt = 10
     """Epochs between two evaluations; the untrained and the final backbone are scored too."""
 
@@ -286,27 +294,34 @@ class CheckpointConfig(Section):
 
 
 class ScalingConfig(Section):
-    """The workers that train."""
+    """The processes that compute."""
 
     num_workers: PositiveInt = 8
-    """Processes that train; must divide the groups of a batch (batch_size / group_size)."""
+    """Processes; to train, they must divide the groups of a batch (batch_size / group_size)."""
     use_gpu: bool = True
-    """One GPU (and NCCL) for each worker; false trains on CPUs with Gloo."""
+    """One GPU (and NCCL) for each process; false computes on CPUs (with Gloo)."""
     cpus_per_worker: PositiveFloat = 1.0
-    """CPUs that each worker reserves; what it leaves free decodes images."""
+    """CPUs that each process reserves; what it leaves free decodes images."""
+    threads_per_worker: PositiveInt | None = None
+    """Threads of each process on CPUs; none shares the cores of a machine among them."""
 
 
-class RunConfig(Section):
-    """Where the run lives."""
+class JobConfig(Section):
+    """Where a job keeps what it makes."""
 
     name: Name | None = None
-    """Name of the run and of its folder; none makes one from the preset and the time."""
+    """Name of the run and of its folder; none makes one from the backbone and the time."""
     storage_path: str | None = None
     """Folder or URI of all runs; none takes $UPREID_RAY_STORAGE, else ./runs."""
-    max_failures: NonNegativeInt = 3
-    """Times that training starts again from its last checkpoint after a worker was lost."""
     experiment: str = "upreid"
     """MLflow experiment."""
+
+
+class RunConfig(JobConfig):
+    """Where the run lives."""
+
+    max_failures: NonNegativeInt = 3
+    """Times that training starts again from its last checkpoint after a worker was lost."""
     register_as: Name | None = None
     """Name of the registered model; none makes it from the backbone (upreid-resnet50)."""
 
@@ -382,6 +397,156 @@ class PretrainConfig(Section):
             msg = (
                 f"--patches.rows {rows} --patches.columns {columns} makes patches of less than "
                 f"{SMALLEST_PATCH} pixels from images of {self.data.height}x{self.data.width}"
+            )
+            raise ValueError(msg)
+        return self
+
+
+class LabelledDataConfig(Section):
+    """A set of persons and cameras, and the form in which a backbone sees its images."""
+
+    root: str | None = None
+    """Folder in a labelled layout, or folder or URI of shards; none draws the synthetic set."""
+    synthetic: SyntheticConfig = SyntheticConfig()
+    """The synthetic set that is drawn where no root is given."""
+    height: Pixels | None = None
+    """Height to which images are resized; none takes that of the pre-training, else 256."""
+    width: Pixels | None = None
+    """Width to which images are resized; none takes that of the pre-training, else 128."""
+    mean: Color | None = None
+    """Mean of each colour channel; none takes that of the pre-training, else ImageNet's."""
+    std: Deviation | None = None
+    """Deviation of each channel; none takes that of the pre-training, else ImageNet's."""
+
+
+class EvaluateConfig(Section):
+    """A frozen backbone scored by retrieval."""
+
+    init: str = "random"
+    """models:/NAME@ALIAS or /VERSION, a checkpoint folder, a file of weights, or random."""
+    backbone: BackboneName = "resnet50"
+    """Architecture of a random initialisation."""
+    seed: NonNegativeInt = 0
+    """Of a random initialisation."""
+    rerank: bool = False
+    """Score k-reciprocal re-ranking too."""
+    data: LabelledDataConfig = LabelledDataConfig()
+    """Images."""
+    scaling: ScalingConfig = ScalingConfig(num_workers=1, use_gpu=False)
+    """Actors that compute features."""
+    run: JobConfig = JobConfig()
+    """Storage and names."""
+
+
+class SubsetConfig(Section):
+    """A part of the training images, for experiments with few labels."""
+
+    persons: Share = 1.0
+    """Share of the persons; a smaller share is a part of each larger one."""
+    images: Share = 1.0
+    """Share of the images of each person, one at least; nested like persons."""
+
+
+class FinetuneAugmentationConfig(Section):
+    """How a view is drawn from an image."""
+
+    flip_probability: Probability = 0.5
+    """Probability of a left-right flip."""
+    padding: NonNegativeInt = 10
+    """Pixels by which the image is shifted at most, over black."""
+    erase_probability: Probability = 0.5
+    """Probability that a rectangle is set to the mean colour."""
+    erase_area: ShareRange = (0.02, 0.4)
+    """Area of the rectangle, as a share of the view."""
+
+
+class FinetuneOptimizerConfig(Section):
+    """Adam with warm-up and steps."""
+
+    lr: PositiveFloat = 3.5e-4
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 5e-4
+    """Weight decay of Adam."""
+    warmup_epochs: NonNegativeFloat = 10.0
+    """Epochs of linear warm-up from a tenth of the peak."""
+    milestones: tuple[PositiveFloat, ...] = (40.0, 90.0)
+    """Epochs after which the learning rate falls to a tenth."""
+
+
+class FinetuneTrainingConfig(Section):
+    """How long, how large, and against what."""
+
+    epochs: PositiveInt = 120
+    """Passes over the data, counted in images."""
+    num_persons: Annotated[int, Field(ge=2)] = 16
+    """Persons of a batch."""
+    num_images: Annotated[int, Field(ge=2)] = 4
+    """Images of each person of a batch."""
+    num_groups: PositiveInt = 1
+    """Groups of a batch, each with batch normalization and triplets of its own."""
+    last_stride: Literal[1, 2] = 1
+    """Of the last stage of the backbone; 1 keeps the resolution."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of the identity loss."""
+    margin: PositiveFloat = 0.3
+    """Of the triplet loss."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the forward passes; auto is bf16 where the device multiplies it. Weights stay fp32."""
+    log_every_steps: PositiveInt = 20
+    """Steps between two entries of the training metrics."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images of one step, over all workers."""
+        return self.num_persons * self.num_images
+
+
+class FinetuneConfig(Section):
+    """A supervised fine-tuning run."""
+
+    init: str = "random"
+    """models:/NAME@ALIAS or /VERSION, a checkpoint folder, a file of weights, or random."""
+    backbone: BackboneName = "resnet50"
+    """Architecture of a random initialisation."""
+    seed: NonNegativeInt = 0
+    """Of the order of images, augmentation, new weights and subsets."""
+    data: LabelledDataConfig = LabelledDataConfig()
+    """Images."""
+    subset: SubsetConfig = SubsetConfig()
+    """Part of the training images."""
+    augmentation: FinetuneAugmentationConfig = FinetuneAugmentationConfig()
+    """Views."""
+    optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
+    """Optimizer."""
+    training: FinetuneTrainingConfig = FinetuneTrainingConfig()
+    """Length, batch and objective."""
+    evaluation: EvaluationConfig = EvaluationConfig(every_epochs=20)
+    """Retrieval."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    scaling: ScalingConfig = ScalingConfig(num_workers=1)
+    """Workers."""
+    run: RunConfig = RunConfig()
+    """Storage and names."""
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of one step, over all workers."""
+        return self.training.num_groups
+
+    @model_validator(mode="after")
+    def _groups_fill_the_batch(self) -> Self:
+        persons, groups = self.training.num_persons, self.training.num_groups
+        if persons % groups or persons == groups:
+            msg = (
+                f"--training.num_groups {groups} must leave two or more of the "
+                f"--training.num_persons {persons} to each group"
+            )
+            raise ValueError(msg)
+        if groups % self.scaling.num_workers:
+            msg = (
+                f"--scaling.num_workers {self.scaling.num_workers} must divide "
+                f"--training.num_groups {groups}"
             )
             raise ValueError(msg)
         return self

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.core.tiny import fresh_state, people, tiny
-from upreid_ray.core.training import train
+from upreid_ray.core.training import train, train_step
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "demo_losses.txt"
 NUM_STEPS = 20
@@ -32,7 +32,7 @@ def losses() -> list[float]:
         }
     )
     batches = (people(8, seed=step) for step in range(NUM_STEPS))
-    reports = train(fresh_state(config, NUM_STEPS), batches)
+    reports = train(fresh_state(config, NUM_STEPS), batches, train_step)
     return [float(report.terms["loss"]) for report in reports]
 
 

@@ -228,7 +228,7 @@ def test_embeddings_and_losses_stay_fp32_under_bf16():
 
 @pytest.mark.parametrize("can", [True, False])
 def test_auto_is_bf16_where_the_device_multiplies_it(monkeypatch, can):
-    monkeypatch.setattr("upreid_ray.core.model.multiplies_bf16", lambda _: can)
+    monkeypatch.setattr("upreid_ray.core.precision.multiplies_bf16", lambda _: can)
     images = {}
     for precision in ("auto", "bf16" if can else "fp32"):
         config = tiny({"training.precision": precision})

@@ -10,8 +10,16 @@ from torch.testing import assert_close
 
 from tests import reference
 from upreid_ray.config import AugmentationConfig
-from upreid_ray.core.encoder import build_backbone
-from upreid_ray.core.retrieval import RetrievalScores, extract_features, retrieval_scores
+from upreid_ray.core import retrieval
+from upreid_ray.core.backbone import build_backbone
+from upreid_ray.core.retrieval import (
+    Labels,
+    RetrievalScores,
+    cosine_distances,
+    extract_features,
+    retrieval_scores,
+    score_rows,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -185,6 +193,32 @@ def test_scores_ignore_the_order_of_the_gallery(seed):
 
     plain = retrieval_scores(distances, query_pids, query_camids, pids, camids)
     assert_close(as_lists(shuffled), as_lists(plain))
+
+
+@pytest.mark.parametrize("part_elements", [1, 30, 90, 10**6])
+def test_scores_in_parts_are_scores_at_once(monkeypatch, case, part_elements):
+    at_once = as_lists(retrieval_scores(*case))
+
+    monkeypatch.setattr(retrieval, "PART_ELEMENTS", part_elements)
+
+    assert_close(as_lists(retrieval_scores(*case)), at_once)
+
+
+def test_features_score_like_their_distances(case):
+    _, query_pids, query_camids, pids, camids = case
+    generator = torch.Generator().manual_seed(0)
+    features = F.normalize(torch.randn(36, 4, generator=generator, dtype=torch.float64))
+    query, gallery = features[:6], features[6:]
+
+    scored = score_rows(
+        cosine_distances(query, gallery),
+        Labels(query_pids, query_camids),
+        Labels(pids, camids),
+    )
+
+    distances = torch.cdist(query, gallery)  # Euclidean
+    at_once = retrieval_scores(distances, query_pids, query_camids, pids, camids)
+    assert_close(as_lists(scored), as_lists(at_once))
 
 
 @pytest.fixture(scope="module")

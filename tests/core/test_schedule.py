@@ -4,7 +4,7 @@ import math
 
 from torch.testing import assert_close
 
-from upreid_ray.core.schedule import key_momentum, learning_rate
+from upreid_ray.core.schedule import key_momentum, learning_rate, stepped_learning_rate
 
 HALF_SQRT = math.sqrt(0.5)
 
@@ -39,3 +39,17 @@ def test_the_key_momentum_is_constant_if_it_ends_where_it_starts():
     momenta = {key_momentum(s, start=0.99, end=0.99, num_steps=7) for s in range(8)}
 
     assert momenta == {0.99}
+
+
+def test_the_stepped_learning_rate_rises_from_a_tenth_and_falls_at_its_milestones():
+    rates = [
+        stepped_learning_rate(step, peak=1.0, warmup_steps=4, milestones=[6, 8])
+        for step in range(10)
+    ]
+
+    expected = [0.1, 0.325, 0.55, 0.775, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+    assert_close(rates, expected)
+
+
+def test_the_stepped_learning_rate_without_warm_up_begins_at_its_peak():
+    assert stepped_learning_rate(0, peak=0.5, warmup_steps=0, milestones=[]) == 0.5

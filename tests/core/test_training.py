@@ -146,7 +146,7 @@ def test_training_takes_the_steps_that_are_left():
     state = fresh_state(num_steps=3)
     state.step = 1
 
-    reports = list(train(state, iter(batch(step) for step in range(1, 9))))
+    reports = list(train(state, iter(batch(step) for step in range(1, 9)), train_step))
 
     assert [report.step for report in reports] == [2, 3]
 
@@ -274,7 +274,7 @@ def test_a_checkpoint_keeps_what_it_says_beside_its_tensors(tmp_path):
     loaded, position = load_checkpoint(tmp_path, fresh_state())
 
     assert position == read_position(tmp_path)
-    assert position.config == TINY
+    assert PretrainConfig.parse(position.config) == TINY
     assert position.scores_untrained == {"mAP": 0.25}
     assert position.images_per_second == 3.5
     assert (loaded.step, loaded.scores) == (0, {"mAP": 0.5})
@@ -318,7 +318,7 @@ def test_torchvision_loads_an_exported_backbone(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
 
-    export_backbone(tmp_path, out, TINY)
+    export_backbone(tmp_path, out)
 
     theirs = torchvision.models.resnet18(weights=None)
     theirs.fc = torch.nn.Identity()

@@ -3,26 +3,29 @@
 A checkpoint is a folder of four files, none of which can carry code:
 ``model.safetensors`` (encoders and queue), ``optimizer.pt`` (tensors only),
 ``best_backbone.safetensors`` (the backbone with the best score so far, torchvision's names) and
-``state.json`` (configuration, position, scores).
+``state.json`` (configuration, position, scores, description of the backbone).
 """
 
-import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from upreid_ray.config import PretrainConfig
-from upreid_ray.core.training import TrainState
+from upreid_ray.core.backbone import Description, read_backbone
+from upreid_ray.core.training import State
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 BEST_FILE = "best_backbone.safetensors"
 POSITION_FILE = "state.json"
+WEIGHTS_FILE = "backbone.safetensors"
+NECK_FILE = "neck.safetensors"
+DESCRIPTION_FILE = "backbone.json"
+NECK = "neck."
 
 
 @dataclass
@@ -30,7 +33,7 @@ class BestBackbone:
     """The backbone to register: the one with the best mAP, or the newest without scores.
 
     Attributes:
-        weights: State dict of the backbone, on the CPU.
+        weights: State dict of the extractor, on the CPU.
         step: At which it was taken.
         scores: Its retrieval scores, 0..1 by name.
     """
@@ -39,14 +42,13 @@ class BestBackbone:
     step: int = 0
     scores: dict[str, float] = field(default_factory=dict)
 
-    def offer(self, state: TrainState, scores: dict[str, float]) -> None:
-        """Take the query backbone of ``state`` unless what is held has an mAP as good."""
+    def offer(self, state: State, scores: dict[str, float]) -> None:
+        """Take the extractor of ``state`` unless what is held has an mAP as good."""
         if self.scores and scores.get("mAP", 0.0) <= self.scores["mAP"]:
             return
-        backbone = state.model.query_encoder.backbone.state_dict()
         self.weights = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
-            for name, tensor in backbone.items()
+            for name, tensor in state.extractor.state_dict().items()
         }
         self.step, self.scores = state.step, scores
 
@@ -60,6 +62,7 @@ class Position(BaseModel):
         best_scores: Its scores.
         scores_untrained: Of the backbone before training.
         images_per_second: Of training so far.
+        description: Of the best backbone.
         config: Of the run.
     """
 
@@ -70,12 +73,13 @@ class Position(BaseModel):
     best_scores: dict[str, float]
     scores_untrained: dict[str, float]
     images_per_second: float
-    config: PretrainConfig
+    description: Description
+    config: dict[str, Any]
 
 
 def save_checkpoint(
     folder: Path,
-    state: TrainState,
+    state: State,
     best: BestBackbone,
     *,
     scores_untrained: dict[str, float],
@@ -92,12 +96,13 @@ def save_checkpoint(
         best_scores=best.scores,
         scores_untrained=scores_untrained,
         images_per_second=images_per_second,
-        config=state.config,
+        description=state.description,
+        config=state.config.model_dump(mode="json"),
     )
     (folder / POSITION_FILE).write_text(position.model_dump_json(indent=1))
 
 
-def load_checkpoint(folder: Path, state: TrainState) -> tuple[BestBackbone, Position]:
+def load_checkpoint(folder: Path, state: State) -> tuple[BestBackbone, Position]:
     """Bring ``state`` to where the checkpoint was written."""
     position = read_position(folder)
     state.model.load_state_dict(load_file(folder / MODEL_FILE))
@@ -114,18 +119,24 @@ def read_position(folder: Path) -> Position:
     return Position.model_validate_json((folder / POSITION_FILE).read_text())
 
 
-def export_backbone(folder: Path, out: Path, config: PretrainConfig) -> None:
-    """Copy the best backbone of the checkpoint in ``folder``, with what its users must know.
+def export_backbone(folder: Path, out: Path) -> None:
+    """Write the best backbone of the checkpoint in ``folder``, and what its users must know.
 
-    Writes ``backbone.safetensors`` (torchvision's names without ``fc``) and ``backbone.json``
-    (architecture, size and statistics of the images).
+    These are ``backbone.safetensors`` (torchvision's names without ``fc``), ``backbone.json``
+    and, of a fine-tuned one, ``neck.safetensors``.
     """
-    shutil.copyfile(folder / BEST_FILE, out / "backbone.safetensors")
-    description = {
-        "backbone": config.model.backbone,
-        "height": config.data.height,
-        "width": config.data.width,
-        "mean": config.augmentation.mean,
-        "std": config.augmentation.std,
+    description = read_position(folder).description
+    (out / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=1))
+    save_file(read_backbone(folder / BEST_FILE)[1], out / WEIGHTS_FILE)
+    if description.has_neck:
+        neck = read_neck(folder / BEST_FILE)
+        save_file({f"{NECK}{name}": tensor for name, tensor in neck.items()}, out / NECK_FILE)
+
+
+def read_neck(file: Path) -> dict[str, Tensor]:
+    """Return the state dict of the neck in a checkpoint's or in an exported file."""
+    return {
+        name.removeprefix(NECK): tensor
+        for name, tensor in load_file(file).items()
+        if name.startswith(NECK)
     }
-    (out / "backbone.json").write_text(json.dumps(description, indent=1))

@@ -5,69 +5,12 @@ Dimensions: B images, F features of the backbone, D embedding size.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
-import torch
 import torch.nn.functional as F
-import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from upreid_ray.config import InputError, ModelConfig
-
-
-def build_backbone(name: str) -> nn.Module:
-    """Return a randomly initialized torchvision ResNet whose output is its features ``[B, F]``.
-
-    Its state dict has torchvision's names without the classifier (``fc``).
-    """
-    backbone: nn.Module = getattr(torchvision.models, name)(weights=None)
-    backbone.fc = nn.Identity()
-    return backbone
-
-
-def load_backbone_weights(backbone: nn.Module, file: str | Path) -> None:
-    """Copy the weights of a state-dict file into ``backbone``.
-
-    Args:
-        backbone: From `build_backbone`.
-        file: ``.safetensors``, or a PyTorch file of tensors only; torchvision's names. A
-            classifier in it (``fc.*``) is left out.
-
-    Raises:
-        InputError: The file cannot be read, or does not match the whole backbone.
-    """
-    path = Path(file)
-    try:
-        if path.suffix == ".safetensors":
-            weights: dict[str, Any] = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        msg = f"--model.pretrained {file}: cannot be read as weights ({reason[:200]})"
-        raise InputError(msg) from error
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        msg = f"--model.pretrained {file}: holds no state dict"
-        raise InputError(msg)
-    weights = {name: w for name, w in weights.items() if not name.startswith("fc.")}
-    expected = backbone.state_dict()
-    differing = sorted(
-        name
-        for name in weights.keys() | expected.keys()
-        if name not in weights
-        or name not in expected
-        or not isinstance(weights[name], Tensor)
-        or weights[name].shape != expected[name].shape
-    )
-    if differing:
-        msg = (
-            f"--model.pretrained {file}: {len(differing)} tensors do not match the backbone, "
-            f"such as {', '.join(differing[:3])}"
-        )
-        raise InputError(msg)
-    backbone.load_state_dict(weights)
+from upreid_ray.core.backbone import build_backbone, read_backbone
 
 
 class TrimmedConv2d(nn.Conv2d):
@@ -90,7 +33,9 @@ class TrimmedConv2d(nn.Conv2d):
                 images = images.narrow(dim, 0, seen)
                 padding[i] = 0
         if weight.shape[2:] == images.shape[2:] and padding == [0, 0]:
-            return F.linear(images.flatten(1), weight.flatten(1), self.bias)[..., None, None]
+            # Channels last, as both are in memory; the weight's gradient comes out like that.
+            rows, taps = (each.permute(0, 2, 3, 1).flatten(1) for each in (images, weight))
+            return F.linear(rows, taps, self.bias)[..., None, None]
         return F.conv2d(images, weight, self.bias, self.stride, padding)
 
 
@@ -105,7 +50,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = build_backbone(config.backbone)
         if config.pretrained is not None:
-            load_backbone_weights(self.backbone, config.pretrained)
+            name, weights = read_backbone(config.pretrained)
+            if name != config.backbone:
+                msg = (
+                    f"--model.backbone {config.backbone}: --model.pretrained "
+                    f"{config.pretrained} is a {name}"
+                )
+                raise InputError(msg)
+            self.backbone.load_state_dict(weights)
         for module in self.backbone.modules():
             if type(module) is nn.Conv2d:
                 # Torchvision lets nobody choose its convolutions; weights and names stay.
@@ -133,7 +85,8 @@ def running_statistics(encoder: nn.Module, *, momentum: float) -> Iterator[None]
     Normalization is by batch either way. With ``momentum=0`` nothing is updated: patches and
     originals have other statistics than the augmented persons whose statistics are exported.
     """
-    norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
+    norms = [module for module in encoder.modules() if isinstance(module, kinds)]
     before = [(norm.momentum, norm.track_running_stats) for norm in norms]
     for norm in norms:
         norm.momentum, norm.track_running_stats = momentum, momentum > 0

@@ -1,4 +1,4 @@
-"""The terms of the UP-ReID objective, each a pure function of its inputs.
+"""The terms of the objectives, each a pure function of its inputs.
 
 The paper (Yang et al. 2022, https://arxiv.org/abs/2112.00317) asks for the two I2 terms in
 words; the formulas of `global_consistency` and `intrinsic_contrastive` are ours.
@@ -113,3 +113,25 @@ def intrinsic_contrastive(
     negatives = similarity.masked_fill(positive, -torch.inf)
     logits = torch.cat([hardest, negatives], dim=2)
     return (logits.logsumexp(dim=2) - hardest.squeeze(2)).mean()
+
+
+def batch_hard_triplet(features: Tensor, pids: Tensor, *, margin: float) -> Tensor:
+    """Contrast each image with the farthest of its person and the nearest of another.
+
+    Hermans et al. 2017, https://arxiv.org/abs/1703.07737, with a hard margin.
+
+    Args:
+        features: ``[B, F]``, any length.
+        pids: ``[B]``; two persons at least.
+        margin: Added to the Euclidean distance to the farthest positive.
+
+    Returns:
+        The mean over B; 0 if every positive is nearer by the margin than every negative.
+    """
+    squared = features.square().sum(dim=1)
+    distances = squared[:, None] + squared - 2 * features @ features.T
+    distances = distances.clamp(min=1e-12).sqrt()
+    same = pids[:, None] == pids
+    farthest = distances.masked_fill(~same, 0).amax(dim=1)
+    nearest = distances.masked_fill(same, torch.inf).amin(dim=1)
+    return F.relu(farthest - nearest + margin).mean()

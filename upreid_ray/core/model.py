@@ -5,7 +5,6 @@ Dimensions: B images of a group, P patches of an image, D embedding size.
 
 import copy
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +13,7 @@ from upreid_ray.config import PretrainConfig
 from upreid_ray.core.encoder import Encoder, running_statistics
 from upreid_ray.core.key_queue import KeyQueue
 from upreid_ray.core.losses import global_consistency, info_nce, intrinsic_contrastive
-
-SMALLEST_CPU_BF16 = 16
-
-
-@cache
-def multiplies_bf16(device: torch.device) -> bool:
-    """Tell whether the device has instructions for bf16; without, it is slower than fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+from upreid_ray.core.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,7 @@ class UPReID(nn.Module):
             ``loss``, the weighted sum, and each of its terms by name; all 0-dimensional.
         """
         with (
-            self._autocast(views.view),
+            autocast(views.view, self.precision),
             running_statistics(self.query_encoder, momentum=statistics_momentum),
         ):
             query = self.query_encoder(views.view)
@@ -113,7 +102,7 @@ class UPReID(nn.Module):
             ``[B, E, D]``: for each image the embeddings of its view, of its original if it has
             one, and of its P patches if it has them, in this order.
         """
-        with self._autocast(views.view):
+        with autocast(views.view, self.precision):
             with running_statistics(self.key_encoder, momentum=statistics_momentum):
                 parts = [self.key_encoder(views.view)[:, None]]
             if views.original is not None:
@@ -134,17 +123,6 @@ class UPReID(nn.Module):
 
     def _encode_patches(self, encoder: Encoder, patches: Tensor) -> Tensor:
         """Encode ``[B, P, 3, h, w]`` at native size as ``[B, P, D]``."""
-        with self._autocast(patches), running_statistics(encoder, momentum=0):
+        with autocast(patches, self.precision), running_statistics(encoder, momentum=0):
             flat = patches.flatten(0, 1).contiguous(memory_format=torch.channels_last)
             return encoder(flat).unflatten(0, patches.shape[:2])
-
-    def _autocast(self, images: Tensor) -> torch.autocast:
-        bf16 = self.precision == "bf16" or (
-            self.precision == "auto" and multiplies_bf16(images.device)
-        )
-        # oneDNN's bf16 weight gradient of a strided convolution over a single pixel holds
-        # uninitialized memory (torch 2.15, CPU): images of 16 pixels and less reach that.
-        is_safe = images.device.type != "cpu" or min(images.shape[-2:]) > SMALLEST_CPU_BF16
-        return torch.autocast(
-            images.device.type, dtype=torch.bfloat16, enabled=bf16 and is_safe
-        )

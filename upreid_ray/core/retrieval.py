@@ -6,7 +6,7 @@ queries without a remaining match (Zheng et al. 2015, Market-1501).
 Dimensions: Q query images, G gallery images, F features.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,22 @@ from torch import Tensor, nn
 
 from upreid_ray.config import AugmentationConfig
 from upreid_ray.core.augment import normalize
+
+JUNK_PID = -1
+PART_ELEMENTS = 2**22  # of a distance matrix at once; ranking them takes some 200 MB
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Who is on some images, and from where.
+
+    Attributes:
+        pids: ``[N]``, persons.
+        camids: ``[N]``, cameras.
+    """
+
+    pids: Tensor
+    camids: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,34 +83,90 @@ def retrieval_scores(
     Raises:
         ValueError: No query has a match to be found.
     """
-    query_pids, query_camids, gallery_pids, gallery_camids = (
-        torch.as_tensor(ids, device=distances.device)
-        for ids in (query_pids, query_camids, gallery_pids, gallery_camids)
+    device = distances.device
+    query, gallery = (
+        Labels(torch.as_tensor(pids, device=device), torch.as_tensor(camids, device=device))
+        for pids, camids in ((query_pids, query_camids), (gallery_pids, gallery_camids))
     )
-    order = distances.argsort(dim=1, stable=True)
-    pids, camids = gallery_pids[order], gallery_camids[order]
-    same_pid = pids == query_pids[:, None]
-    kept = ~(same_pid & (camids == query_camids[:, None])) & (pids != -1)
-    hit = same_pid & kept
-    valid = hit.any(dim=1)
-    num_valid = int(valid.sum())
-    if num_valid == 0:
+    rows = ((part, distances[part]) for part in row_parts(*distances.shape))
+    return score_rows(rows, query, gallery, max_rank=max_rank)
+
+
+def score_rows(
+    rows: Iterable[tuple[slice, Tensor]],
+    query: Labels,
+    gallery: Labels,
+    *,
+    max_rank: int = 50,
+) -> RetrievalScores:
+    """Score distances that come a few rows at a time, so that ``[Q, G]`` never has to exist.
+
+    Args:
+        rows: Which queries, and their distances ``[n, G]``.
+        query: Of the Q query images, on the device of the distances.
+        gallery: Of the G gallery images; pid -1 marks junk, which is left out.
+        max_rank: Length of ``cmc``.
+
+    Raises:
+        ValueError: No query has a match to be found.
+    """
+    parts = [
+        _score_queries(distances, Labels(query.pids[part], query.camids[part]), gallery)
+        for part, distances in rows
+    ]
+    average_precision, first_rank, inverse_negative_penalty = (
+        torch.cat(column) for column in zip(*parts, strict=True)
+    )
+    if len(average_precision) == 0:
         msg = "no query has a match in the gallery under another camera"
         raise ValueError(msg)
+    ranks = torch.arange(1, max_rank + 1, device=first_rank.device)
+    return RetrievalScores(
+        mean_average_precision=float(average_precision.mean()),
+        cmc=(first_rank[:, None] <= ranks).double().mean(dim=0).cpu(),
+        mean_inverse_negative_penalty=float(inverse_negative_penalty.mean()),
+        num_valid_queries=len(average_precision),
+    )
+
+
+def cosine_distances(query: Tensor, gallery: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the distances of unit-length features ``[Q, F]`` and ``[G, F]``, for `score_rows`.
+
+    One minus the cosine similarity, 0..2, which ranks like Euclidean distance.
+    """
+    for part in row_parts(len(query), len(gallery)):
+        yield part, 1 - query[part] @ gallery.T
+
+
+def row_parts(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """Cut the rows of a matrix so that a part has at most `PART_ELEMENTS` elements."""
+    size = max(1, PART_ELEMENTS // max(1, num_columns))
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+def _score_queries(
+    distances: Tensor, query: Labels, gallery: Labels
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return average precision, rank of the first hit and INP of the valid queries."""
+    order = distances.argsort(dim=1, stable=True)
+    pids = gallery.pids[order]
+    same_pid = pids == query.pids[:, None]
+    same_camera = gallery.camids[order] == query.camids[:, None]
+    kept = ~(same_pid & same_camera) & (pids != JUNK_PID)
+    hit = same_pid & kept
+    valid = hit.any(dim=1)
     hit, kept = hit[valid], kept[valid]
 
     rank = kept.cumsum(dim=1)  # of the images that are left, beginning at 1
     num_hits = hit.cumsum(dim=1)
     precision = torch.where(hit, num_hits.double() / rank.clamp(min=1), 0)
-    average_precision = precision.sum(dim=1) / num_hits[:, -1]
     first_rank = rank.gather(1, hit.int().argmax(dim=1, keepdim=True)).squeeze(1)
     last_rank = torch.where(hit, rank, 0).amax(dim=1)
-    ranks = torch.arange(1, max_rank + 1, device=distances.device)
-    return RetrievalScores(
-        mean_average_precision=float(average_precision.mean()),
-        cmc=(first_rank[:, None] <= ranks).double().mean(dim=0).cpu(),
-        mean_inverse_negative_penalty=float((num_hits[:, -1] / last_rank.double()).mean()),
-        num_valid_queries=num_valid,
+    return (
+        precision.sum(dim=1) / num_hits[:, -1],
+        first_rank,
+        num_hits[:, -1] / last_rank.double(),
     )
 
 

@@ -1,6 +1,7 @@
 """What changes with the step, as pure functions of it."""
 
 import math
+from collections.abc import Sequence
 
 
 def learning_rate(step: int, *, peak: float, num_steps: int, warmup_steps: int) -> float:
@@ -16,6 +17,23 @@ def learning_rate(step: int, *, peak: float, num_steps: int, warmup_steps: int) 
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def stepped_learning_rate(
+    step: int, *, peak: float, warmup_steps: int, milestones: Sequence[int]
+) -> float:
+    """Linear warm-up from a tenth, then a tenth of the rate at each milestone.
+
+    Luo et al. 2019, https://arxiv.org/abs/1903.07071.
+
+    Args:
+        step: 0 for the first update.
+        peak: Reached after the warm-up.
+        warmup_steps: Updates of the warm-up, the first at ``peak / 10``.
+        milestones: Updates at which the rate falls.
+    """
+    warmup = 1.0 if step >= warmup_steps else 0.1 + 0.9 * step / warmup_steps
+    return peak * warmup * 0.1 ** sum(step >= milestone for milestone in milestones)
 
 
 def key_momentum(step: int, *, start: float, end: float, num_steps: int) -> float:

@@ -11,58 +11,74 @@ E embeddings of an image by the key encoder, D embedding size.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from upreid_ray.config import PretrainConfig
+from upreid_ray.config import FinetuneConfig, PretrainConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.augment import ViewParameters, draw_view_parameters, normalize, render_view
+from upreid_ray.core.backbone import Description
 from upreid_ray.core.encoder import group_momentum
 from upreid_ray.core.model import UPReID, Views
 from upreid_ray.core.patches import cut_patches
 from upreid_ray.core.schedule import key_momentum, learning_rate
 
+BatchT = TypeVar("BatchT")
+StateT = TypeVar("StateT", bound="State")
 
-class TrainState:
+
+class State(ABC):
     """All that changes while training.
 
     Attributes:
-        config: Of the run.
         device: Where the model is.
         steps_per_epoch: Steps of one pass over the data.
         num_steps: Steps of the whole run.
-        model: Encoders and queue.
-        optimizer: Of the query encoder.
+        model: What is trained, and what follows it.
+        parallel_model: The model, whose backward averages gradients over the workers.
+        optimizer: Of the trained parameters.
         step: Steps taken.
     """
 
     def __init__(
-        self, config: PretrainConfig, *, steps_per_epoch: int, device: torch.device
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        steps_per_epoch: int,
+        epochs: int,
+        device: torch.device,
     ) -> None:
-        self.config = config
         self.device = device
         self.steps_per_epoch = steps_per_epoch
-        self.num_steps = steps_per_epoch * config.training.epochs
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = UPReID(config)
-        self.model = model.to(device).to(memory_format=torch.channels_last)
-        self.parallel_model = distributed.data_parallel(self.model)
-        self.optimizer = torch.optim.SGD(
-            self.model.query_encoder.parameters(),
-            lr=config.optimizer.lr,
-            momentum=config.optimizer.momentum,
-            weight_decay=config.optimizer.weight_decay,
-            fused=True,
-        )
+        self.num_steps = steps_per_epoch * epochs
+        self.model: Any = model
+        self.parallel_model = distributed.data_parallel(model)
+        self.optimizer = optimizer
         self.step = 0
+
+    @property
+    @abstractmethod
+    def config(self) -> PretrainConfig | FinetuneConfig:
+        """Settings of the run."""
+
+    @property
+    @abstractmethod
+    def description(self) -> Description:
+        """Of what computes the features."""
+
+    @property
+    @abstractmethod
+    def extractor(self) -> nn.Module:
+        """What computes the features that are scored and exported."""
 
     def average_running_statistics(self) -> None:
         """Make the batch-norm statistics of all workers equal, as export and scoring need."""
@@ -71,6 +87,60 @@ class TrainState:
             for name, buffer in self.model.named_buffers()
             if name.endswith(("running_mean", "running_var"))
         )
+
+    def local_gradients(self, *, unless: bool) -> AbstractContextManager[None]:
+        """Let backward inside leave gradients to this worker, ``unless`` it is the last one."""
+        if unless or not isinstance(self.parallel_model, DistributedDataParallel):
+            return nullcontext()
+        return self.parallel_model.no_sync()
+
+
+class TrainState(State):
+    """The state of a pre-training run: encoders, queue and SGD."""
+
+    def __init__(
+        self, config: PretrainConfig, *, steps_per_epoch: int, device: torch.device
+    ) -> None:
+        self._config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = UPReID(config)
+        model = model.to(device).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(
+            model.query_encoder.parameters(),
+            lr=config.optimizer.lr,
+            momentum=config.optimizer.momentum,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        super().__init__(
+            model,
+            optimizer,
+            steps_per_epoch=steps_per_epoch,
+            epochs=config.training.epochs,
+            device=device,
+        )
+
+    @property
+    def config(self) -> PretrainConfig:
+        """Settings of the run."""
+        return self._config
+
+    @property
+    def description(self) -> Description:
+        """Of the backbone."""
+        return Description(
+            backbone=self.config.model.backbone,
+            height=self.config.data.height,
+            width=self.config.data.width,
+            mean=self.config.augmentation.mean,
+            std=self.config.augmentation.std,
+        )
+
+    @property
+    def extractor(self) -> nn.Module:
+        """The backbone of the query encoder."""
+        return self.model.query_encoder.backbone
 
 
 @dataclass(frozen=True)
@@ -116,20 +186,25 @@ class StepDraw:
         )
 
 
-def train(state: TrainState, batches: Iterable[Tensor]) -> Iterator[StepReport]:
+def train(
+    state: StateT,
+    batches: Iterable[BatchT],
+    take_step: Callable[[StateT, BatchT], dict[str, Tensor]],
+) -> Iterator[StepReport]:
     """Take one step for each batch and report it, until the run has all its steps.
 
     Args:
         state: Changed in place.
-        batches: uint8 ``[b, 3, H, W]`` of this worker, the first for step ``state.step``.
+        batches: Of this worker, the first for step ``state.step``.
+        take_step: Takes one step with one batch, such as `train_step`; returns ``loss`` and its
+            terms.
     """
     iterator = iter(batches)
     while state.step < state.num_steps:
         started = time.perf_counter()
-        images = next(iterator)
+        batch = next(iterator)
         data_seconds = time.perf_counter() - started
-        terms = train_step(state, images.to(state.device, non_blocking=True))
-        yield StepReport(state.step, terms, data_seconds)
+        yield StepReport(state.step + 1, take_step(state, batch), data_seconds)
 
 
 def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
@@ -142,6 +217,7 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
     Returns:
         ``loss`` and its terms, means over this worker's images, on the device.
     """
+    images = images.to(state.device, non_blocking=True)
     config, optimizer, group_size = (
         state.config,
         state.optimizer,
@@ -157,7 +233,7 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
         rows = slice(group * group_size, (group + 1) * group_size)
         of_batch = slice(first + rows.start, first + rows.stop)
         views = render_views(images[rows], draw.query.rows(of_batch), config)
-        with _gradients_stay_local(state, unless=group == num_groups - 1):
+        with state.local_gradients(unless=group == num_groups - 1):
             terms = state.parallel_model(
                 views,
                 all_keys[of_batch],
@@ -245,9 +321,3 @@ def render_views(
 
 def _channels_last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
-
-
-def _gradients_stay_local(state: TrainState, *, unless: bool) -> AbstractContextManager[None]:
-    if unless or not isinstance(state.parallel_model, DistributedDataParallel):
-        return nullcontext()
-    return state.parallel_model.no_sync()

@@ -1,0 +1,202 @@
+"""Supervised fine-tuning: the strong baseline of Luo et al. 2019.
+
+https://arxiv.org/abs/1903.07071: last stride 1, BNNeck, identity and batch-hard triplet loss.
+A batch is made of groups of persons, as in `core.training`: each group has batch normalization
+and triplets of its own, so that the result does not depend on the number of workers.
+
+Dimensions: B images of the whole batch, b images of this worker, F features, C persons.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upreid_ray.config import AugmentationConfig, FinetuneConfig
+from upreid_ray.core import distributed
+from upreid_ray.core.augment import ViewParameters, draw_view_parameters, render_view
+from upreid_ray.core.backbone import Description, NeckedBackbone
+from upreid_ray.core.encoder import group_momentum, running_statistics
+from upreid_ray.core.losses import batch_hard_triplet
+from upreid_ray.core.precision import autocast
+from upreid_ray.core.schedule import stepped_learning_rate
+from upreid_ray.core.training import State
+
+CLASSIFIER_DEVIATION = 0.001
+
+
+class PersonClassifier(nn.Module):
+    """A backbone with a BNNeck, and a classifier of persons."""
+
+    def __init__(self, backbone: nn.Module, num_persons: int, *, precision: str) -> None:
+        super().__init__()
+        self.precision = precision
+        self.extractor = NeckedBackbone(backbone)
+        size = self.extractor.neck.num_features
+        self.classifier = nn.Linear(size, num_persons, bias=False)
+        nn.init.normal_(self.classifier.weight, std=CLASSIFIER_DEVIATION)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features before the neck ``[B, F]`` and logits ``[B, C]``, in fp32."""
+        with autocast(images, self.precision):
+            features = self.extractor.backbone(images)
+        features = features.float()
+        return features, self.classifier(self.extractor.neck(features))
+
+
+class FinetuneState(State):
+    """The state of a fine-tuning run: backbone, neck, classifier and Adam."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        backbone: nn.Module,
+        images: Description,
+        *,
+        num_persons: int,
+        steps_per_epoch: int,
+        device: torch.device,
+    ) -> None:
+        """Begin with a backbone of the last stride that ``config`` asks for.
+
+        Args:
+            config: Of the run.
+            backbone: Changed in place.
+            images: Describes the images of this run.
+            num_persons: C.
+            steps_per_epoch: Steps of one pass over the data.
+            device: Where the model goes.
+        """
+        self._config = config
+        self._images = images
+        self.augmentation = AugmentationConfig(
+            mean=images.mean,
+            std=images.std,
+            flip_probability=config.augmentation.flip_probability,
+            grayscale_probability=0,
+            blur_probability=0,
+            erase_probability=config.augmentation.erase_probability,
+            erase_area=config.augmentation.erase_area,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = PersonClassifier(backbone, num_persons, precision=config.training.precision)
+        model = model.to(device).to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=config.optimizer.lr,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        super().__init__(
+            model,
+            optimizer,
+            steps_per_epoch=steps_per_epoch,
+            epochs=config.training.epochs,
+            device=device,
+        )
+
+    @property
+    def config(self) -> FinetuneConfig:
+        """Settings of the run."""
+        return self._config
+
+    @property
+    def description(self) -> Description:
+        """Of backbone and neck."""
+        update = {"last_stride": self.config.training.last_stride, "has_neck": True}
+        return self._images.model_copy(update=update)
+
+    @property
+    def extractor(self) -> nn.Module:
+        """The backbone with its neck."""
+        return self.model.extractor
+
+
+@dataclass(frozen=True)
+class PersonBatch:
+    """Images of persons, those of a group together.
+
+    Attributes:
+        images: ``[b, 3, H, W]``, uint8.
+        labels: ``[b]``, int64, persons from 0 on.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+def finetune_step(state: FinetuneState, batch: PersonBatch) -> dict[str, Tensor]:
+    """Take one step.
+
+    Args:
+        state: Changed in place.
+        batch: Of this worker, rows ``rank * b`` to ``(rank + 1) * b`` of the whole batch.
+
+    Returns:
+        ``loss`` and its terms, means over this worker's images, on the device.
+    """
+    config, training = state.config, state.config.training
+    images = batch.images.to(state.device, non_blocking=True)
+    labels = batch.labels.to(state.device, non_blocking=True)
+    parameters = draw_shifted_views(config, images.shape[2:], state.augmentation, state.step)
+    group_size = training.batch_size // training.num_groups
+    num_groups = len(images) // group_size
+    first = distributed.rank() * len(images)
+
+    means: dict[str, Tensor] = {}
+    for group in range(num_groups):
+        rows = slice(group * group_size, (group + 1) * group_size)
+        of_batch = slice(first + rows.start, first + rows.stop)
+        views = render_view(
+            images[rows], parameters.rows(of_batch).to(state.device), state.augmentation
+        ).contiguous(memory_format=torch.channels_last)
+        momentum = group_momentum(group, num_groups)
+        with (
+            state.local_gradients(unless=group == num_groups - 1),
+            running_statistics(state.model, momentum=momentum),
+        ):
+            features, logits = state.parallel_model(views)
+            identity = F.cross_entropy(
+                logits, labels[rows], label_smoothing=training.label_smoothing
+            )
+            triplet = batch_hard_triplet(features, labels[rows], margin=training.margin)
+            loss = identity + triplet
+            torch.autograd.backward(loss / num_groups)
+        terms = {"loss": loss, "identity": identity, "triplet": triplet}
+        for name, term in terms.items():
+            means[name] = means.get(name, 0) + term.detach() / num_groups
+
+    epochs = config.optimizer.milestones
+    for group_of_parameters in state.optimizer.param_groups:
+        group_of_parameters["lr"] = stepped_learning_rate(
+            state.step,
+            peak=config.optimizer.lr,
+            warmup_steps=round(config.optimizer.warmup_epochs * state.steps_per_epoch),
+            milestones=[round(epoch * state.steps_per_epoch) for epoch in epochs],
+        )
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    state.step += 1
+    return means
+
+
+def draw_shifted_views(
+    config: FinetuneConfig, size: torch.Size, augmentation: AugmentationConfig, step: int
+) -> ViewParameters:
+    """Draw the views of a whole batch, as a function of (seed, step).
+
+    They are shifted by up to ``config.augmentation.padding`` pixels over black, flipped and
+    erased.
+    """
+    seed = np.random.SeedSequence((config.seed, step)).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(seed[0]))
+    batch_size, padding = config.training.batch_size, config.augmentation.padding
+    height, width = size
+    parameters = draw_view_parameters(batch_size, height, width, augmentation, generator)
+    shift = torch.randint(-padding, padding + 1, (batch_size, 2), generator=generator)
+    whole = torch.tensor([height, width]).expand(batch_size, 2)
+    return dataclasses.replace(parameters, crop=torch.cat([shift, whole], dim=1).float())
