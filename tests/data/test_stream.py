@@ -160,6 +160,9 @@ def shaped(folder: Path, shape: dict[str, int], *, seed: int = 0) -> TrainingIma
     return training_images(folder, [flat(i) for i in range(num_images)], described)
 
 
+SIZE = {"height": config().data.height, "width": config().data.width}
+
+
 def test_images_count_and_steps_are_those_of_the_training_splits(tmp_path):
     images = training_images(tmp_path, [flat(i) for i in range(43)], config())
 
@@ -343,7 +346,7 @@ def test_damaged_images_never_stop_the_reading(kind, place, damage, cut):
     at = int(place * len(whole))
     damaged = whole[:at] + damage + (b"" if cut else whole[at + len(damage) :])
 
-    columns = stream._decode(pa.chunked_array([[whole, damaged]]), 32, 32)
+    columns = stream.decode(pa.chunked_array([[whole, damaged]]), 32, 32)
 
     assert columns["decoded"][0]
 
@@ -374,7 +377,7 @@ def test_labelled_images_come_in_the_order_of_the_manifest_with_their_labels(tmp
         "query": [flat(100 + i) for i in range(9)],
         "train": [flat(200 + i) for i in range(9)],
     }
-    labelled = LabelledImages(str(tmp_path), write_set(tmp_path, splits), config().data)
+    labelled = LabelledImages(str(tmp_path), write_set(tmp_path, splits), **SIZE)
 
     blocks = [labelled.read(number) for number in range(labelled.num_blocks)]
 
@@ -395,7 +398,7 @@ def test_labelled_images_come_in_the_order_of_the_manifest_with_their_labels(tmp
 
 def test_labelled_images_that_do_not_decode_are_left_out(tmp_path):
     splits = {"query": [flat(0), BROKEN, flat(2)], "gallery": [flat(3), flat(4), flat(5)]}
-    labelled = LabelledImages(str(tmp_path), write_set(tmp_path, splits), config().data)
+    labelled = LabelledImages(str(tmp_path), write_set(tmp_path, splits), **SIZE)
 
     block = labelled.read(0)
 

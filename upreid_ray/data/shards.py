@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from upreid_ray.config import InputError
+from upreid_ray.config import InputError, first_line
 from upreid_ray.data.layouts import Record
 
 MANIFEST_FILE = "manifest.json"
@@ -130,7 +130,7 @@ def open_folder(uri: str) -> tuple[fs.FileSystem, str]:
         else:
             filesystem, path = fs.LocalFileSystem(), str(Path(uri).absolute())
     except (pa.ArrowException, OSError) as error:
-        msg = f"{uri}: cannot be opened ({_first_line(error)})"
+        msg = f"{uri}: cannot be opened ({first_line(error)})"
         raise InputError(msg) from error
     return filesystem, path
 
@@ -149,7 +149,7 @@ def read_manifest(uri: str) -> Manifest:
         msg = f"{uri}: no {MANIFEST_FILE}; make shards with jobs/prepare.py SOURCE --out {uri}"
         raise InputError(msg) from None
     except (pa.ArrowException, OSError, ValidationError) as error:
-        msg = f"{uri}/{MANIFEST_FILE}: cannot be read ({_first_line(error)})"
+        msg = f"{uri}/{MANIFEST_FILE}: cannot be read ({first_line(error)})"
         raise InputError(msg) from error
 
 
@@ -191,7 +191,7 @@ def write_shards(
     try:
         filesystem.create_dir(path, recursive=True)
     except OSError as error:
-        msg = f"--out {uri}: cannot be written ({_first_line(error)})"
+        msg = f"--out {uri}: cannot be written ({first_line(error)})"
         raise InputError(msg) from error
 
     shards, refused = _write_all(plans, on_progress)
@@ -231,7 +231,7 @@ def usable_image(encoded: bytes, *, max_height: int | None) -> bytes:
             image = Image.open(io.BytesIO(encoded))
             image.load()
     except Exception as error:
-        msg = f"does not decode: {_first_line(error)}"
+        msg = f"does not decode: {first_line(error)}"
         raise ValueError(msg) from error
     num_frames = getattr(image, "n_frames", 1)
     if num_frames > 1:
@@ -259,14 +259,21 @@ def usable_image(encoded: bytes, *, max_height: int | None) -> bytes:
     return buffer.getvalue()
 
 
+def plan_digest(records: Sequence[Record], *, seed: int, max_height: int | None) -> str:
+    """Identify what `write_shards` is asked for: the records and how they are kept."""
+    asked = hashlib.sha256(json.dumps([FORMAT_VERSION, seed, max_height]).encode())
+    for record in records:
+        asked.update(repr((record.key, record.pid, record.camid, record.num_bytes)).encode())
+    return asked.hexdigest()
+
+
 def _plan_shards(
     records: Sequence[Record], uri: str, *, seed: int, max_height: int | None
 ) -> list[ShardPlan]:
     """Spread the records of each split at random over shards of bounded size."""
-    asked = hashlib.sha256(json.dumps([FORMAT_VERSION, seed, max_height]).encode())
+    digest = plan_digest(records, seed=seed, max_height=max_height)
     by_split: dict[str, list[Record]] = {}
     for record in records:
-        asked.update(repr((record.key, record.pid, record.camid, record.num_bytes)).encode())
         by_split.setdefault(record.split, []).append(record)
     plans = []
     for split, members in sorted(by_split.items()):
@@ -281,7 +288,7 @@ def _plan_shards(
                 ShardPlan(
                     name=f"{split}-{number:05d}-of-{num_shards:05d}.parquet",
                     uri=uri,
-                    digest=asked.hexdigest(),
+                    digest=digest,
                     records=tuple(members[i] for i in part),
                     max_height=max_height,
                 )
@@ -354,7 +361,7 @@ def _encode(plan: ShardPlan) -> tuple[bytes, list[dict[str, str]]]:
             image = usable_image(record.read(), max_height=plan.max_height)
         except (ValueError, OSError) as error:
             key = record.key.encode(errors="backslashreplace").decode()
-            refused.append({"key": key, "reason": _first_line(error)})
+            refused.append({"key": key, "reason": first_line(error)})
             continue
         rows.append(
             {
@@ -387,7 +394,3 @@ def _write_whole(filesystem: fs.FileSystem, file: str, content: bytes) -> None:
     with filesystem.open_output_stream(f"{file}.part") as stream:
         stream.write(content)
     filesystem.move(f"{file}.part", file)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

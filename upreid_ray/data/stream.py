@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from ray.data import DataIterator
 
-from upreid_ray.config import DataConfig, InputError, PretrainConfig
+from upreid_ray.config import InputError, PretrainConfig
 from upreid_ray.data.shards import Manifest, open_folder
 
 TRAIN_SPLITS = ("train", "unlabeled")
@@ -179,10 +179,10 @@ class TrainingImages:
         seed, data = self._config.seed, self._config.data
         order = np.random.default_rng((seed, block.epoch)).permutation(len(self._groups))
         ranges = self._groups.ranges(order, block.start, block.stop)
-        encoded = _read_rows(self._uri, ranges, ["image"]).column("image")
+        encoded = read_rows(self._uri, ranges, ["image"]).column("image")
         shuffle = np.random.default_rng((seed, block.epoch, block.start))
         rows = shuffle.permutation(len(encoded))
-        columns = _decode(encoded.take(pa.array(rows)), data.height, data.width)
+        columns = decode(encoded.take(pa.array(rows)), data.height, data.width)
         # What was seen is decoded too: a later image may be replaced by one of these.
         return {name: column[block.skip :] for name, column in columns.items()}
 
@@ -222,9 +222,9 @@ class TrainingImages:
 class LabelledImages:
     """The query and gallery images of a set of shards, in the manifest's order."""
 
-    def __init__(self, uri: str, manifest: Manifest, data: DataConfig) -> None:
+    def __init__(self, uri: str, manifest: Manifest, *, height: int, width: int) -> None:
         self._uri = uri
-        self._data = data
+        self._size = (height, width)
         self._groups = RowGroups(manifest, EVALUATION_SPLITS)
         self.num_blocks = -(-self._groups.num_images // MIN_BLOCK_IMAGES)
 
@@ -238,13 +238,44 @@ class LabelledImages:
         order = np.arange(len(self._groups))
         start = number * MIN_BLOCK_IMAGES
         ranges = self._groups.ranges(order, start, start + MIN_BLOCK_IMAGES)
-        table = _read_rows(self._uri, ranges, ["image", "pid", "camid", "split"])
-        columns = _decode(table.column("image"), self._data.height, self._data.width)
+        table = read_rows(self._uri, ranges, ["image", "pid", "camid", "split"])
+        columns = decode(table.column("image"), *self._size)
         decoded = columns.pop("decoded")
         columns["pid"] = table.column("pid").to_numpy()
         columns["camid"] = table.column("camid").to_numpy()
         columns["is_query"] = pc.equal(table.column("split"), "query").to_numpy()
         return {name: column[decoded] for name, column in columns.items()}
+
+
+def check_labels(uri: str, manifest: Manifest) -> None:
+    """Refuse a set whose query and gallery images cannot be scored.
+
+    Raises:
+        InputError: There are none, persons or cameras are unknown, or no query has a match.
+    """
+    cameras: dict[str, dict[int, set[int]]] = {split: {} for split in EVALUATION_SPLITS}
+    for split, of_person in cameras.items():
+        groups = RowGroups(manifest, (split,))
+        if groups.num_images == 0:
+            msg = f"{uri}: has no {split} images"
+            raise InputError(msg)
+        ranges = groups.ranges(np.arange(len(groups)), 0, groups.num_images)
+        labels = read_rows(uri, ranges, ["pid", "camid"])
+        for name, meaning in (("pid", "person"), ("camid", "camera")):
+            if labels.column(name).null_count:
+                msg = (
+                    f"{uri}: {labels.column(name).null_count} {split} images have no {meaning}"
+                )
+                raise InputError(msg)
+        for pid, camid in zip(*(column.to_pylist() for column in labels), strict=True):
+            of_person.setdefault(pid, set()).add(camid)
+    if not any(
+        cameras["gallery"].get(pid, set()) - {camid}
+        for pid, camids in cameras["query"].items()
+        for camid in camids
+    ):
+        msg = f"{uri}: no query image has a match in the gallery under another camera"
+        raise InputError(msg)
 
 
 def stream_blocks(
@@ -292,7 +323,8 @@ def read_stream(iterator: DataIterator, *, rank: int, num_workers: int) -> Itera
         yield columns
 
 
-def _read_rows(uri: str, ranges: Sequence[RowRange], columns: list[str]) -> pa.Table:
+def read_rows(uri: str, ranges: Sequence[RowRange], columns: list[str]) -> pa.Table:
+    """Read some columns of some rows, in this order."""
     return pa.concat_tables(
         _open_shard(uri, part.shard)
         .read_row_group(part.row_group, columns=columns)
@@ -307,7 +339,7 @@ def _open_shard(uri: str, name: str) -> pq.ParquetFile:
     return pq.ParquetFile(filesystem.open_input_file(f"{path}/{name}"))
 
 
-def _decode(encoded: pa.ChunkedArray, height: int, width: int) -> Columns:
+def decode(encoded: pa.ChunkedArray, height: int, width: int) -> Columns:
     """Decode and resize images; what does not decode repeats one that does."""
     images = np.zeros((len(encoded), 3, height, width), np.uint8)
     decoded = np.zeros(len(encoded), bool)
