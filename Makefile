@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 UV_VERSION := 0.13.9
 
-.PHONY: help setup pretrain check format test test-fast bench up down status lock clean
+.PHONY: help setup pretrain finetune check format test test-fast bench up down status lock clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -25,6 +25,9 @@ pretrain: $(READY)  ## synthetic people -> a registered backbone, in minutes on 
 	@echo "Look at the run:      $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
 	@echo "Use your own images:  $(BIN)/python jobs/prepare.py FOLDER --out shards"
 	@echo "                      $(BIN)/python jobs/pretrain.py laptop --data.shards shards"
+
+finetune: $(READY)  ## the champion of `make pretrain` -> a fine-tuned, scored model
+	$(BIN)/python jobs/finetune.py demo --init models:/upreid-resnet18@champion
 
 check: $(READY)  ## format, lint, types, layers
 	$(BIN)/ruff format --check --quiet .

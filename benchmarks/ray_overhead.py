@@ -26,13 +26,16 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from upreid_ray.config import PretrainConfig
-from upreid_ray.core.training import TrainState, train
+from upreid_ray.core.training import TrainState, train, train_step
 from upreid_ray.data.layouts import synthetic_records
 from upreid_ray.data.shards import read_manifest, write_shards
 from upreid_ray.data.stream import Block, Columns, TrainingImages
 from upreid_ray.presets import PRESETS
 from upreid_ray.pretrain import fit
 from upreid_ray.tracking import environment
+
+# Workers and threads of each: one core is left to all else, or none is.
+ROWS = ((1, 1), (1, 2), (2, 1))
 
 
 class Blocks(Dataset[Columns]):
@@ -63,7 +66,7 @@ def plain_worker(
         dist.init_process_group(
             "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=num_workers
         )
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_workers))
+    torch.set_num_threads(config.scaling.threads_per_worker or 1)
     images = TrainingImages(shards, read_manifest(shards), config)
     state = TrainState(
         config, steps_per_epoch=images.steps_per_epoch, device=torch.device("cpu")
@@ -79,7 +82,8 @@ def plain_worker(
     batches = images.batches(rounds, iter(loader), num_workers)
     skipped = state.num_steps // 4
     started = 0.0
-    for report in train(state, (torch.from_numpy(batch) for batch in batches)):
+    tensors = (torch.from_numpy(batch) for batch in batches)
+    for report in train(state, tensors, train_step):
         if report.step % config.training.log_every_steps == 0:
             report.terms["loss"].item()
         if report.step == skipped:
@@ -119,21 +123,22 @@ def main() -> None:
     repeats, epochs = vars(parser.parse_args()).values()
     logging.basicConfig(level=logging.WARNING)
     console = Console(width=110)
-    table = Table("workers", "plain images/s", "on Ray images/s", "Ray / plain")
+    table = Table("workers", "threads each", "plain images/s", "on Ray images/s", "Ray / plain")
     with tempfile.TemporaryDirectory(prefix="upreid-bench-") as name:
         folder = Path(name)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         shards = _shards(folder)
-        for num_workers in (1, 2):
-            config = _config(num_workers, epochs, shards, folder)
+        for num_workers, num_threads in ROWS:
+            config = _config(num_workers, num_threads, epochs, shards, folder)
             speeds: dict[str, list[float]] = {"plain": [], "ray": []}
             for _ in range(repeats):
                 speeds["plain"].append(plain(config, shards, folder))
                 speeds["ray"].append(on_ray(config))
-                console.print(num_workers, speeds)
+                console.print(num_workers, num_threads, speeds)
             medians = {kind: statistics.median(values) for kind, values in speeds.items()}
             table.add_row(
                 str(num_workers),
+                str(num_threads),
                 *(
                     f"{medians[kind]:.1f} ({min(values):.1f}-{max(values):.1f})"
                     for kind, values in speeds.items()
@@ -165,7 +170,9 @@ def _shards(folder: Path) -> str:
     return str(folder / "shards")
 
 
-def _config(num_workers: int, epochs: int, shards: str, folder: Path) -> PretrainConfig:
+def _config(
+    num_workers: int, num_threads: int, epochs: int, shards: str, folder: Path
+) -> PretrainConfig:
     """Return the demo with groups for this many workers, and no evaluation in between."""
     demo = PRESETS["demo"]
     config = demo.override(
@@ -176,6 +183,7 @@ def _config(num_workers: int, epochs: int, shards: str, folder: Path) -> Pretrai
             "evaluation.every_epochs": epochs,
             "scaling.num_workers": num_workers,
             "scaling.cpus_per_worker": 1 / num_workers,
+            "scaling.threads_per_worker": num_threads,
             "run.storage_path": str(folder / "runs"),
         }
     )

@@ -1,7 +1,7 @@
 """Turn images into shards: checked, shuffled Parquet files with a manifest.
 
-SOURCE is a folder of images of any depth, a folder in Market-1501's layout
-(bounding_box_train, query, bounding_box_test), or the word synthetic.
+SOURCE is a folder of images of any depth, a labelled set as it is distributed (Market-1501,
+MSMT17, CUHK03-NP, PersonX), or the word synthetic.
 
 Examples:
   python jobs/prepare.py CROPS --out shards
@@ -10,6 +10,7 @@ Examples:
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,10 @@ from rich.table import Table
 
 from upreid_ray.command_line import JobParser, connect_to_ray, run_job
 from upreid_ray.config import SyntheticConfig
-from upreid_ray.data.layouts import folder_records, synthetic_records
+from upreid_ray.data.layouts import folder_records, label_warnings, synthetic_records
 from upreid_ray.data.shards import Manifest, write_shards
+
+logger = logging.getLogger("upreid_ray")
 
 
 def main() -> dict[str, Any]:
@@ -45,6 +48,8 @@ def main() -> dict[str, Any]:
         records = synthetic_records(SyntheticConfig(seed=arguments.seed))
     else:
         records = folder_records(arguments.source)
+        for warning in label_warnings(records):
+            logger.warning("%s: %s", arguments.source, warning)
     connect_to_ray()
     console = Console(stderr=True)
     with Progress(console=console) as progress:

@@ -13,9 +13,9 @@ from typing import Any
 
 from upreid_ray.command_line import (
     JobParser,
-    add_settings,
+    add_pretrain_settings,
     connect_to_ray,
-    read_settings,
+    read_pretrain_settings,
     run_job,
 )
 
@@ -26,9 +26,9 @@ def main() -> dict[str, Any]:
     parser.add_argument(
         "--resume", metavar="RUN_NAME", help="continue this run; give the same settings again"
     )
-    add_settings(parser)
+    add_pretrain_settings(parser)
     arguments = parser.parse(sys.argv[1:])
-    config = read_settings(arguments)
+    config = read_pretrain_settings(arguments)
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})
     # After the arguments: it takes seconds, which a mistake or --help should not cost.

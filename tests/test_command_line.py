@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from upreid_ray.command_line import JobParser, add_settings, read_settings
+from upreid_ray.command_line import JobParser, add_pretrain_settings, read_pretrain_settings
 from upreid_ray.config import InputError, PretrainConfig, Section
 from upreid_ray.presets import AUGMENTATIONS, PRESETS
 
@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 
 def parser() -> JobParser:
     made = JobParser("A job.")
-    add_settings(made)
+    add_pretrain_settings(made)
     return made
 
 
 def settings(*words: str) -> PretrainConfig:
-    return read_settings(parser().parse(words))
+    return read_pretrain_settings(parser().parse(words))
 
 
 def sections(section: type[Section], title: str = "run") -> list[str]:
@@ -193,7 +193,7 @@ def test_words_of_a_job_are_parsed_beside_the_settings():
 
     arguments = job.parse(["laptop", "--resume", "a-run", "--seed", "3"])
 
-    assert (arguments.resume, read_settings(arguments).seed) == ("a-run", 3)
+    assert (arguments.resume, read_pretrain_settings(arguments).seed) == ("a-run", 3)
 
 
 # Whole processes: what they print, and how they exit.
@@ -201,12 +201,14 @@ def test_words_of_a_job_are_parsed_beside_the_settings():
 # What every job with settings does before it imports what takes seconds.
 PARSE = """
 import sys
-from upreid_ray.command_line import JobParser, add_settings, read_settings, run_job
+from upreid_ray import command_line
+from upreid_ray.command_line import JobParser, run_job
 
 def job():
     parser = JobParser("A job.")
-    add_settings(parser)
-    return read_settings(parser.parse(sys.argv[1:])).model_dump(mode="json")
+    command_line.add_pretrain_settings(parser)
+    config = command_line.read_pretrain_settings(parser.parse(sys.argv[1:]))
+    return config.model_dump(mode="json")
 
 run_job(job)
 """

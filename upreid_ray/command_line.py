@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import ray
 
@@ -17,6 +17,8 @@ from upreid_ray.config import InputError, PretrainConfig, Section
 from upreid_ray.presets import AUGMENTATIONS, PRESETS
 
 logger = logging.getLogger("upreid_ray")
+
+ConfigT = TypeVar("ConfigT", bound=Section)
 
 SETTING = re.compile(r"^--[a-z_-]+\.[a-z_.-]+")
 
@@ -55,8 +57,23 @@ class JobParser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add where a configuration begins, and a flag for each setting of a pre-training run."""
+def add_settings(parser: argparse.ArgumentParser, config: type[Section]) -> None:
+    """Add a flag for each setting of a configuration, under its dotted path."""
+    _add_section(parser, "", config)
+
+
+def override(config: ConfigT, arguments: argparse.Namespace) -> ConfigT:
+    """Return the configuration with the settings that were given on the command line.
+
+    Raises:
+        InputError: A setting is refused.
+    """
+    paths = dict(config.flatten())
+    return config.override({p: v for p, v in vars(arguments).items() if p in paths})
+
+
+def add_pretrain_settings(parser: argparse.ArgumentParser) -> None:
+    """Add where a pre-training configuration begins, and its settings."""
     parser.add_argument(
         "preset", nargs="?", choices=PRESETS, help="named run to begin with (default: demo)"
     )
@@ -71,11 +88,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         choices=AUGMENTATIONS,
         help="named augmentation, instead of the preset's",
     )
-    _add_section(parser, "run", PretrainConfig)
+    add_settings(parser, PretrainConfig)
 
 
-def read_settings(arguments: argparse.Namespace) -> PretrainConfig:
-    """Return the configuration that the arguments of `add_settings` describe.
+def read_pretrain_settings(arguments: argparse.Namespace) -> PretrainConfig:
+    """Return the configuration that the arguments of `add_pretrain_settings` describe.
 
     Raises:
         InputError: A file cannot be read, or a setting is refused.
@@ -97,10 +114,7 @@ def read_settings(arguments: argparse.Namespace) -> PretrainConfig:
         config = PretrainConfig.parse(tree)
     if arguments.augmentation is not None:
         config = config.override({"augmentation": AUGMENTATIONS[arguments.augmentation]})
-    settings = {name: value for name, value in vars(arguments).items() if "." in name}
-    if "seed" in arguments:
-        settings["seed"] = arguments.seed
-    return config.override(settings)
+    return override(config, arguments)
 
 
 def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
@@ -134,13 +148,13 @@ def connect_to_ray() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
-def _add_section(parser: argparse.ArgumentParser, title: str, section: type[Section]) -> None:
-    """Add a flag for each setting of a section, under its dotted path."""
-    group = parser.add_argument_group(title, section.__doc__)
+def _add_section(parser: argparse.ArgumentParser, prefix: str, section: type[Section]) -> None:
+    """Add a flag for each setting of a section, and then its own sections."""
+    group = parser.add_argument_group(prefix.rstrip(".") or "job", section.__doc__)
     for name, field in section.model_fields.items():
-        path = name if section is PretrainConfig else f"{title}.{name}"
+        path = f"{prefix}{name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            _add_section(parser, path, field.annotation)
+            _add_section(parser, f"{path}.", field.annotation)
         else:
             description = (field.description or "").replace("%", "%%")
             group.add_argument(

@@ -5,6 +5,11 @@ from upreid_ray.config import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
+    FinetuneAugmentationConfig,
+    FinetuneConfig,
+    FinetuneOptimizerConfig,
+    FinetuneTrainingConfig,
+    LabelledDataConfig,
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -57,7 +62,8 @@ PRESETS = {
     "laptop": PretrainConfig(
         data=DataConfig(height=128, width=64),
         augmentation=AUGMENTATIONS["mild"],
-        model=_SMALL_MODEL,
+        # A set may have a thousand images: a queue must not hold most of them.
+        model=_SMALL_MODEL.override({"queue_size": 256}),
         optimizer=OptimizerConfig(lr=0.02, warmup_epochs=1),
         training=TrainingConfig(epochs=10, batch_size=64, group_size=32, log_every_steps=10),
         evaluation=EvaluationConfig(every_epochs=5),
@@ -66,4 +72,20 @@ PRESETS = {
     ),
     # The recipe of LUPerson's MoCo v2, which the defaults are, with the I2 terms; 8 GPUs.
     "luperson": PretrainConfig(data=DataConfig(shards="luperson-shards")),
+}
+
+FINETUNE_PRESETS = {
+    # The strong baseline of Luo et al. 2019 (https://arxiv.org/abs/1903.07071).
+    "bot": FinetuneConfig(),
+    # python jobs/finetune.py demo --init ...: synthetic people on two cores, in minutes.
+    "demo": FinetuneConfig(
+        backbone="resnet18",
+        data=LabelledDataConfig(height=64, width=32),
+        augmentation=FinetuneAugmentationConfig(padding=3),
+        optimizer=FinetuneOptimizerConfig(warmup_epochs=1, milestones=(4, 6)),
+        training=FinetuneTrainingConfig(epochs=7, log_every_steps=10),
+        evaluation=EvaluationConfig(every_epochs=2),
+        checkpoint=CheckpointConfig(every_steps=50),
+        scaling=_ONE_MACHINE,
+    ),
 }

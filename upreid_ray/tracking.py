@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import threading
 import time
@@ -21,14 +22,14 @@ from mlflow.tracking import MlflowClient
 from PIL.Image import Image
 from torch import nn
 
-from upreid_ray.config import InputError, Section
-from upreid_ray.core.encoder import build_backbone, load_backbone_weights
+from upreid_ray.config import InputError, Section, first_line
+from upreid_ray.core.backbone import build_backbone, read_backbone
+from upreid_ray.core.checkpoint import WEIGHTS_FILE
 
+Client = MlflowClient
 logger = logging.getLogger(__name__)
 
 BACKBONE_FOLDER = "backbone"
-WEIGHTS_FILE = "backbone.safetensors"
-DESCRIPTION_FILE = "backbone.json"
 CHALLENGER, CHAMPION = "challenger", "champion"
 LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow", "pillow")
 # MLflow's own defaults retry an unreachable server for minutes.
@@ -37,6 +38,7 @@ HTTP_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
 }
+MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 NUM_PARAMS_A_CALL = 100
 RETRY_SECONDS = 5.0
 
@@ -59,8 +61,7 @@ def connect() -> MlflowClient:
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow raises what its stores and HTTP libraries raise
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:200]
-        msg = f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers ({reason})"
+        msg = f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers ({first_line(error)})"
         raise InputError(msg) from error
     return client
 
@@ -95,6 +96,12 @@ def start_run(client: MlflowClient, *, experiment: str, name: str, config: Secti
 def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
     """Add tags to a run."""
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def log_metrics(client: MlflowClient, run_id: str, values: Mapping[str, float]) -> None:
+    """Log the results of a run that has no steps."""
+    now = int(time.time() * 1000)
+    client.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in values.items()])
 
 
 @contextmanager
@@ -262,6 +269,15 @@ def register_backbone(
     return f"models:/{name}/{new.version}"
 
 
+def link_descendant(client: MlflowClient, *, ancestor: str, descendant: str) -> None:
+    """Note on a version which one began with it; what is no version has no place for a note."""
+    match = MODEL_URI.match(ancestor)
+    if match is not None:
+        name, _, version = descendant.removeprefix("models:/").rpartition("/")
+        key = f"descendant.{name}.{version}"
+        client.set_model_version_tag(match["name"], match["version"], key, descendant)
+
+
 def load_backbone(uri: str) -> nn.Module:
     """Return the backbone of a version such as ``models:/upreid-resnet50@champion``.
 
@@ -272,18 +288,44 @@ def load_backbone(uri: str) -> nn.Module:
         InputError: There is no such version, or its files do not make a backbone.
     """
     client = connect()
-    try:
-        folder = Path(
-            mlflow.artifacts.download_artifacts(uri, tracking_uri=client.tracking_uri)
-        )
-        description = json.loads((folder / DESCRIPTION_FILE).read_text())
-        backbone = build_backbone(description["backbone"])
-        load_backbone_weights(backbone, folder / WEIGHTS_FILE)
-    except (MlflowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).partition(": ")[2] if isinstance(error, InputError) else repr(error)
-        msg = f"{uri}: cannot be loaded ({' '.join(reason.split())[:300]})"
-        raise InputError(msg) from error
+    name, weights = read_backbone(download(client, find_version(client, uri)) / WEIGHTS_FILE)
+    backbone = build_backbone(name)
+    backbone.load_state_dict(weights)
     return backbone.eval()
+
+
+def find_version(client: MlflowClient, uri: str) -> ModelVersion:
+    """Return the version that ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` names.
+
+    Raises:
+        InputError: There is no such version.
+    """
+    match = MODEL_URI.match(uri)
+    if match is None:
+        msg = f"{uri}: not of the form models:/NAME@ALIAS or models:/NAME/VERSION"
+        raise InputError(msg)
+    try:
+        if match["alias"] is not None:
+            return client.get_model_version_by_alias(match["name"], match["alias"])
+        return client.get_model_version(match["name"], match["version"])
+    except MlflowException as error:
+        msg = f"{uri}: not in the registry ({first_line(error)})"
+        raise InputError(msg) from error
+
+
+def download(client: MlflowClient, version: ModelVersion) -> Path:
+    """Bring the folder of a version here.
+
+    Raises:
+        InputError: It cannot be had.
+    """
+    uri = f"models:/{version.name}/{version.version}"
+    try:
+        folder: str = mlflow.artifacts.download_artifacts(uri, tracking_uri=client.tracking_uri)
+    except (MlflowException, OSError) as error:
+        msg = f"{uri}: its files cannot be had ({first_line(error)})"
+        raise InputError(msg) from error
+    return Path(folder)
 
 
 def _version_by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:

@@ -1,0 +1,56 @@
+"""Write a backbone as a file that another tool loads, and say which tensors it will find.
+
+INIT is models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, or a file of weights.
+
+Examples:
+  python jobs/export.py models:/upreid-resnet50@champion --to fastreid --out upreid.pth
+  python jobs/export.py runs/NAME/step-00000222 --to timm --out upreid.safetensors
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from upreid_ray.command_line import JobParser, run_job
+
+CONSUMERS = ("torchvision", "timm", "fastreid", "torchreid")
+
+
+def main() -> dict[str, Any]:
+    """Parse, write the file, and return what the JSON line says."""
+    parser = JobParser(__doc__)
+    parser.add_argument("init", metavar="INIT", help="backbone to export")
+    parser.add_argument("--to", required=True, choices=CONSUMERS, help="who loads the file")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file")
+    arguments = parser.parse(sys.argv[1:])
+    # After the arguments: it takes seconds, which a mistake or --help should not cost.
+    from upreid_ray.export import export  # noqa: PLC0415
+    from upreid_ray.initialization import resolve  # noqa: PLC0415
+
+    init = resolve(arguments.init)
+    report = export(init, arguments.to, arguments.out)
+    table = Table("tensors", "number", "first")
+    for kind in ("matched", "missing", "unexpected"):
+        names = getattr(report, kind)
+        table.add_row(kind, str(len(names)), ", ".join(names[:3]))
+    images = init.description
+    table.caption = (
+        f"{report.usage}\nimages: {images.height}x{images.width}, "
+        f"mean {images.mean}, std {images.std}"
+    )
+    Console(stderr=True).print(table)
+    return {
+        "init": init.uri,
+        "result_dir": str(arguments.out.absolute().parent),
+        "file": str(arguments.out),
+        "matched": len(report.matched),
+        "missing": report.missing,
+        "unexpected": report.unexpected,
+    }
+
+
+if __name__ == "__main__":
+    run_job(main)

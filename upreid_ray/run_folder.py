@@ -1,0 +1,100 @@
+"""The folder of a run: what was asked for, and what came of it."""
+
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pyarrow import fs
+
+from upreid_ray.config import InputError, JobConfig, Section
+from upreid_ray.data.shards import open_folder
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where what a run leaves lives: ``storage/name``, with Ray Train's checkpoints.
+
+    Attributes:
+        storage: Folder (absolute) or URI of all runs.
+        name: Of the run.
+    """
+
+    storage: str
+    name: str
+
+    @classmethod
+    def of(cls, run: JobConfig, kind: str) -> Self:
+        """Return the folder that ``run`` names; a new one of this kind if it names none."""
+        storage = run.storage_path or os.environ.get("UPREID_RAY_STORAGE") or "runs"
+        if "://" not in storage:
+            storage = str(Path(storage).absolute())
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        return cls(storage, run.name or f"{kind}-{stamp}")
+
+    @property
+    def uri(self) -> str:
+        """Folder or URI of this run."""
+        return f"{self.storage}/{self.name}"
+
+    def exists(self) -> bool:
+        """Tell whether a run of this name was started."""
+        filesystem, path = open_folder(self.uri)
+        return bool(filesystem.get_file_info(f"{path}/{RUN_FILE}").type == fs.FileType.File)
+
+    def record(self, config: Section, run_id: str) -> None:
+        """Note the settings and the MLflow run, which `recorded_run` finds again."""
+        record = {"run_id": run_id, "config": config.model_dump(mode="json")}
+        self.write(RUN_FILE, json.dumps(record, indent=1))
+
+    def write(self, file: str, text: str) -> None:
+        """Write a file of this folder.
+
+        Raises:
+            InputError: The storage cannot be written.
+        """
+        filesystem, path = open_folder(self.uri)
+        try:
+            filesystem.create_dir(path, recursive=True)
+            with filesystem.open_output_stream(f"{path}/{file}") as stream:
+                stream.write(text.encode())
+        except OSError as error:
+            msg = f"--run.storage_path {self.storage}: cannot be written ({error})"
+            raise InputError(msg) from error
+
+    def recorded_run(self, config: Section, free: Sequence[str]) -> str:
+        """Return the id of the MLflow run that was started here with the same settings.
+
+        Args:
+            config: Now; may differ in the free settings.
+            free: First parts of the settings that change nothing about the weights.
+
+        Raises:
+            InputError: There is none, or a setting differs that would change the weights.
+        """
+        if not self.exists():
+            msg = f"--resume {self.name}: no such run in {self.storage}"
+            raise InputError(msg)
+        filesystem, path = open_folder(self.uri)
+        with filesystem.open_input_stream(f"{path}/{RUN_FILE}") as stream:
+            record = json.loads(stream.read())
+        before = dict(type(config).parse(record["config"]).flatten())
+        for setting, value in config.flatten():
+            if not setting.startswith(tuple(free)) and value != before[setting]:
+                msg = f"--{setting} {value}: run {self.name} was started with {before[setting]}"
+                raise InputError(msg)
+        run_id: str = record["run_id"]
+        return run_id
+
+    def local_path(self) -> Path:
+        """Return a local folder for what is not in the storage yet."""
+        if "://" in self.storage:
+            return Path(tempfile.gettempdir(), "upreid_ray", self.name)
+        return Path(self.uri)

@@ -1,0 +1,245 @@
+"""A job that trains: from its settings, through Ray Train, to a registered version."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import ray
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+)
+from ray.train import ScalingConfig as RayScalingConfig
+from ray.train.torch import TorchTrainer
+
+from upreid_ray import tracking
+from upreid_ray.config import FinetuneConfig, InputError, PretrainConfig, ScalingConfig
+from upreid_ray.core.checkpoint import export_backbone, read_position
+from upreid_ray.data.persons import PersonImages
+from upreid_ray.data.shards import read_manifest
+from upreid_ray.data.stream import EVALUATION_SPLITS, TrainingImages, check_labels
+from upreid_ray.run_folder import RunFolder
+from upreid_ray.worker import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+# What a resumed run may change: none of it changes the weights that come out.
+FREE_SETTINGS = ("run.", "scaling.", "checkpoint.", "training.log_every_steps")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+        run_id: Of the MLflow run.
+        model_uri: Of the registered version.
+        scores: Of the registered backbone, 0..1 by name; empty without an evaluation set.
+        scores_untrained: Of the backbone before training.
+        images_per_second: Over all workers, without the start and without evaluations.
+        result_dir: Folder of the run, with its checkpoints.
+    """
+
+    run_id: str
+    model_uri: str
+    scores: dict[str, float]
+    scores_untrained: dict[str, float]
+    images_per_second: float
+    result_dir: str
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A run that is about to begin, or to go on.
+
+    Attributes:
+        config: Of the run.
+        folder: Of the run.
+        run_id: Of the MLflow run that goes on, None if a new one begins.
+        client: Of the tracking server.
+    """
+
+    config: PretrainConfig | FinetuneConfig
+    folder: RunFolder
+    run_id: str | None
+    client: tracking.Client
+
+    @classmethod
+    def prepare(
+        cls, config: PretrainConfig | FinetuneConfig, folder: RunFolder, *, resume: bool
+    ) -> Self:
+        """Check what can be checked before anything is made.
+
+        Raises:
+            InputError: The run exists, or does not; MLflow does not answer; or the machine
+                cannot hold the workers.
+        """
+        run_id = folder.recorded_run(config, FREE_SETTINGS) if resume else None
+        if not resume and folder.exists():
+            name = folder.name
+            msg = f"--run.name {name}: exists already; continue it with --resume {name}"
+            raise InputError(msg)
+        _check_resources(config.scaling)
+        return cls(config, folder, run_id, tracking.connect())
+
+    def run(
+        self,
+        worker: Callable[[dict[str, Any]], None],
+        make_settings: Callable[..., WorkerSettings[Any]],
+        *,
+        shards: str,
+        images: TrainingImages | PersonImages,
+        model_name: str,
+        lineage: Mapping[str, str],
+    ) -> TrainResult:
+        """Train, and register the best backbone.
+
+        Args:
+            worker: What each worker does.
+            make_settings: Called with the fields of `WorkerSettings`.
+            shards: URI of the training shards.
+            images: What is trained on.
+            model_name: Under which the backbone is registered.
+            lineage: Tags of the run and of the version, beside those of every job.
+
+        Raises:
+            InputError: The evaluation set cannot be scored.
+            ray.train.TrainingFailedError: Training failed more often than allowed.
+        """
+        config, folder, client = self.config, self.folder, self.client
+        evaluation = _evaluation_shards(config.evaluation.shards, shards)
+        run_id = self.run_id
+        if run_id is None:
+            run_id = tracking.start_run(
+                client, experiment=config.run.experiment, name=folder.name, config=config
+            )
+            folder.record(config, run_id)
+        tags = {
+            "run": folder.name,
+            "shards": shards,
+            "manifest": read_manifest(shards).digest(),
+            "evaluation": read_manifest(evaluation).digest(EVALUATION_SPLITS)
+            if evaluation
+            else "none",
+            **lineage,
+        }
+        tracking.set_tags(client, run_id, tags)
+        logger.info(
+            "run %s: %d images, %d steps; if it ends early, continue it with --resume %s",
+            folder.name,
+            images.num_images,
+            images.steps_per_epoch * config.training.epochs,
+            folder.name,
+        )
+        settings = make_settings(
+            config=config,
+            shards=shards,
+            evaluation_shards=evaluation,
+            run_id=run_id,
+            tracking_uri=tracking.tracking_uri(),
+            log_folder=folder.local_path(),
+        )
+        with tracking.running(client, run_id):
+            trained = _train(worker, settings, folder)
+            return _register(trained, run_id, config, folder, model_name, tags)
+
+
+def _check_resources(scaling: ScalingConfig) -> None:
+    """Refuse what the machine cannot hold; a cluster may grow, so there Ray waits."""
+    if len(ray.nodes()) > 1 or "RAY_ADDRESS" in os.environ:
+        return
+    has = ray.cluster_resources()
+    if scaling.use_gpu and has.get("GPU", 0) < scaling.num_workers:
+        msg = (
+            f"--scaling.num_workers {scaling.num_workers}: this machine has "
+            f"{has.get('GPU', 0):g} GPUs; --scaling.use_gpu false trains on CPUs"
+        )
+        raise InputError(msg)
+    # Less than a whole CPU left would keep the tasks that decode images waiting for ever.
+    needed = scaling.num_workers * scaling.cpus_per_worker + 1
+    if has.get("CPU", 0) < needed:
+        msg = (
+            f"--scaling.cpus_per_worker {scaling.cpus_per_worker:g}: {scaling.num_workers} "
+            f"workers and one task that decodes need {needed:g} CPUs, this machine has "
+            f"{has.get('CPU', 0):g}"
+        )
+        raise InputError(msg)
+
+
+def _evaluation_shards(chosen: str | None, shards: str) -> str | None:
+    """Return the shards with query and gallery images; None if there are none to take."""
+    uri = chosen or shards
+    manifest = read_manifest(uri)
+    if chosen is None and not manifest.counts().keys() & EVALUATION_SPLITS:
+        logger.info("%s has no query and gallery images: nothing is scored", uri)
+        return None
+    check_labels(uri, manifest)
+    return uri
+
+
+def _train(
+    worker: Callable[[dict[str, Any]], None], settings: WorkerSettings[Any], folder: RunFolder
+) -> Checkpoint:
+    """Train on Ray Train; return the last checkpoint."""
+    config = settings.config
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={"settings": settings},
+        scaling_config=RayScalingConfig(
+            num_workers=config.scaling.num_workers,
+            use_gpu=config.scaling.use_gpu,
+            resources_per_worker={"CPU": config.scaling.cpus_per_worker}
+            | ({"GPU": 1} if config.scaling.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=folder.name,
+            storage_path=folder.storage,
+            failure_config=FailureConfig(max_failures=config.run.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.num_to_keep),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    return trainer.fit().checkpoint
+
+
+def _register(
+    trained: Checkpoint,
+    run_id: str,
+    config: PretrainConfig | FinetuneConfig,
+    folder: RunFolder,
+    model_name: str,
+    tags: Mapping[str, str],
+) -> TrainResult:
+    """Register the best backbone of the last checkpoint."""
+    with trained.as_directory() as directory, tempfile.TemporaryDirectory() as exported:
+        position = read_position(Path(directory))
+        export_backbone(Path(directory), Path(exported))
+        scores = {f"score.{name}": str(value) for name, value in position.best_scores.items()}
+        model_uri = tracking.register_backbone(
+            tracking.connect(),
+            run_id=run_id,
+            name=model_name,
+            folder=Path(exported),
+            tags={
+                **tracking.environment(),
+                **tags,
+                **scores,
+                "step": str(position.best_step),
+                "config": config.model_dump_json(),
+            },
+        )
+    return TrainResult(
+        run_id=run_id,
+        model_uri=model_uri,
+        scores=position.best_scores,
+        scores_untrained=position.scores_untrained,
+        images_per_second=position.images_per_second,
+        result_dir=folder.uri,
+    )

@@ -1,0 +1,319 @@
+"""What every Ray Train worker does around each step, whatever it trains."""
+
+import logging
+import math
+import os
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode
+from torch import Tensor
+
+from upreid_ray.config import AugmentationConfig, FinetuneConfig, PretrainConfig, ScalingConfig
+from upreid_ray.core import distributed
+from upreid_ray.core.checkpoint import (
+    BestBackbone,
+    load_checkpoint,
+    save_checkpoint,
+)
+from upreid_ray.core.retrieval import extract_features, retrieval_scores
+from upreid_ray.core.training import State, StepReport
+from upreid_ray.data.shards import read_manifest
+from upreid_ray.data.stream import Columns, LabelledImages
+from upreid_ray.tracking import RunLog
+
+logger = logging.getLogger(__name__)
+
+DELIVERY_SECONDS = 60.0
+EVALUATION_THREADS = 4
+
+
+ConfigT = TypeVar("ConfigT", PretrainConfig, FinetuneConfig)
+
+
+@dataclass(frozen=True)
+class WorkerSettings(Generic[ConfigT]):
+    """What the driver tells the workers.
+
+    Attributes:
+        config: Of the run.
+        shards: URI of the training shards.
+        evaluation_shards: URI of shards with query and gallery, or None.
+        run_id: Of the MLflow run.
+        tracking_uri: Of the MLflow server.
+        log_folder: On the machine of rank 0, for what MLflow has not got yet.
+    """
+
+    config: ConfigT
+    shards: str
+    evaluation_shards: str | None
+    run_id: str
+    tracking_uri: str
+    log_folder: Path
+
+
+def prepare_process(scaling: ScalingConfig) -> torch.device:
+    """Let the progress of this worker through, and take the threads that are its share.
+
+    Returns:
+        Where this worker trains.
+    """
+    ours = logging.getLogger("upreid_ray")  # Ray forwards it to the driver
+    ours.setLevel(logging.INFO)
+    ours.addHandler(logging.StreamHandler())
+    ours.propagate = False
+    device: torch.device = ray.train.torch.get_device()
+    if device.type == "cpu":
+        take_threads(scaling, ray.train.get_context().get_local_world_size())
+    return device
+
+
+def take_threads(scaling: ScalingConfig, num_local: int) -> None:
+    """Let torch use the threads that are this process's share of the machine.
+
+    Ray gives a process the threads of the CPUs that it reserves; what is left free for
+    decoding would idle most of the time.
+    """
+    share = max(1, len(os.sched_getaffinity(0)) // num_local)
+    torch.set_num_threads(scaling.threads_per_worker or share)
+
+
+class Worker(ABC):
+    """One process of a run: the state of training, and the bookkeeping around each step.
+
+    Args:
+        settings: From the driver.
+        state: At its beginning.
+    """
+
+    def __init__(self, settings: WorkerSettings[Any], state: State) -> None:
+        self.run: PretrainConfig | FinetuneConfig = settings.config
+        self.state = state
+        self.labelled: LabelledImages | None = None
+        if settings.evaluation_shards is not None:
+            self.labelled = LabelledImages(
+                settings.evaluation_shards,
+                read_manifest(settings.evaluation_shards),
+                height=state.description.height,
+                width=state.description.width,
+            )
+        self.best = BestBackbone()
+        self.scores_untrained: dict[str, float] = {}
+        self.meter = Meter(self.run.training.batch_size)
+        self.log: RunLog | None = None
+        if distributed.rank() == 0:
+            self.log = RunLog(settings.run_id, settings.tracking_uri, settings.log_folder)
+
+    @abstractmethod
+    def steps(self) -> Iterator[StepReport]:
+        """Train from ``state.step`` to the end, and report each step."""
+
+    def train(self) -> None:
+        """Train from where the newest checkpoint is."""
+        state = self.state
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            self.scores_untrained = self._evaluate()
+        else:
+            with checkpoint.as_directory() as folder:
+                self.best, position = load_checkpoint(Path(folder), state)
+            self.scores_untrained = position.scores_untrained
+
+        self.meter.start()
+        for report in self.steps():
+            self.meter.add(report)
+            epoch, step_of_epoch = divmod(state.step, state.steps_per_epoch)
+            is_last = state.step == state.num_steps
+            scores_due = is_last or (
+                step_of_epoch == 0 and epoch % self.run.evaluation.every_epochs == 0
+            )
+            if is_last or state.step % self.run.training.log_every_steps == 0:
+                self._log_progress()
+            if scores_due or state.step % self.run.checkpoint.every_steps == 0:
+                with self.meter.paused():
+                    state.average_running_statistics()
+                    scores = self._evaluate() if scores_due else {}
+                    self._save_checkpoint(scores)
+        if self.log is not None:
+            self.log.close(DELIVERY_SECONDS)
+
+    def _log_progress(self) -> None:
+        """Log the means since the last call; every worker takes part."""
+        state = self.state
+        metrics = self.meter.read()
+        loss = metrics["train/loss"]
+        if not math.isfinite(loss):
+            msg = f"the loss is {loss} at step {state.step}; try a lower --optimizer.lr"
+            raise FloatingPointError(msg)
+        if self.log is None:
+            return
+        self.log.metrics(
+            state.step,
+            {
+                **metrics,
+                "train/epoch": state.step / state.steps_per_epoch,
+                "train/lr": state.optimizer.param_groups[0]["lr"],
+            },
+        )
+        speed = metrics["train/images_per_second"]
+        seconds_left = (state.num_steps - state.step) * self.run.training.batch_size / speed
+        logger.info(
+            "step %d/%d  %s  %.0f images/s  waiting for data %.1f%%  %d:%02d left",
+            state.step,
+            state.num_steps,
+            "  ".join(f"{name} {metrics[f'train/{name}']:.3f}" for name in self.meter.terms),
+            speed,
+            100 * metrics["train/data_wait"],
+            *divmod(round(seconds_left), 60),
+        )
+
+    def _evaluate(self) -> dict[str, float]:
+        """Score the extractor; every worker takes part, rank 0 gets the scores."""
+        labelled = self.labelled
+        if labelled is None:
+            return {}
+        labels: list[Columns] = []
+
+        def images() -> Iterator[Tensor]:
+            for block in _decode_share(labelled):
+                yield torch.from_numpy(block.pop("image"))
+                labels.append(block)
+
+        extractor = self.state.extractor
+        description = self.state.description
+        normalization = AugmentationConfig(mean=description.mean, std=description.std)
+        features = extract_features(extractor, images(), normalization).cpu()
+        gathered = distributed.gather_at_first((features, labels))
+        if gathered is None:
+            return {}
+        scores = _score(gathered)
+        if self.log is not None:
+            named = {f"eval/{name}": value for name, value in scores.items()}
+            self.log.metrics(self.state.step, named)
+        logger.info(
+            "step %d/%d  retrieval  mAP %.4f  rank-1 %.4f",
+            self.state.step,
+            self.state.num_steps,
+            scores["mAP"],
+            scores["rank1"],
+        )
+        return scores
+
+    def _save_checkpoint(self, scores: dict[str, float]) -> None:
+        """Hand the state to Ray Train, which uploads it while training goes on."""
+        checkpoint = None
+        if distributed.rank() == 0:
+            if scores or not self.best.scores:
+                self.best.offer(self.state, scores)
+            folder = Path(tempfile.mkdtemp(prefix="upreid-checkpoint-"))
+            save_checkpoint(
+                folder,
+                self.state,
+                self.best,
+                scores_untrained=self.scores_untrained,
+                images_per_second=self.meter.mean_images_per_second,
+            )
+            checkpoint = Checkpoint.from_directory(folder)
+        ray.train.report(
+            {"step": self.state.step, **scores},
+            checkpoint=checkpoint,
+            checkpoint_dir_name=f"step-{self.state.step:08d}",
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+
+class Meter:
+    """Means of the loss terms, and the speed.
+
+    Attributes:
+        terms: Names of the loss and its terms, as of the last reading.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._reports: list[StepReport] = []
+        self._window_started = 0.0
+        self._windows: list[tuple[int, float]] = []
+        self.terms: tuple[str, ...] = ()
+
+    def start(self) -> None:
+        """Begin to measure time."""
+        self._window_started = time.perf_counter()
+
+    def add(self, report: StepReport) -> None:
+        """Take in one step."""
+        self._reports.append(report)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside out of the speed."""
+        before = time.perf_counter()
+        yield
+        self._window_started += time.perf_counter() - before
+
+    def read(self) -> dict[str, float]:
+        """Return the means since the last reading, over all workers, and begin a new one."""
+        reports, self._reports = self._reports, []
+        names = self.terms = tuple(reports[0].terms)
+        means = torch.stack(
+            [torch.stack([r.terms[name] for r in reports]).mean() for name in names]
+        )
+        distributed.average_([means])
+        values = means.tolist()  # waits for the device, so that the time below is that of work
+        seconds = time.perf_counter() - self._window_started
+        self._windows.append((len(reports) * self._batch_size, seconds))
+        self.start()
+        return {
+            **{f"train/{name}": value for name, value in zip(names, values, strict=True)},
+            "train/images_per_second": len(reports) * self._batch_size / seconds,
+            "train/data_wait": sum(report.data_seconds for report in reports) / seconds,
+        }
+
+    @property
+    def mean_images_per_second(self) -> float:
+        """Speed over all readings but the first, which contains the start of the stream."""
+        windows = self._windows[1:] or self._windows
+        seconds = sum(seconds for _, seconds in windows)
+        return sum(images for images, _ in windows) / seconds if seconds else 0.0
+
+
+def _decode_share(labelled: LabelledImages) -> Iterator[Columns]:
+    """Decode this worker's share of the labelled images, a few blocks ahead."""
+    mine = range(distributed.rank(), labelled.num_blocks, distributed.world_size())
+    with ThreadPoolExecutor(EVALUATION_THREADS) as pool:
+        ahead: deque[Future[Columns]] = deque()
+        for block in mine:
+            ahead.append(pool.submit(labelled.read, block))
+            if len(ahead) > EVALUATION_THREADS:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def _score(gathered: list[tuple[Tensor, list[Columns]]]) -> dict[str, float]:
+    """Return the retrieval scores of the features and labels of all workers."""
+    features = torch.cat([features for features, _ in gathered])
+    blocks = [block for _, labels in gathered for block in labels]
+    pids, camids, is_query = (
+        torch.cat([torch.from_numpy(block[name]) for block in blocks])
+        for name in ("pid", "camid", "is_query")
+    )
+    return retrieval_scores(
+        1 - features[is_query] @ features[~is_query].T,
+        pids[is_query],
+        camids[is_query],
+        pids[~is_query],
+        camids[~is_query],
+    ).summary()
