@@ -46,6 +46,7 @@ test-fast: $(READY)  ## the tests that need no Ray cluster
 	$(BIN)/python -m pytest -m "not ray"
 
 bench: $(READY)  ## the numbers of BENCHMARKS.md
+	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/ray_overhead.py
 
 up: $(READY)  ## start a local Ray head and an MLflow server

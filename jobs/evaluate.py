@@ -18,6 +18,7 @@ from upreid_ray.command_line import (
     add_settings,
     connect_to_ray,
     override,
+    require_init,
     run_job,
 )
 from upreid_ray.config import EvaluateConfig
@@ -27,7 +28,9 @@ def main() -> dict[str, Any]:
     """Parse, score, and return what the JSON line says."""
     parser = JobParser(__doc__)
     add_settings(parser, EvaluateConfig)
-    config = override(EvaluateConfig(), parser.parse(sys.argv[1:]))
+    arguments = parser.parse(sys.argv[1:])
+    require_init(arguments)
+    config = override(EvaluateConfig(), arguments)
     # After the arguments: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.evaluate import evaluate  # noqa: PLC0415
 

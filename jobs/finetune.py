@@ -16,6 +16,7 @@ from upreid_ray.command_line import (
     add_settings,
     connect_to_ray,
     override,
+    require_init,
     run_job,
 )
 from upreid_ray.config import FinetuneConfig
@@ -37,6 +38,7 @@ def main() -> dict[str, Any]:
     )
     add_settings(parser, FinetuneConfig)
     arguments = parser.parse(sys.argv[1:])
+    require_init(arguments)
     config = override(FINETUNE_PRESETS[arguments.preset], arguments)
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})

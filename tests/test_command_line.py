@@ -7,8 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from upreid_ray.command_line import JobParser, add_pretrain_settings, read_pretrain_settings
-from upreid_ray.config import InputError, PretrainConfig, Section
+from upreid_ray.command_line import (
+    JobParser,
+    add_pretrain_settings,
+    add_settings,
+    override,
+    read_pretrain_settings,
+)
+from upreid_ray.config import (
+    EvaluateConfig,
+    FinetuneConfig,
+    InputError,
+    PretrainConfig,
+    Section,
+)
 from upreid_ray.presets import AUGMENTATIONS, PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -24,12 +36,12 @@ def settings(*words: str) -> PretrainConfig:
     return read_pretrain_settings(parser().parse(words))
 
 
-def sections(section: type[Section], title: str = "run") -> list[str]:
+def sections(section: type[Section], title: str = "job") -> list[str]:
     """Return the title of a section and those of the sections in it."""
     found = [title]
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            path = name if title == "run" else f"{title}.{name}"
+            path = name if title == "job" else f"{title}.{name}"
             found += sections(field.annotation, path)
     return found
 
@@ -182,6 +194,18 @@ def test_the_help_shows_every_section_and_setting():
     assert missing == []
 
 
+@pytest.mark.parametrize("config", [EvaluateConfig, FinetuneConfig])
+def test_jobs_that_follow_show_and_take_every_setting(config):
+    made = JobParser("A job.")
+    add_settings(made, config)
+    text = made.format_help()
+
+    assert [path for path, _ in config().flatten() if f"--{path} " not in text] == []
+    arguments = made.parse(["--data.height", "96", "--data.mean", "0.1,0.2,0.3"])
+    assert override(config(), arguments).data.height == 96
+    assert override(config(), arguments).data.mean == (0.1, 0.2, 0.3)
+
+
 def test_flags_are_not_abbreviated():
     with pytest.raises(InputError, match="--aug: unknown"):
         settings("demo", "--aug", "dino")
@@ -212,7 +236,9 @@ def job():
 
 run_job(job)
 """
-PRETRAIN, PREPARE = (str(ROOT / "jobs" / f"{name}.py") for name in ("pretrain", "prepare"))
+PRETRAIN, PREPARE, EVALUATE, FINETUNE = (
+    str(ROOT / "jobs" / f"{job}.py") for job in ("pretrain", "prepare", "evaluate", "finetune")
+)
 REFUSED = {
     "unknown flag": (PRETRAIN, "demo", "--optimizer.lrr", "1"),
     "bad grid": ("-c", PARSE, "demo", "--patches.rows", "40"),
@@ -221,6 +247,9 @@ REFUSED = {
     "missing folder": (PREPARE, "missing", "--out", "out"),
     "no images": (PREPARE, "texts", "--out", "out"),
     "no folder to write": (PREPARE, "images"),
+    "no init to score": (EVALUATE, "--data.root", "images"),
+    "no init to fine-tune": (FINETUNE, "demo"),
+    "bad groups": (FINETUNE, "demo", "--init", "random", "--training.num_groups", "3"),
     "negative seed": (PREPARE, "synthetic", "--out", "out", "--seed", "-1"),
 }
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -267,7 +268,8 @@ def backbone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("backbone")
     torch.manual_seed(0)
     save_file(build_backbone("resnet18").state_dict(), folder / "backbone.safetensors")
-    (folder / "backbone.json").write_text(json.dumps({"backbone": "resnet18"}))
+    images = {"height": 64, "width": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    (folder / "backbone.json").write_text(json.dumps({"backbone": "resnet18", **images}))
     return folder
 
 
@@ -410,11 +412,17 @@ def test_a_version_that_does_not_exist_is_refused_in_one_line(uri):
         load_backbone(uri)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"these are no weights"])
-def test_files_that_make_no_backbone_are_refused_in_one_line(client, name, light, content):
+@pytest.mark.parametrize("file", ["backbone.json", "backbone.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"{}"])
+def test_files_that_make_no_backbone_are_refused_in_one_line(
+    client, name, backbone, tmp_path, file, content
+):
+    folder = tmp_path / "damaged"
+    shutil.copytree(backbone, folder)
+    (folder / file).unlink()
     if content is not None:
-        (light / "backbone.safetensors").write_bytes(content)
-    version = register(client, name, light)
+        (folder / file).write_bytes(content)
+    version = register(client, name, folder)
 
-    with pytest.raises(InputError, match=r"^\S+backbone.safetensors: [^\n]+$"):
+    with pytest.raises(InputError, match=r"^/[^\n]+: [^\n]+$"):
         load_backbone(f"models:/{name}/{version}")

@@ -62,6 +62,20 @@ def add_settings(parser: argparse.ArgumentParser, config: type[Section]) -> None
     _add_section(parser, "", config)
 
 
+def require_init(arguments: argparse.Namespace) -> None:
+    """Refuse a command line that does not say what to start from.
+
+    Raises:
+        InputError: There is no ``--init``.
+    """
+    if "init" not in arguments:
+        msg = (
+            "--init: required; models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, "
+            "a file of weights, or random"
+        )
+        raise InputError(msg)
+
+
 def override(config: ConfigT, arguments: argparse.Namespace) -> ConfigT:
     """Return the configuration with the settings that were given on the command line.
 
@@ -176,4 +190,6 @@ def _metavar(annotation: Any) -> str:  # noqa: ANN401, whatever annotates a sett
         return "|".join(_metavar(member) for member in get_args(annotation))
     if get_origin(annotation) is Annotated:
         return _metavar(get_args(annotation)[0])
+    if annotation is Ellipsis:
+        return "..."
     return "none" if annotation is NoneType else str(annotation.__name__).upper()

@@ -484,7 +484,7 @@ class FinetuneTrainingConfig(Section):
     """Images of each person of a batch."""
     num_groups: PositiveInt = 1
     """Groups of a batch, each with batch normalization and triplets of its own."""
-    last_stride: Literal[1, 2] = 1
+    last_stride: Annotated[int, Field(ge=1, le=2)] = 1
     """Of the last stage of the backbone; 1 keeps the resolution."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Of the identity loss."""
@@ -539,8 +539,8 @@ class FinetuneConfig(Section):
         persons, groups = self.training.num_persons, self.training.num_groups
         if persons % groups or persons == groups:
             msg = (
-                f"--training.num_groups {groups} must leave two or more of the "
-                f"--training.num_persons {persons} to each group"
+                f"--training.num_groups {groups} must cut the --training.num_persons "
+                f"{persons} into equal groups of two or more"
             )
             raise ValueError(msg)
         if groups % self.scaling.num_workers:

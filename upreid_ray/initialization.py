@@ -4,21 +4,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from upreid_ray import tracking
-from upreid_ray.config import InputError, LabelledDataConfig, first_line
+from upreid_ray.config import LabelledDataConfig
 from upreid_ray.core.backbone import Description, build_backbone, read_backbone
-from upreid_ray.core.checkpoint import (
-    BEST_FILE,
-    DESCRIPTION_FILE,
-    NECK_FILE,
-    POSITION_FILE,
-    WEIGHTS_FILE,
-    read_neck,
-    read_position,
-)
+from upreid_ray.core.checkpoint import read_exported
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 USUAL_SIZE = {"height": 256, "width": 128}
@@ -70,10 +61,11 @@ def resolve(init: str) -> Initialization:
         version = tracking.find_version(client, init)
         folder = tracking.download(client, version)
         uri = f"models:/{version.name}/{version.version}"
-        return replace(_read_folder(folder, uri), lineage=dict(version.tags))
+        lineage = dict(version.tags)
+        return Initialization(uri, *read_exported(folder), lineage)
     path = Path(init)
     if path.is_dir():
-        return _read_folder(path, init)
+        return Initialization(init, *read_exported(path))
     name, weights = read_backbone(path)
     return Initialization(init, _usual(name), weights)
 
@@ -88,29 +80,3 @@ def for_images(init: Initialization, data: LabelledDataConfig) -> Initialization
 def _usual(backbone: str) -> Description:
     """Describe a backbone of which nothing is known but its architecture."""
     return Description.model_validate({"backbone": backbone, **USUAL_SIZE, **IMAGENET})
-
-
-def _read_folder(folder: Path, uri: str) -> Initialization:
-    """Read an exported backbone, or the best backbone of a checkpoint."""
-    try:
-        if (folder / DESCRIPTION_FILE).is_file():
-            file, neck_file = folder / WEIGHTS_FILE, folder / NECK_FILE
-            text = (folder / DESCRIPTION_FILE).read_text()
-            description = Description.model_validate_json(text)
-        elif (folder / POSITION_FILE).is_file():
-            file = neck_file = folder / BEST_FILE
-            description = read_position(folder).description
-        else:
-            inside = sorted(path.parent for path in folder.glob(f"*/{POSITION_FILE}"))
-            hint = f"; give a checkpoint in it, such as {inside[-1]}" if inside else ""
-            msg = f"{uri}: neither {DESCRIPTION_FILE} nor {POSITION_FILE} in this folder{hint}"
-            raise InputError(msg)
-    except (OSError, ValidationError) as error:
-        msg = f"{uri}: its description cannot be read ({first_line(error)})"
-        raise InputError(msg) from error
-    name, weights = read_backbone(file)
-    if name != description.backbone:
-        msg = f"{uri}: describes a {description.backbone}, but holds a {name}"
-        raise InputError(msg)
-    neck = read_neck(neck_file) if description.has_neck else {}
-    return Initialization(uri, description, weights, neck)

@@ -23,11 +23,11 @@ from PIL.Image import Image
 from torch import nn
 
 from upreid_ray.config import InputError, Section, first_line
-from upreid_ray.core.backbone import build_backbone, read_backbone
-from upreid_ray.core.checkpoint import WEIGHTS_FILE
+from upreid_ray.core.checkpoint import read_exported
 
 Client = MlflowClient
 logger = logging.getLogger(__name__)
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import has set it to INFO
 
 BACKBONE_FOLDER = "backbone"
 CHALLENGER, CHAMPION = "challenger", "champion"
@@ -282,16 +282,16 @@ def load_backbone(uri: str) -> nn.Module:
     """Return the backbone of a version such as ``models:/upreid-resnet50@champion``.
 
     Returns:
-        A torchvision ResNet: images ``[B, 3, H, W]`` to features ``[B, F]``, in eval mode.
+        A torchvision ResNet, with a neck if it was fine-tuned: images ``[B, 3, H, W]`` to
+        features ``[B, F]``, in eval mode.
 
     Raises:
         InputError: There is no such version, or its files do not make a backbone.
     """
     client = connect()
-    name, weights = read_backbone(download(client, find_version(client, uri)) / WEIGHTS_FILE)
-    backbone = build_backbone(name)
-    backbone.load_state_dict(weights)
-    return backbone.eval()
+    folder = download(client, find_version(client, uri))
+    description, weights, neck = read_exported(folder)
+    return description.extractor(weights, neck).eval()
 
 
 def find_version(client: MlflowClient, uri: str) -> ModelVersion:

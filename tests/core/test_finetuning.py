@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -25,7 +24,7 @@ from upreid_ray.core.checkpoint import (
     BestBackbone,
     export_backbone,
     load_checkpoint,
-    read_neck,
+    read_exported,
     save_checkpoint,
 )
 from upreid_ray.core.finetuning import (
@@ -202,13 +201,12 @@ def test_an_export_gives_backbone_and_neck_again(tmp_path):
 
     export_backbone(tmp_path, out)
 
-    description = Description.model_validate_json((out / "backbone.json").read_text())
-    assert (description.last_stride, description.has_neck) == (1, True)
-    extractor = description.extractor(
-        load_file(out / "backbone.safetensors"), read_neck(out / "neck.safetensors")
-    )
-    images = torch.randn(2, 3, 64, 32)
-    assert_close(extractor.eval()(images), state.extractor.eval()(images))
+    images, expected = torch.randn(2, 3, 64, 32), state.extractor.eval()
+    for folder in (tmp_path, out):
+        description, weights, neck = read_exported(folder)
+        assert (description.last_stride, description.has_neck) == (1, True)
+        extractor = description.extractor(weights, neck).eval()
+        assert_close(extractor(images), expected(images))
 
 
 def steps_of_this_process(settings: dict[str, Any]) -> tuple[list[dict], dict]:

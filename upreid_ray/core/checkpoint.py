@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from upreid_ray.config import InputError, first_line
 from upreid_ray.core.backbone import Description, read_backbone
 from upreid_ray.core.training import State
 
@@ -129,11 +131,45 @@ def export_backbone(folder: Path, out: Path) -> None:
     (out / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=1))
     save_file(read_backbone(folder / BEST_FILE)[1], out / WEIGHTS_FILE)
     if description.has_neck:
-        neck = read_neck(folder / BEST_FILE)
+        neck = _read_neck(folder / BEST_FILE)
         save_file({f"{NECK}{name}": tensor for name, tensor in neck.items()}, out / NECK_FILE)
 
 
-def read_neck(file: Path) -> dict[str, Tensor]:
+def read_exported(folder: Path) -> tuple[Description, dict[str, Tensor], dict[str, Tensor]]:
+    """Read an exported backbone, or the best backbone of a checkpoint.
+
+    Returns:
+        What describes it, the state dict of the backbone, and that of its neck, empty if it has
+        none.
+
+    Raises:
+        InputError: The folder holds neither, or not a whole backbone.
+    """
+    try:
+        if (folder / DESCRIPTION_FILE).is_file():
+            file, neck_file = folder / WEIGHTS_FILE, folder / NECK_FILE
+            text = (folder / DESCRIPTION_FILE).read_text()
+            description = Description.model_validate_json(text)
+        elif (folder / POSITION_FILE).is_file():
+            file = neck_file = folder / BEST_FILE
+            description = read_position(folder).description
+        else:
+            inside = sorted(path.parent for path in folder.glob(f"*/{POSITION_FILE}"))
+            hint = f"; give a checkpoint in it, such as {inside[-1]}" if inside else ""
+            msg = f"{folder}: neither {DESCRIPTION_FILE} nor {POSITION_FILE} in it{hint}"
+            raise InputError(msg)
+        neck = _read_neck(neck_file) if description.has_neck else {}
+    except (OSError, ValidationError, SafetensorError) as error:
+        msg = f"{folder}: its description cannot be read ({first_line(error)})"
+        raise InputError(msg) from error
+    name, weights = read_backbone(file)
+    if name != description.backbone:
+        msg = f"{folder}: describes a {description.backbone}, but holds a {name}"
+        raise InputError(msg)
+    return description, weights, neck
+
+
+def _read_neck(file: Path) -> dict[str, Tensor]:
     """Return the state dict of the neck in a checkpoint's or in an exported file."""
     return {
         name.removeprefix(NECK): tensor
