@@ -127,7 +127,7 @@ def test_the_version_carries_its_lineage(finished, tiny):
         "run": "tiny",
         "manifest": read_manifest(shards).digest(),
         "evaluation": read_manifest(shards).digest(["query", "gallery"]),
-        "config": tiny.model_dump_json(),
+        "config": json.dumps(tiny.model_dump(mode="json")),
         "mlflow.source.git.commit": tracking.environment()["mlflow.source.git.commit"],
         "score.mAP": str(finished.result.scores["mAP"]),
     }

@@ -13,7 +13,9 @@ from upreid_ray.run_folder import RunFolder
 from upreid_ray.train_job import TrainJob, TrainResult
 
 
-def finetune(config: FinetuneConfig, *, resume: bool = False) -> TrainResult:
+def finetune(
+    config: FinetuneConfig, *, resume: bool = False, parent_run_id: str | None = None
+) -> TrainResult:
     """Fine-tune, score and register a backbone on the connected Ray cluster.
 
     The registered version names the one that it began with (tag ``init``), and that one lists
@@ -22,6 +24,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> TrainResult:
     Args:
         config: Of the run.
         resume: Continue the run that ``config.run.name`` names.
+        parent_run_id: MLflow run of which this one is a trial; a trial registers nothing.
 
     Raises:
         InputError: Something that the user gave cannot be used; nothing was started.
@@ -35,7 +38,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> TrainResult:
     init = for_images(init, config.data)
     backbone = init.description.backbone
     folder = RunFolder.of(config.run, f"finetune-{backbone}")
-    job = TrainJob.prepare(config, folder, resume=resume)
+    job = TrainJob.prepare(config, folder, resume=resume, parent_run_id=parent_run_id)
     shards = (
         labelled_shards(config.data.root, folder.storage)
         if config.data.root is not None
@@ -50,5 +53,6 @@ def finetune(config: FinetuneConfig, *, resume: bool = False) -> TrainResult:
         model_name=config.run.register_as or f"upreid-{backbone}-finetuned",
         lineage={"init": init.uri},
     )
-    tracking.link_descendant(job.client, ancestor=init.uri, descendant=result.model_uri)
+    if result.model_uri is not None:
+        tracking.link_descendant(job.client, ancestor=init.uri, descendant=result.model_uri)
     return result

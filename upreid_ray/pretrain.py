@@ -1,6 +1,9 @@
 """Pre-training on Ray Train: from a configuration to a registered backbone."""
 
 import logging
+from collections.abc import Sequence
+
+from ray.train import UserCallback
 
 from upreid_ray.config import PretrainConfig
 from upreid_ray.core.encoder import Encoder
@@ -15,19 +18,30 @@ from upreid_ray.worker import WorkerSettings
 logger = logging.getLogger(__name__)
 
 
-def fit(config: PretrainConfig, *, resume: bool = False) -> TrainResult:
+def fit(
+    config: PretrainConfig,
+    *,
+    resume: bool = False,
+    parent_run_id: str | None = None,
+    callbacks: Sequence[UserCallback] = (),
+) -> TrainResult:
     """Pre-train, score and register a backbone on the connected Ray cluster.
 
     Args:
         config: Of the run.
         resume: Continue the run that ``config.run.name`` names.
+        parent_run_id: MLflow run of which this one is a trial; a trial registers nothing.
+        callbacks: Called by Ray Train.
 
     Raises:
         InputError: Something that the user gave cannot be used; nothing was started.
         ray.train.TrainingFailedError: Training failed more often than allowed.
     """
     job = TrainJob.prepare(
-        config, RunFolder.of(config.run, config.model.backbone), resume=resume
+        config,
+        RunFolder.of(config.run, config.model.backbone),
+        resume=resume,
+        parent_run_id=parent_run_id,
     )
     if config.model.pretrained is not None and not resume:
         Encoder(config.model)  # here a wrong file costs seconds
@@ -47,4 +61,5 @@ def fit(config: PretrainConfig, *, resume: bool = False) -> TrainResult:
         images=images,
         model_name=config.model_name,
         lineage={},
+        callbacks=callbacks,
     )

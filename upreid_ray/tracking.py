@@ -19,6 +19,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID as PARENT_TAG
 from PIL.Image import Image
 from torch import nn
 
@@ -72,10 +73,24 @@ def _limit_patience() -> None:
         os.environ.setdefault(name, value)
 
 
-def start_run(client: MlflowClient, *, experiment: str, name: str, config: Section) -> str:
+def start_run(
+    client: MlflowClient,
+    *,
+    experiment: str,
+    name: str,
+    config: Section,
+    parent_run_id: str | None = None,
+) -> str:
     """Make a run and log its settings; return its id.
 
     Parameters are the dotted paths of the settings; tags say which code and libraries ran.
+
+    Args:
+        client: From `connect`.
+        experiment: Made if it does not exist.
+        name: Of the run.
+        config: Its settings.
+        parent_run_id: Run under which MLflow shows this one; None for a run of its own.
     """
     found = client.get_experiment_by_name(experiment)
     if found is not None:
@@ -84,7 +99,8 @@ def start_run(client: MlflowClient, *, experiment: str, name: str, config: Secti
         embedded = tracking_uri().startswith("sqlite:")
         location = Path("mlartifacts").absolute().as_uri() if embedded else None
         experiment_id = client.create_experiment(experiment, artifact_location=location)
-    run = client.create_run(experiment_id, run_name=name, tags=environment())
+    tags = environment() | ({PARENT_TAG: parent_run_id} if parent_run_id else {})
+    run = client.create_run(experiment_id, run_name=name, tags=tags)
     run_id: str = run.info.run_id
     params = [Param(path, str(value)) for path, value in config.flatten()]
     for start in range(0, len(params), NUM_PARAMS_A_CALL):

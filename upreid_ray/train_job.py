@@ -1,9 +1,10 @@
 """A job that trains: from its settings, through Ray Train, to a registered version."""
 
+import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,7 @@ from ray.train import (
     FailureConfig,
     LoggingConfig,
     RunConfig,
+    UserCallback,
 )
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchTrainer
@@ -40,15 +42,17 @@ class TrainResult:
 
     Attributes:
         run_id: Of the MLflow run.
-        model_uri: Of the registered version.
-        scores: Of the registered backbone, 0..1 by name; empty without an evaluation set.
+        model_uri: Of the registered version; None for a trial, which registers nothing.
+        checkpoint: Folder or URI of the last checkpoint, which holds the best backbone.
+        scores: Of the best backbone, 0..1 by name; empty without an evaluation set.
         scores_untrained: Of the backbone before training.
         images_per_second: Over all workers, without the start and without evaluations.
         result_dir: Folder of the run, with its checkpoints.
     """
 
     run_id: str
-    model_uri: str
+    model_uri: str | None
+    checkpoint: str
     scores: dict[str, float]
     scores_untrained: dict[str, float]
     images_per_second: float
@@ -64,16 +68,23 @@ class TrainJob:
         folder: Of the run.
         run_id: Of the MLflow run that goes on, None if a new one begins.
         client: Of the tracking server.
+        parent_run_id: Of the run of which this one is a trial, None if it is none.
     """
 
     config: PretrainConfig | FinetuneConfig
     folder: RunFolder
     run_id: str | None
     client: tracking.Client
+    parent_run_id: str | None
 
     @classmethod
     def prepare(
-        cls, config: PretrainConfig | FinetuneConfig, folder: RunFolder, *, resume: bool
+        cls,
+        config: PretrainConfig | FinetuneConfig,
+        folder: RunFolder,
+        *,
+        resume: bool,
+        parent_run_id: str | None,
     ) -> Self:
         """Check what can be checked before anything is made.
 
@@ -87,7 +98,7 @@ class TrainJob:
             msg = f"--run.name {name}: exists already; continue it with --resume {name}"
             raise InputError(msg)
         _check_resources(config.scaling)
-        return cls(config, folder, run_id, tracking.connect())
+        return cls(config, folder, run_id, tracking.connect(), parent_run_id)
 
     def run(
         self,
@@ -98,8 +109,9 @@ class TrainJob:
         images: TrainingImages | PersonImages,
         model_name: str,
         lineage: Mapping[str, str],
+        callbacks: Sequence[UserCallback] = (),
     ) -> TrainResult:
-        """Train, and register the best backbone.
+        """Train, and register the best backbone unless this is a trial.
 
         Args:
             worker: What each worker does.
@@ -108,6 +120,7 @@ class TrainJob:
             images: What is trained on.
             model_name: Under which the backbone is registered.
             lineage: Tags of the run and of the version, beside those of every job.
+            callbacks: Called by Ray Train.
 
         Raises:
             InputError: The evaluation set cannot be scored.
@@ -118,7 +131,11 @@ class TrainJob:
         run_id = self.run_id
         if run_id is None:
             run_id = tracking.start_run(
-                client, experiment=config.run.experiment, name=folder.name, config=config
+                client,
+                experiment=config.run.experiment,
+                name=folder.name,
+                config=config,
+                parent_run_id=self.parent_run_id,
             )
             folder.record(config, run_id)
         tags = {
@@ -147,8 +164,23 @@ class TrainJob:
             log_folder=folder.local_path(),
         )
         with tracking.running(client, run_id):
-            trained = _train(worker, settings, folder)
-            return _register(trained, run_id, config, folder, model_name, tags)
+            trained = _train(worker, settings, folder, callbacks)
+            with trained.as_directory() as directory:
+                position = read_position(Path(directory))
+                model_uri = None
+                if self.parent_run_id is None:
+                    model_uri = register(
+                        client, Path(directory), run_id=run_id, name=model_name, tags=tags
+                    )
+        return TrainResult(
+            run_id=run_id,
+            model_uri=model_uri,
+            checkpoint=f"{folder.uri}/{Path(trained.path).name}",
+            scores=position.best_scores,
+            scores_untrained=position.scores_untrained,
+            images_per_second=position.images_per_second,
+            result_dir=folder.uri,
+        )
 
 
 def _check_resources(scaling: ScalingConfig) -> None:
@@ -185,7 +217,10 @@ def _evaluation_shards(chosen: str | None, shards: str) -> str | None:
 
 
 def _train(
-    worker: Callable[[dict[str, Any]], None], settings: WorkerSettings[Any], folder: RunFolder
+    worker: Callable[[dict[str, Any]], None],
+    settings: WorkerSettings[Any],
+    folder: RunFolder,
+    callbacks: Sequence[UserCallback],
 ) -> Checkpoint:
     """Train on Ray Train; return the last checkpoint."""
     config = settings.config
@@ -204,42 +239,42 @@ def _train(
             failure_config=FailureConfig(max_failures=config.run.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.num_to_keep),
             logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=list(callbacks),
         ),
     )
     return trainer.fit().checkpoint
 
 
-def _register(
-    trained: Checkpoint,
+def register(
+    client: tracking.Client,
+    checkpoint: Path,
+    *,
     run_id: str,
-    config: PretrainConfig | FinetuneConfig,
-    folder: RunFolder,
-    model_name: str,
+    name: str,
     tags: Mapping[str, str],
-) -> TrainResult:
-    """Register the best backbone of the last checkpoint."""
-    with trained.as_directory() as directory, tempfile.TemporaryDirectory() as exported:
-        position = read_position(Path(directory))
-        export_backbone(Path(directory), Path(exported))
-        scores = {f"score.{name}": str(value) for name, value in position.best_scores.items()}
-        model_uri = tracking.register_backbone(
-            tracking.connect(),
+) -> str:
+    """Register the best backbone of a checkpoint; return the URI of the version.
+
+    Args:
+        client: Of the tracking server.
+        checkpoint: Folder of the checkpoint.
+        run_id: Of the MLflow run that made it.
+        name: Under which it is registered.
+        tags: Its lineage; scores, step and configuration are added.
+    """
+    position = read_position(checkpoint)
+    with tempfile.TemporaryDirectory() as exported:
+        export_backbone(checkpoint, Path(exported))
+        return tracking.register_backbone(
+            client,
             run_id=run_id,
-            name=model_name,
+            name=name,
             folder=Path(exported),
             tags={
                 **tracking.environment(),
                 **tags,
-                **scores,
+                **{f"score.{name}": str(score) for name, score in position.best_scores.items()},
                 "step": str(position.best_step),
-                "config": config.model_dump_json(),
+                "config": json.dumps(position.config),
             },
         )
-    return TrainResult(
-        run_id=run_id,
-        model_uri=model_uri,
-        scores=position.best_scores,
-        scores_untrained=position.scores_untrained,
-        images_per_second=position.images_per_second,
-        result_dir=folder.uri,
-    )
