@@ -1,10 +1,16 @@
-"""Fine-tune a backbone on a labelled set, score it and register it.
+"""Fine-tune a backbone on a set of persons, score it and register it.
+
+Methods:
+  supervised        identity and triplet loss on labels (presets bot, demo)
+  cluster-contrast  without labels: clusters of images instead (presets paper, demo)
 
 Examples:
   python jobs/finetune.py --init models:/upreid-resnet50@champion --data.root market1501
   python jobs/finetune.py --init random --data.root market1501 --subset.persons 0.1
+  python jobs/finetune.py --init ... --data.root market1501 --method cluster-contrast
   python jobs/finetune.py demo --init models:/upreid-resnet18@champion
   python jobs/finetune.py --init ... --data.root market1501 --resume RUN_NAME
+  python jobs/finetune.py --method cluster-contrast --help
 """
 
 import sys
@@ -13,33 +19,24 @@ from typing import Any
 
 from upreid_ray.command_line import (
     JobParser,
-    add_settings,
+    add_finetune_settings,
     connect_to_ray,
     override,
     require_init,
     run_job,
 )
-from upreid_ray.config import FinetuneConfig
-from upreid_ray.presets import FINETUNE_PRESETS
 
 
 def main() -> dict[str, Any]:
     """Parse, fine-tune, and return what the JSON line says."""
     parser = JobParser(__doc__)
     parser.add_argument(
-        "preset",
-        nargs="?",
-        default="bot",
-        choices=FINETUNE_PRESETS,
-        help="named run to begin with (default: bot)",
-    )
-    parser.add_argument(
         "--resume", metavar="RUN_NAME", help="continue this run; give the same settings again"
     )
-    add_settings(parser, FinetuneConfig)
+    presets = add_finetune_settings(parser, sys.argv[1:])
     arguments = parser.parse(sys.argv[1:])
     require_init(arguments)
-    config = override(FINETUNE_PRESETS[arguments.preset], arguments)
+    config = override(presets[arguments.preset], arguments)
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})
     # After the arguments: it takes seconds, which a mistake or --help should not cost.

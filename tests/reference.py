@@ -171,3 +171,28 @@ def reranked(
             row.append((1 - weight) * (1 - smaller / larger) + weight * relative[i][j])
         result.append(row)
     return result
+
+
+def cluster_contrast(
+    features: Sequence[Vector],
+    labels: Sequence[int],
+    memory: Sequence[Vector],
+    temperature: float,
+) -> float:
+    losses = []
+    for feature, label in zip(features, labels, strict=True):
+        others = [dot(feature, memory[c]) for c in range(len(memory)) if c != label]
+        losses.append(cross_entropy(dot(feature, memory[label]), others, temperature))
+    return mean(losses)
+
+
+def updated_memory(
+    memory: Sequence[Vector], batch: Sequence[Vector], labels: Sequence[int], momentum: float
+) -> list[Vector]:
+    updated = list(memory)
+    for image, label in zip(batch, labels, strict=True):
+        pairs = zip(updated[label], image, strict=True)
+        moved = [momentum * old + (1 - momentum) * new for old, new in pairs]
+        length = math.sqrt(dot(moved, moved))
+        updated[label] = [value / length for value in moved]
+    return updated

@@ -9,19 +9,21 @@ import pytest
 
 from upreid_ray.command_line import (
     JobParser,
+    add_finetune_settings,
     add_pretrain_settings,
     add_settings,
     override,
     read_pretrain_settings,
 )
 from upreid_ray.config import (
+    ClusterContrastConfig,
     EvaluateConfig,
     FinetuneConfig,
     InputError,
     PretrainConfig,
     Section,
 )
-from upreid_ray.presets import AUGMENTATIONS, PRESETS
+from upreid_ray.presets import AUGMENTATIONS, METHODS, PRESETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -194,7 +196,7 @@ def test_the_help_shows_every_section_and_setting():
     assert missing == []
 
 
-@pytest.mark.parametrize("config", [EvaluateConfig, FinetuneConfig])
+@pytest.mark.parametrize("config", [EvaluateConfig, FinetuneConfig, ClusterContrastConfig])
 def test_jobs_that_follow_show_and_take_every_setting(config):
     made = JobParser("A job.")
     add_settings(made, config)
@@ -204,6 +206,26 @@ def test_jobs_that_follow_show_and_take_every_setting(config):
     arguments = made.parse(["--data.height", "96", "--data.mean", "0.1,0.2,0.3"])
     assert override(config(), arguments).data.height == 96
     assert override(config(), arguments).data.mean == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_has_presets_and_settings_of_its_own(method):
+    made = JobParser("A job.")
+    words = ["demo", "--method", method, "--training.epochs", "3"]
+
+    presets = add_finetune_settings(made, words)
+
+    arguments = made.parse(words)
+    expected = METHODS[method]["demo"].override({"training.epochs": 3})
+    assert override(presets[arguments.preset], arguments) == expected
+
+
+def test_settings_of_another_method_are_refused():
+    made = JobParser("A job.")
+    add_finetune_settings(made, [])
+
+    with pytest.raises(InputError, match=r"--clustering\.eps: unknown"):
+        made.parse(["--clustering.eps", "0.5"])
 
 
 def test_flags_are_not_abbreviated():
@@ -249,6 +271,7 @@ REFUSED = {
     "no folder to write": (PREPARE, "images"),
     "no init to score": (EVALUATE, "--data.root", "images"),
     "no init to fine-tune": (FINETUNE, "demo"),
+    "unknown method": (FINETUNE, "demo", "--init", "random", "--method", "guess"),
     "bad groups": (FINETUNE, "demo", "--init", "random", "--training.num_groups", "3"),
     "negative seed": (PREPARE, "synthetic", "--out", "out", "--seed", "-1"),
 }

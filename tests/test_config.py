@@ -7,6 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from upreid_ray.config import (
+    ClusterContrastConfig,
     DataConfig,
     InputError,
     ModelConfig,
@@ -43,7 +44,7 @@ def refusal(settings: dict[str, Any], config: PretrainConfig = BASE) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("section", sections())
+@pytest.mark.parametrize("section", [*sections(), *sections(ClusterContrastConfig)])
 def test_every_setting_and_section_is_described(section):
     assert section.__doc__
     for name, field in section.model_fields.items():

@@ -6,15 +6,15 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import ray
 
-from upreid_ray.config import InputError, PretrainConfig, Section
-from upreid_ray.presets import AUGMENTATIONS, PRESETS
+from upreid_ray.config import DownstreamConfig, InputError, PretrainConfig, Section
+from upreid_ray.presets import AUGMENTATIONS, METHODS, PRESETS
 
 logger = logging.getLogger("upreid_ray")
 
@@ -57,9 +57,47 @@ class JobParser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
-def add_settings(parser: argparse.ArgumentParser, config: type[Section]) -> None:
+def add_settings(
+    parser: argparse.ArgumentParser, config: type[Section], *, without: Sequence[str] = ()
+) -> None:
     """Add a flag for each setting of a configuration, under its dotted path."""
-    _add_section(parser, "", config)
+    _add_section(parser, "", config, without)
+
+
+def add_finetune_settings(
+    parser: argparse.ArgumentParser, words: Sequence[str], *, without: Sequence[str] = ()
+) -> Mapping[str, DownstreamConfig]:
+    """Add the method of a fine-tuning, its presets and its settings.
+
+    Args:
+        parser: Gets the flags of the method that the words name.
+        words: Of the command line.
+        without: Settings that have no flag.
+
+    Returns:
+        The presets of the method.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for each in (first, parser):
+        each.add_argument(
+            "--method",
+            choices=METHODS,
+            default="supervised",
+            help="how it learns; settings and presets are those of the method",
+        )
+    try:
+        presets = METHODS[first.parse_known_args(words)[0].method]
+    except argparse.ArgumentError as error:
+        raise InputError(str(error).removeprefix("argument ")) from None
+    parser.add_argument(
+        "preset",
+        nargs="?",
+        choices=presets,
+        default=next(iter(presets)),
+        help="named run to begin with (default: %(default)s)",
+    )
+    add_settings(parser, type(next(iter(presets.values()))), without=without)
+    return presets
 
 
 def require_init(arguments: argparse.Namespace) -> None:
@@ -162,14 +200,16 @@ def connect_to_ray() -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
-def _add_section(parser: argparse.ArgumentParser, prefix: str, section: type[Section]) -> None:
+def _add_section(
+    parser: argparse.ArgumentParser, prefix: str, section: type[Section], without: Sequence[str]
+) -> None:
     """Add a flag for each setting of a section, and then its own sections."""
     group = parser.add_argument_group(prefix.rstrip(".") or "job", section.__doc__)
     for name, field in section.model_fields.items():
         path = f"{prefix}{name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            _add_section(parser, f"{path}.", field.annotation)
-        else:
+            _add_section(parser, f"{path}.", field.annotation, without)
+        elif path not in without:
             description = (field.description or "").replace("%", "%%")
             group.add_argument(
                 f"--{path}",

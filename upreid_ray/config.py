@@ -1,4 +1,4 @@
-"""Every setting of a pre-training run, in one frozen tree.
+"""Every setting of a run, in one frozen tree.
 
 One setting has one name: ``optimizer.lr`` is the flag ``--optimizer.lr``, the key in a sweep,
 the MLflow parameter and the path in a checkpoint's ``config.json``.
@@ -473,8 +473,8 @@ class FinetuneOptimizerConfig(Section):
     """Epochs after which the learning rate falls to a tenth."""
 
 
-class FinetuneTrainingConfig(Section):
-    """How long, how large, and against what."""
+class PersonTrainingConfig(Section):
+    """How long and how large."""
 
     epochs: PositiveInt = 120
     """Passes over the data, counted in images."""
@@ -486,10 +486,6 @@ class FinetuneTrainingConfig(Section):
     """Groups of a batch, each with batch normalization and triplets of its own."""
     last_stride: Annotated[int, Field(ge=1, le=2)] = 1
     """Of the last stage of the backbone; 1 keeps the resolution."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Of the identity loss."""
-    margin: PositiveFloat = 0.3
-    """Of the triplet loss."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the forward passes; auto is bf16 where the device multiplies it. Weights stay fp32."""
     log_every_steps: PositiveInt = 20
@@ -501,8 +497,47 @@ class FinetuneTrainingConfig(Section):
         return self.num_persons * self.num_images
 
 
-class FinetuneConfig(Section):
-    """A supervised fine-tuning run."""
+class FinetuneTrainingConfig(PersonTrainingConfig):
+    """How long, how large, and against what."""
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Of the identity loss."""
+    margin: PositiveFloat = 0.3
+    """Of the triplet loss."""
+
+
+class ClusterTrainingConfig(PersonTrainingConfig):
+    """How long, how large, and against what."""
+
+    epochs: PositiveInt = 50
+    """Rounds of clustering and training."""
+    steps_per_epoch: PositiveInt = 200
+    """Steps between two clusterings."""
+    num_persons: Annotated[int, Field(ge=2)] = 16
+    """Clusters of a batch; where there are fewer, they come repeatedly."""
+    num_images: Annotated[int, Field(ge=2)] = 16
+    """Images of each cluster of a batch."""
+    temperature: PositiveFloat = 0.05
+    """Of the contrast with the clusters."""
+    memory_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share that a cluster in memory keeps when it takes in the feature of an image."""
+
+
+class ClusteringConfig(Section):
+    """DBSCAN on the k-reciprocal Jaccard distance."""
+
+    eps: Annotated[float, Field(gt=0, lt=1)] = 0.6
+    """Distance (0..1) up to which two images are neighbours; larger makes larger clusters."""
+    min_samples: PositiveInt = 4
+    """Neighbours, the image itself included, from which on an image founds a cluster."""
+    k1: PositiveInt = 30
+    """Neighbours among which reciprocal ones are looked for."""
+    k2: PositiveInt = 6
+    """Nearest images whose descriptions are averaged."""
+
+
+class DownstreamConfig(Section):
+    """A run that starts from an initialization and learns persons."""
 
     init: str = "random"
     """models:/NAME@ALIAS or /VERSION, a checkpoint folder, a file of weights, or random."""
@@ -518,8 +553,8 @@ class FinetuneConfig(Section):
     """Views."""
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
     """Optimizer."""
-    training: FinetuneTrainingConfig = FinetuneTrainingConfig()
-    """Length, batch and objective."""
+    training: PersonTrainingConfig = PersonTrainingConfig()
+    """Length and batch."""
     evaluation: EvaluationConfig = EvaluationConfig(every_epochs=20)
     """Retrieval."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -550,3 +585,23 @@ class FinetuneConfig(Section):
             )
             raise ValueError(msg)
         return self
+
+
+class FinetuneConfig(DownstreamConfig):
+    """A supervised fine-tuning run."""
+
+    training: FinetuneTrainingConfig = FinetuneTrainingConfig()
+    """Length, batch and objective."""
+
+
+class ClusterContrastConfig(DownstreamConfig):
+    """An unsupervised fine-tuning run."""
+
+    optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig(
+        warmup_epochs=0, milestones=(20.0, 40.0)
+    )
+    """Optimizer."""
+    training: ClusterTrainingConfig = ClusterTrainingConfig()
+    """Length, batch and objective."""
+    clustering: ClusteringConfig = ClusteringConfig()
+    """Pseudo-persons."""

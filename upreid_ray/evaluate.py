@@ -26,9 +26,9 @@ from upreid_ray.core.retrieval import (
     score_rows,
 )
 from upreid_ray.data.shards import read_manifest
-from upreid_ray.data.sources import labelled_shards, synthetic_shards
+from upreid_ray.data.sources import labelled_shards
 from upreid_ray.data.stream import EVALUATION_SPLITS, Columns, LabelledImages, check_labels
-from upreid_ray.initialization import Initialization, for_images, random, resolve
+from upreid_ray.initialization import Initialization, requested
 from upreid_ray.run_folder import RunFolder
 from upreid_ray.worker import take_threads
 
@@ -54,33 +54,31 @@ class EvaluateResult:
     result_dir: str
 
 
-def evaluate(config: EvaluateConfig) -> EvaluateResult:
+def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> EvaluateResult:
     """Score a frozen backbone on the connected Ray cluster.
+
+    Args:
+        config: Of the run.
+        parent_run_id: MLflow run of which this one is a trial.
 
     Raises:
         InputError: Something that the user gave cannot be used; nothing was started.
     """
     client = tracking.connect()
-    init = (
-        random(config.backbone, seed=config.seed)
-        if config.init == "random"
-        else resolve(config.init)
-    )
-    init = for_images(init, config.data)
+    init = requested(config)
     folder = RunFolder.of(config.run, f"evaluate-{init.description.backbone}")
-    root, synthetic = config.data.root, config.data.synthetic
-    shards = (
-        labelled_shards(root, folder.storage)
-        if root is not None
-        else synthetic_shards(synthetic, folder.storage)
-    )
+    shards = labelled_shards(config.data, folder.storage)
     manifest = read_manifest(shards)
     check_labels(shards, manifest)
     size = {"height": init.description.height, "width": init.description.width}
     images = LabelledImages(shards, manifest, **size)
 
     run_id = tracking.start_run(
-        client, experiment=config.run.experiment, name=folder.name, config=config
+        client,
+        experiment=config.run.experiment,
+        name=folder.name,
+        config=config,
+        parent_run_id=parent_run_id,
     )
     with tracking.running(client, run_id):
         features = compute_features(images, init, config.scaling)

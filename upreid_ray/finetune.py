@@ -1,20 +1,35 @@
-"""Supervised fine-tuning on Ray Train: from an initialization to a registered, scored model."""
+"""Fine-tuning on Ray Train: from an initialization to a registered, scored model."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from upreid_ray import tracking
-from upreid_ray.config import FinetuneConfig
-from upreid_ray.data.persons import PersonImages
+from upreid_ray.config import ClusterContrastConfig, DownstreamConfig, FinetuneConfig
+from upreid_ray.data.persons import ClusterImages, PersonImages
 from upreid_ray.data.shards import read_manifest
-from upreid_ray.data.sources import labelled_shards, synthetic_shards
-from upreid_ray.finetune_worker import FinetuneWorkerSettings, finetune_worker
-from upreid_ray.initialization import for_images, random, resolve
+from upreid_ray.data.sources import labelled_shards
+from upreid_ray.finetune_worker import (
+    DownstreamWorkerSettings,
+    cluster_contrast_worker,
+    finetune_worker,
+)
+from upreid_ray.initialization import requested
 from upreid_ray.run_folder import RunFolder
 from upreid_ray.train_job import TrainJob, TrainResult
 
+# What each worker does, and the images that it takes.
+METHODS: dict[
+    type[DownstreamConfig],
+    tuple[Callable[[dict[str, Any]], str | None], Callable[..., PersonImages | ClusterImages]],
+] = {
+    FinetuneConfig: (finetune_worker, PersonImages),
+    ClusterContrastConfig: (cluster_contrast_worker, ClusterImages),
+}
+
 
 def finetune(
-    config: FinetuneConfig, *, resume: bool = False, parent_run_id: str | None = None
+    config: DownstreamConfig, *, resume: bool = False, parent_run_id: str | None = None
 ) -> TrainResult:
     """Fine-tune, score and register a backbone on the connected Ray cluster.
 
@@ -22,34 +37,27 @@ def finetune(
     its descendants (tags ``descendant.NAME.VERSION``).
 
     Args:
-        config: Of the run.
+        config: Of the run; its class is the method.
         resume: Continue the run that ``config.run.name`` names.
         parent_run_id: MLflow run of which this one is a trial; a trial registers nothing.
 
     Raises:
-        InputError: Something that the user gave cannot be used; nothing was started.
+        InputError: Something that the user gave cannot be used; nothing was started, unless it
+            is that clusters cannot be found.
         ray.train.TrainingFailedError: Training failed more often than allowed.
     """
-    init = (
-        random(config.backbone, seed=config.seed)
-        if config.init == "random"
-        else resolve(config.init)
-    )
-    init = for_images(init, config.data)
+    worker, images_of = METHODS[type(config)]
+    init = requested(config)
     backbone = init.description.backbone
     folder = RunFolder.of(config.run, f"finetune-{backbone}")
     job = TrainJob.prepare(config, folder, resume=resume, parent_run_id=parent_run_id)
-    shards = (
-        labelled_shards(config.data.root, folder.storage)
-        if config.data.root is not None
-        else synthetic_shards(config.data.synthetic, folder.storage)
-    )
+    shards = labelled_shards(config.data, folder.storage)
     size = {"height": init.description.height, "width": init.description.width}
     result = job.run(
-        finetune_worker,
-        partial(FinetuneWorkerSettings, init=init),
+        worker,
+        partial(DownstreamWorkerSettings, init=init),
         shards=shards,
-        images=PersonImages(shards, read_manifest(shards), config, **size),
+        images=images_of(shards, read_manifest(shards), config, **size),
         model_name=config.run.register_as or f"upreid-{backbone}-finetuned",
         lineage={"init": init.uri},
     )

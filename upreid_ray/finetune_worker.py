@@ -2,25 +2,54 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import ray
 import torch
+from numpy.typing import NDArray
 from ray.data import DataIterator
+from torch import nn
 
-from upreid_ray.config import FinetuneConfig
+from upreid_ray.config import (
+    ClusterContrastConfig,
+    DownstreamConfig,
+    FinetuneConfig,
+    InputError,
+)
 from upreid_ray.core import distributed
 from upreid_ray.core.backbone import build_backbone
-from upreid_ray.core.finetuning import FinetuneState, PersonBatch, finetune_step
+from upreid_ray.core.cluster_contrast import (
+    OUTLIER,
+    ClusterContrastState,
+    centroids,
+    cluster_contrast_step,
+    pseudo_labels,
+)
+from upreid_ray.core.finetuning import (
+    DownstreamState,
+    FinetuneState,
+    PersonBatch,
+    finetune_step,
+)
 from upreid_ray.core.training import StepReport, train
-from upreid_ray.data.persons import PersonBlock, PersonImages
+from upreid_ray.data.persons import (
+    ChosenImages,
+    ClusterImages,
+    PersonBatches,
+    PersonBlock,
+    PersonImages,
+)
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.stream import MAX_DATASET_BLOCKS, Columns, read_stream, stream_blocks
 from upreid_ray.initialization import Initialization
-from upreid_ray.worker import Worker, WorkerSettings, prepare_process
+from upreid_ray.worker import Worker, WorkerSettings, logger, prepare_process
+
+ConfigT = TypeVar("ConfigT", bound=DownstreamConfig)
 
 
 @dataclass(frozen=True)
-class FinetuneWorkerSettings(WorkerSettings[FinetuneConfig]):
+class DownstreamWorkerSettings(WorkerSettings[ConfigT], Generic[ConfigT]):
     """What the driver tells the workers of a fine-tuning run.
 
     Attributes:
@@ -29,34 +58,58 @@ class FinetuneWorkerSettings(WorkerSettings[FinetuneConfig]):
 
     init: Initialization
 
+    def backbone(self) -> nn.Module:
+        """Return the backbone to start from."""
+        backbone = build_backbone(
+            self.init.description.backbone, last_stride=self.config.training.last_stride
+        )
+        backbone.load_state_dict(self.init.weights)
+        return backbone
 
-def finetune_worker(settings: dict[str, FinetuneWorkerSettings]) -> None:
+
+def finetune_worker(settings: dict[str, DownstreamWorkerSettings[FinetuneConfig]]) -> None:
     """Train from the newest checkpoint, or from the beginning, to the end."""
     device = prepare_process(settings["settings"].config.scaling)
     FinetuneWorker(settings["settings"], device).train()
 
 
+def cluster_contrast_worker(
+    settings: dict[str, DownstreamWorkerSettings[ClusterContrastConfig]],
+) -> str | None:
+    """Train from the newest checkpoint, or from the beginning, to the end.
+
+    Returns:
+        Why the images cannot be clustered, or None. Raising it would have Ray Train start again
+        only to find the same.
+    """
+    device = prepare_process(settings["settings"].config.scaling)
+    try:
+        ClusterContrastWorker(settings["settings"], device).train()
+    except InputError as error:
+        return str(error)
+    return None
+
+
 class FinetuneWorker(Worker):
-    """One process of a fine-tuning run."""
+    """One process of a supervised fine-tuning run."""
 
     state: FinetuneState
 
-    def __init__(self, settings: FinetuneWorkerSettings, device: torch.device) -> None:
-        self.config = settings.config
-        init = settings.init.description
+    def __init__(
+        self, settings: DownstreamWorkerSettings[FinetuneConfig], device: torch.device
+    ) -> None:
+        images = settings.init.description
         self.images = PersonImages(
             settings.shards,
             read_manifest(settings.shards),
-            self.config,
-            height=init.height,
-            width=init.width,
+            settings.config,
+            height=images.height,
+            width=images.width,
         )
-        backbone = build_backbone(init.backbone, last_stride=self.config.training.last_stride)
-        backbone.load_state_dict(settings.init.weights)
         state = FinetuneState(
-            self.config,
-            backbone,
-            init,
+            settings.config,
+            settings.backbone(),
+            images,
             num_persons=self.images.num_persons,
             steps_per_epoch=self.images.steps_per_epoch,
             device=device,
@@ -65,30 +118,126 @@ class FinetuneWorker(Worker):
 
     def steps(self) -> Iterator[StepReport]:
         """Train from ``state.step`` to the end, and report each step."""
-        return train(self.state, self._batches(), finetune_step)
-
-    def _batches(self) -> Iterator[PersonBatch]:
-        """Yield this worker's batches from the next step to the last."""
-        rank, num_workers = distributed.rank(), distributed.world_size()
-        num_steps = self.images.steps_per_block * max(
-            1, MAX_DATASET_BLOCKS // self.config.num_groups
+        batches = stream_batches(
+            self.images.batches, _put_encoded(self.images), self.state, self.state.num_steps
         )
-        images = self.images  # what the tasks get; all of this worker would be too much
-        encoded = ray.put(images.encoded()) if rank == 0 else None
+        return train(self.state, batches, finetune_step)
 
-        def read(block: PersonBlock) -> Columns:
-            return images.read(ray.get(encoded), block)
 
-        while self.state.step < self.state.num_steps:
-            start = self.state.step
-            stop = min(start + num_steps, self.state.num_steps)
-            iterators: list[DataIterator] = []
-            if rank == 0:
-                blocks = images.blocks(start, stop, num_workers)
-                iterators = stream_blocks(read, blocks, num_workers=num_workers)
-            mine = distributed.share_from_first(iterators)[rank]
-            decoded = read_stream(mine, rank=rank, num_workers=num_workers)
-            for columns in images.batches(start, stop, decoded, num_workers):
-                yield PersonBatch(
-                    torch.from_numpy(columns["image"]), torch.from_numpy(columns["label"])
-                )
+class ClusterContrastWorker(Worker):
+    """One process of an unsupervised fine-tuning run."""
+
+    state: ClusterContrastState
+
+    def __init__(
+        self, settings: DownstreamWorkerSettings[ClusterContrastConfig], device: torch.device
+    ) -> None:
+        images = settings.init.description
+        self.config = settings.config
+        self.images = ClusterImages(
+            settings.shards,
+            read_manifest(settings.shards),
+            settings.config,
+            height=images.height,
+            width=images.width,
+        )
+        state = ClusterContrastState(
+            settings.config, settings.backbone(), images, device=device
+        )
+        super().__init__(settings, state)
+
+    def steps(self) -> Iterator[StepReport]:
+        """Train from ``state.step`` to the end, clustering before each epoch."""
+        state = self.state
+        encoded = _put_encoded(self.images)
+        while state.step < state.num_steps:
+            step_of_epoch = state.step % state.steps_per_epoch
+            if step_of_epoch == 0:
+                with self.meter.paused():
+                    self._cluster()
+            stop = state.step - step_of_epoch + state.steps_per_epoch
+            labels = state.model.memory.labels.cpu().numpy()
+            batches = stream_batches(self.images.batches(labels), encoded, state, stop)
+            yield from train(state, batches, cluster_contrast_step, stop_step=stop)
+
+    def _cluster(self) -> None:
+        """Begin an epoch with new clusters; every worker takes part, rank 0 finds them.
+
+        Raises:
+            InputError: On every worker, if there are too few.
+        """
+        state = self.state
+        state.average_running_statistics()
+        gathered = distributed.gather_at_first(self.features(self.images))
+        found: Any = None
+        if gathered is not None:
+            rows = np.concatenate([block["row"] for _, blocks in gathered for block in blocks])
+            features = torch.cat([features for features, _ in gathered if len(features)])
+            features = features[torch.from_numpy(rows).argsort()].to(state.device)
+            try:
+                labels = pseudo_labels(features, self.config.clustering)
+            except InputError as error:
+                found = error
+            else:
+                found = torch.from_numpy(labels), centroids(features, labels).cpu()
+                self._log_clusters(labels)
+        # Others wait for rank 0 no longer than torch's process group allows (30 minutes).
+        shared = distributed.share_from_first(found)
+        if isinstance(shared, InputError):
+            raise shared
+        pids, clusters = shared
+        state.model.memory.begin(pids, clusters.to(state.device))
+
+    def _log_clusters(self, labels: NDArray[np.int64]) -> None:
+        """Log how many clusters and outliers there are."""
+        num_clusters, share = int(labels.max()) + 1, float((labels == OUTLIER).mean())
+        if self.log is not None:
+            values = {"clusters/number": float(num_clusters), "clusters/outliers": share}
+            self.log.metrics(self.state.step, values)
+        logger.info(
+            "step %d/%d  %d clusters  %.1f%% outliers",
+            self.state.step,
+            self.state.num_steps,
+            num_clusters,
+            100 * share,
+        )
+
+
+def _put_encoded(images: ChosenImages) -> "ray.ObjectRef | None":
+    """Put the encoded images where tasks find them; rank 0 does so for all."""
+    return ray.put(images.encoded()) if distributed.rank() == 0 else None
+
+
+def stream_batches(
+    batches: PersonBatches,
+    encoded: "ray.ObjectRef | None",
+    state: DownstreamState,
+    stop_step: int,
+) -> Iterator[PersonBatch]:
+    """Yield this worker's batches from the next step to ``stop_step``, decoded on Ray Data.
+
+    Args:
+        batches: Of the run.
+        encoded: The images, at rank 0.
+        state: Says which step is the next.
+        stop_step: Step after the last.
+    """
+    rank, num_workers = distributed.rank(), distributed.world_size()
+    num_steps = batches.steps_per_block * max(1, MAX_DATASET_BLOCKS // state.config.num_groups)
+
+    def read(block: PersonBlock) -> Columns:
+        return batches.read(ray.get(encoded), block)
+
+    while state.step < stop_step:
+        start = state.step
+        stop = min(start + num_steps, stop_step)
+        iterators: list[DataIterator] = []
+        if rank == 0:
+            blocks = batches.blocks(start, stop, num_workers)
+            iterators = stream_blocks(read, blocks, num_workers=num_workers)
+        mine = distributed.share_from_first(iterators)[rank]
+        decoded = read_stream(mine, rank=rank, num_workers=num_workers)
+        for columns in batches.batches(start, stop, decoded, num_workers):
+            yield PersonBatch(
+                torch.from_numpy(columns["image"]), torch.from_numpy(columns["label"])
+            )

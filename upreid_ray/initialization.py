@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from upreid_ray import tracking
-from upreid_ray.config import LabelledDataConfig
+from upreid_ray.config import DownstreamConfig, EvaluateConfig, LabelledDataConfig
 from upreid_ray.core.backbone import Description, build_backbone, read_backbone
 from upreid_ray.core.checkpoint import read_exported
 
@@ -68,6 +68,17 @@ def resolve(init: str) -> Initialization:
         return Initialization(init, *read_exported(path))
     name, weights = read_backbone(path)
     return Initialization(init, _usual(name), weights)
+
+
+def requested(config: DownstreamConfig | EvaluateConfig) -> Initialization:
+    """Return the initialization that a run asks for, with its settings of the images.
+
+    Raises:
+        InputError: It does not exist, or is not a whole backbone.
+    """
+    if config.init == "random":
+        return for_images(random(config.backbone, seed=config.seed), config.data)
+    return for_images(resolve(config.init), config.data)
 
 
 def for_images(init: Initialization, data: LabelledDataConfig) -> Initialization:

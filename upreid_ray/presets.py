@@ -1,9 +1,14 @@
 """Named runs and named augmentations: where a command line begins."""
 
+from collections.abc import Mapping
+
 from upreid_ray.config import (
     AugmentationConfig,
     CheckpointConfig,
+    ClusterContrastConfig,
+    ClusterTrainingConfig,
     DataConfig,
+    DownstreamConfig,
     EvaluationConfig,
     FinetuneAugmentationConfig,
     FinetuneConfig,
@@ -74,18 +79,40 @@ PRESETS = {
     "luperson": PretrainConfig(data=DataConfig(shards="luperson-shards")),
 }
 
+# Of the small images of the synthetic people, on two cores.
+_SMALL_IMAGES = {
+    "backbone": "resnet18",
+    "data": LabelledDataConfig(height=64, width=32),
+    "augmentation": FinetuneAugmentationConfig(padding=3),
+    "evaluation": EvaluationConfig(every_epochs=2),
+    "checkpoint": CheckpointConfig(every_steps=50),
+    "scaling": _ONE_MACHINE,
+}
+
 FINETUNE_PRESETS = {
     # The strong baseline of Luo et al. 2019 (https://arxiv.org/abs/1903.07071).
     "bot": FinetuneConfig(),
     # python jobs/finetune.py demo --init ...: synthetic people on two cores, in minutes.
     "demo": FinetuneConfig(
-        backbone="resnet18",
-        data=LabelledDataConfig(height=64, width=32),
-        augmentation=FinetuneAugmentationConfig(padding=3),
         optimizer=FinetuneOptimizerConfig(warmup_epochs=1, milestones=(4, 6)),
         training=FinetuneTrainingConfig(epochs=7, log_every_steps=10),
-        evaluation=EvaluationConfig(every_epochs=2),
-        checkpoint=CheckpointConfig(every_steps=50),
-        scaling=_ONE_MACHINE,
-    ),
+    ).override(_SMALL_IMAGES),
+}
+
+CLUSTER_CONTRAST_PRESETS = {
+    # Cluster Contrast for Market-1501 (Dai et al. 2021, https://arxiv.org/abs/2103.11568).
+    "paper": ClusterContrastConfig(),
+    # python jobs/finetune.py demo --method cluster-contrast --init ...: as above.
+    "demo": ClusterContrastConfig(
+        optimizer=FinetuneOptimizerConfig(warmup_epochs=0, milestones=(4,)),
+        training=ClusterTrainingConfig(
+            epochs=5, steps_per_epoch=20, num_images=4, log_every_steps=10
+        ),
+    ).override(_SMALL_IMAGES),
+}
+
+# What `--method` of a fine-tuning names; it begins with the first preset.
+METHODS: dict[str, Mapping[str, DownstreamConfig]] = {
+    "supervised": FINETUNE_PRESETS,
+    "cluster-contrast": CLUSTER_CONTRAST_PRESETS,
 }

@@ -22,9 +22,9 @@ from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchTrainer
 
 from upreid_ray import tracking
-from upreid_ray.config import FinetuneConfig, InputError, PretrainConfig, ScalingConfig
+from upreid_ray.config import DownstreamConfig, InputError, PretrainConfig, ScalingConfig
 from upreid_ray.core.checkpoint import export_backbone, read_position
-from upreid_ray.data.persons import PersonImages
+from upreid_ray.data.persons import ClusterImages, PersonImages
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.stream import EVALUATION_SPLITS, TrainingImages, check_labels
 from upreid_ray.run_folder import RunFolder
@@ -71,7 +71,7 @@ class TrainJob:
         parent_run_id: Of the run of which this one is a trial, None if it is none.
     """
 
-    config: PretrainConfig | FinetuneConfig
+    config: PretrainConfig | DownstreamConfig
     folder: RunFolder
     run_id: str | None
     client: tracking.Client
@@ -80,7 +80,7 @@ class TrainJob:
     @classmethod
     def prepare(
         cls,
-        config: PretrainConfig | FinetuneConfig,
+        config: PretrainConfig | DownstreamConfig,
         folder: RunFolder,
         *,
         resume: bool,
@@ -102,11 +102,11 @@ class TrainJob:
 
     def run(
         self,
-        worker: Callable[[dict[str, Any]], None],
+        worker: Callable[[dict[str, Any]], str | None],
         make_settings: Callable[..., WorkerSettings[Any]],
         *,
         shards: str,
-        images: TrainingImages | PersonImages,
+        images: TrainingImages | PersonImages | ClusterImages,
         model_name: str,
         lineage: Mapping[str, str],
         callbacks: Sequence[UserCallback] = (),
@@ -114,7 +114,7 @@ class TrainJob:
         """Train, and register the best backbone unless this is a trial.
 
         Args:
-            worker: What each worker does.
+            worker: What each worker does; it returns why it refused to go on, if it did.
             make_settings: Called with the fields of `WorkerSettings`.
             shards: URI of the training shards.
             images: What is trained on.
@@ -123,7 +123,7 @@ class TrainJob:
             callbacks: Called by Ray Train.
 
         Raises:
-            InputError: The evaluation set cannot be scored.
+            InputError: The evaluation set cannot be scored, or the workers refused to go on.
             ray.train.TrainingFailedError: Training failed more often than allowed.
         """
         config, folder, client = self.config, self.folder, self.client
@@ -217,12 +217,16 @@ def _evaluation_shards(chosen: str | None, shards: str) -> str | None:
 
 
 def _train(
-    worker: Callable[[dict[str, Any]], None],
+    worker: Callable[[dict[str, Any]], str | None],
     settings: WorkerSettings[Any],
     folder: RunFolder,
     callbacks: Sequence[UserCallback],
 ) -> Checkpoint:
-    """Train on Ray Train; return the last checkpoint."""
+    """Train on Ray Train; return the last checkpoint.
+
+    Raises:
+        InputError: The workers refused to go on.
+    """
     config = settings.config
     trainer = TorchTrainer(
         worker,
@@ -242,7 +246,10 @@ def _train(
             callbacks=list(callbacks),
         ),
     )
-    return trainer.fit().checkpoint
+    result = trainer.fit()
+    if result.return_value is not None:
+        raise InputError(result.return_value)
+    return result.checkpoint
 
 
 def register(

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import ray.train
 import ray.train.torch
@@ -20,7 +20,12 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
-from upreid_ray.config import AugmentationConfig, FinetuneConfig, PretrainConfig, ScalingConfig
+from upreid_ray.config import (
+    AugmentationConfig,
+    DownstreamConfig,
+    PretrainConfig,
+    ScalingConfig,
+)
 from upreid_ray.core import distributed
 from upreid_ray.core.checkpoint import (
     BestBackbone,
@@ -39,7 +44,7 @@ DELIVERY_SECONDS = 60.0
 EVALUATION_THREADS = 4
 
 
-ConfigT = TypeVar("ConfigT", PretrainConfig, FinetuneConfig)
+ConfigT = TypeVar("ConfigT", bound=PretrainConfig | DownstreamConfig)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,15 @@ class WorkerSettings(Generic[ConfigT]):
     run_id: str
     tracking_uri: str
     log_folder: Path
+
+
+class DecodedImages(Protocol):
+    """Images that can be read in blocks, such as `LabelledImages`."""
+
+    num_blocks: int
+
+    def read(self, number: int) -> Columns:
+        """Return ``image``, uint8 ``[n, 3, H, W]``, and what else there is of each."""
 
 
 def prepare_process(scaling: ScalingConfig) -> torch.device:
@@ -98,7 +112,7 @@ class Worker(ABC):
     """
 
     def __init__(self, settings: WorkerSettings[Any], state: State) -> None:
-        self.run: PretrainConfig | FinetuneConfig = settings.config
+        self.run: PretrainConfig | DownstreamConfig = settings.config
         self.state = state
         self.labelled: LabelledImages | None = None
         if settings.evaluation_shards is not None:
@@ -183,17 +197,7 @@ class Worker(ABC):
         labelled = self.labelled
         if labelled is None:
             return {}
-        labels: list[Columns] = []
-
-        def images() -> Iterator[Tensor]:
-            for block in _decode_share(labelled):
-                yield torch.from_numpy(block.pop("image"))
-                labels.append(block)
-
-        extractor = self.state.extractor
-        description = self.state.description
-        normalization = AugmentationConfig(mean=description.mean, std=description.std)
-        features = extract_features(extractor, images(), normalization).cpu()
+        features, labels = self.features(labelled)
         gathered = distributed.gather_at_first((features, labels))
         if gathered is None:
             return {}
@@ -209,6 +213,23 @@ class Worker(ABC):
             scores["rank1"],
         )
         return scores
+
+    def features(self, images: DecodedImages) -> tuple[Tensor, list[Columns]]:
+        """Compute the features of this worker's share of some images.
+
+        Returns:
+            ``[n, F]``, unit length, on the CPU; and all else that there is of each block.
+        """
+        others: list[Columns] = []
+
+        def batches() -> Iterator[Tensor]:
+            for block in _decode_share(images):
+                yield torch.from_numpy(block.pop("image"))
+                others.append(block)
+
+        description = self.state.description
+        normalization = AugmentationConfig(mean=description.mean, std=description.std)
+        return extract_features(self.state.extractor, batches(), normalization).cpu(), others
 
     def _save_checkpoint(self, scores: dict[str, float]) -> None:
         """Hand the state to Ray Train, which uploads it while training goes on."""
@@ -289,13 +310,13 @@ class Meter:
         return sum(images for images, _ in windows) / seconds if seconds else 0.0
 
 
-def _decode_share(labelled: LabelledImages) -> Iterator[Columns]:
-    """Decode this worker's share of the labelled images, a few blocks ahead."""
-    mine = range(distributed.rank(), labelled.num_blocks, distributed.world_size())
+def _decode_share(images: DecodedImages) -> Iterator[Columns]:
+    """Decode this worker's share of some images, a few blocks ahead."""
+    mine = range(distributed.rank(), images.num_blocks, distributed.world_size())
     with ThreadPoolExecutor(EVALUATION_THREADS) as pool:
         ahead: deque[Future[Columns]] = deque()
         for block in mine:
-            ahead.append(pool.submit(labelled.read, block))
+            ahead.append(pool.submit(images.read, block))
             if len(ahead) > EVALUATION_THREADS:
                 yield ahead.popleft().result()
         while ahead:

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upreid_ray.data.persons import PersonSampler, subset
+from upreid_ray.config import PersonTrainingConfig
+from upreid_ray.data.persons import PersonBatches, PersonSampler, subset
 
 PIDS = st.lists(st.integers(0, 9), min_size=2, max_size=60).filter(lambda p: len(set(p)) > 1)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -103,3 +104,23 @@ def test_rounds_differ_and_repeat_with_the_seed():
 def test_fewer_persons_than_a_batch_has_are_refused():
     with pytest.raises(ValueError, match="4 persons a batch, but there are 3"):
         PersonSampler(np.array([1, 2, 3]), num_persons=4, num_images=2, seed=0)
+
+
+def batches(labels: list[int], num_persons: int) -> PersonBatches:
+    training = PersonTrainingConfig(num_persons=num_persons, num_images=2)
+    return PersonBatches(np.array(labels), training, size=(64, 32), seed=0)
+
+
+def test_images_without_a_label_are_in_no_batch():
+    made = batches([-1, 0, 1, -1, 1, 2, 0], num_persons=2)
+
+    seen = np.concatenate([made.rows(step) for step in range(20)])
+
+    assert set(seen) == {1, 2, 4, 5, 6}
+
+
+def test_where_persons_are_too_few_a_batch_shows_them_repeatedly():
+    rows = batches([0, 1, 1], num_persons=5).rows(0)
+
+    assert len(rows) == 10
+    assert set(rows) == {0, 1, 2}

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the strong baseline of Luo et al. 2019.
+"""Fine-tuning: the step with persons, and the strong baseline of Luo et al. 2019.
 
 https://arxiv.org/abs/1903.07071: last stride 1, BNNeck, identity and batch-hard triplet loss.
 A batch is made of groups of persons, as in `core.training`: each group has batch normalization
@@ -8,14 +8,17 @@ Dimensions: B images of the whole batch, b images of this worker, F features, C 
 """
 
 import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upreid_ray.config import AugmentationConfig, FinetuneConfig
+from upreid_ray.config import AugmentationConfig, DownstreamConfig, FinetuneConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.augment import ViewParameters, draw_view_parameters, render_view
 from upreid_ray.core.backbone import Description, NeckedBackbone
@@ -47,30 +50,28 @@ class PersonClassifier(nn.Module):
         return features, self.classifier(self.extractor.neck(features))
 
 
-class FinetuneState(State):
-    """The state of a fine-tuning run: backbone, neck, classifier and Adam."""
+class DownstreamState(State):
+    """The state of a run that learns persons: a model with a necked backbone, and Adam."""
 
     def __init__(
         self,
-        config: FinetuneConfig,
-        backbone: nn.Module,
+        config: DownstreamConfig,
+        make_model: Callable[[], nn.Module],
         images: Description,
         *,
-        num_persons: int,
         steps_per_epoch: int,
         device: torch.device,
     ) -> None:
-        """Begin with a backbone of the last stride that ``config`` asks for.
+        """Begin with a new model.
 
         Args:
             config: Of the run.
-            backbone: Changed in place.
+            make_model: Called with the seed of the run set; ``model.extractor`` is a
+                `NeckedBackbone` of the last stride that ``config`` asks for.
             images: Describes the images of this run.
-            num_persons: C.
             steps_per_epoch: Steps of one pass over the data.
             device: Where the model goes.
         """
-        self._config = config
         self._images = images
         self.augmentation = AugmentationConfig(
             mean=images.mean,
@@ -83,7 +84,7 @@ class FinetuneState(State):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            model = PersonClassifier(backbone, num_persons, precision=config.training.precision)
+            model = make_model()
         model = model.to(device).to(memory_format=torch.channels_last)
         optimizer = torch.optim.Adam(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -100,9 +101,9 @@ class FinetuneState(State):
         )
 
     @property
-    def config(self) -> FinetuneConfig:
+    @abstractmethod
+    def config(self) -> DownstreamConfig:
         """Settings of the run."""
-        return self._config
 
     @property
     def description(self) -> Description:
@@ -114,6 +115,37 @@ class FinetuneState(State):
     def extractor(self) -> nn.Module:
         """The backbone with its neck."""
         return self.model.extractor
+
+
+class FinetuneState(DownstreamState):
+    """The state of a supervised run: backbone, neck, classifier and Adam."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        backbone: nn.Module,
+        images: Description,
+        *,
+        num_persons: int,
+        steps_per_epoch: int,
+        device: torch.device,
+    ) -> None:
+        """Begin with a backbone, which is changed in place, and a classifier of C persons."""
+        self._config = config
+        super().__init__(
+            config,
+            lambda: PersonClassifier(
+                backbone, num_persons, precision=config.training.precision
+            ),
+            images,
+            steps_per_epoch=steps_per_epoch,
+            device=device,
+        )
+
+    @property
+    def config(self) -> FinetuneConfig:
+        """Settings of the run."""
+        return self._config
 
 
 @dataclass(frozen=True)
@@ -130,20 +162,39 @@ class PersonBatch:
 
 
 def finetune_step(state: FinetuneState, batch: PersonBatch) -> dict[str, Tensor]:
-    """Take one step.
+    """Take one step of the strong baseline; arguments and result are those of `person_step`."""
+    training = state.config.training
+
+    def objective(outputs: tuple[Tensor, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        features, logits = outputs
+        identity = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
+        triplet = batch_hard_triplet(features, labels, margin=training.margin)
+        return {"loss": identity + triplet, "identity": identity, "triplet": triplet}
+
+    return person_step(state, batch, objective)
+
+
+def person_step(
+    state: DownstreamState,
+    batch: PersonBatch,
+    objective: Callable[[Any, Tensor], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Take one step with a batch of persons.
 
     Args:
         state: Changed in place.
         batch: Of this worker, rows ``rank * b`` to ``(rank + 1) * b`` of the whole batch.
+        objective: What the model returns for a group, and the group's labels -> ``loss`` and
+            its terms.
 
     Returns:
         ``loss`` and its terms, means over this worker's images, on the device.
     """
-    config, training = state.config, state.config.training
+    config = state.config
     images = batch.images.to(state.device, non_blocking=True)
     labels = batch.labels.to(state.device, non_blocking=True)
     parameters = draw_shifted_views(config, images.shape[2:], state.augmentation, state.step)
-    group_size = training.batch_size // training.num_groups
+    group_size = config.training.batch_size // config.training.num_groups
     num_groups = len(images) // group_size
     first = distributed.rank() * len(images)
 
@@ -159,14 +210,8 @@ def finetune_step(state: FinetuneState, batch: PersonBatch) -> dict[str, Tensor]
             state.local_gradients(unless=group == num_groups - 1),
             running_statistics(state.model, momentum=momentum),
         ):
-            features, logits = state.parallel_model(views)
-            identity = F.cross_entropy(
-                logits, labels[rows], label_smoothing=training.label_smoothing
-            )
-            triplet = batch_hard_triplet(features, labels[rows], margin=training.margin)
-            loss = identity + triplet
-            torch.autograd.backward(loss / num_groups)
-        terms = {"loss": loss, "identity": identity, "triplet": triplet}
+            terms = objective(state.parallel_model(views), labels[rows])
+            torch.autograd.backward(terms["loss"] / num_groups)
         for name, term in terms.items():
             means[name] = means.get(name, 0) + term.detach() / num_groups
 
@@ -185,7 +230,7 @@ def finetune_step(state: FinetuneState, batch: PersonBatch) -> dict[str, Tensor]
 
 
 def draw_shifted_views(
-    config: FinetuneConfig, size: torch.Size, augmentation: AugmentationConfig, step: int
+    config: DownstreamConfig, size: torch.Size, augmentation: AugmentationConfig, step: int
 ) -> ViewParameters:
     """Draw the views of a whole batch, as a function of (seed, step).
 

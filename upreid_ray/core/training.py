@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from upreid_ray.config import FinetuneConfig, PretrainConfig
+from upreid_ray.config import DownstreamConfig, PretrainConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.augment import ViewParameters, draw_view_parameters, normalize, render_view
 from upreid_ray.core.backbone import Description
@@ -67,7 +67,7 @@ class State(ABC):
 
     @property
     @abstractmethod
-    def config(self) -> PretrainConfig | FinetuneConfig:
+    def config(self) -> PretrainConfig | DownstreamConfig:
         """Settings of the run."""
 
     @property
@@ -190,6 +190,8 @@ def train(
     state: StateT,
     batches: Iterable[BatchT],
     take_step: Callable[[StateT, BatchT], dict[str, Tensor]],
+    *,
+    stop_step: int | None = None,
 ) -> Iterator[StepReport]:
     """Take one step for each batch and report it, until the run has all its steps.
 
@@ -198,9 +200,10 @@ def train(
         batches: Of this worker, the first for step ``state.step``.
         take_step: Takes one step with one batch, such as `train_step`; returns ``loss`` and its
             terms.
+        stop_step: Ends before this step instead.
     """
     iterator = iter(batches)
-    while state.step < state.num_steps:
+    while state.step < (state.num_steps if stop_step is None else stop_step):
         started = time.perf_counter()
         batch = next(iterator)
         data_seconds = time.perf_counter() - started

@@ -1,20 +1,34 @@
-"""Labelled training images: which of them take part, and in which batches.
+"""Training images of persons: which of them take part, and in which batches.
 
 Nothing here imports torch: that would add seconds to the start of each task process.
 
 Dimensions: N images, P persons of a batch, K images of a person in it, H x W pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from upreid_ray.config import FinetuneConfig, InputError
+from upreid_ray.config import (
+    ClusterContrastConfig,
+    DownstreamConfig,
+    FinetuneConfig,
+    InputError,
+    PersonTrainingConfig,
+)
 from upreid_ray.data.shards import Manifest
-from upreid_ray.data.stream import MIN_BLOCK_IMAGES, Columns, RowGroups, decode, read_rows
+from upreid_ray.data.stream import (
+    MIN_BLOCK_IMAGES,
+    TRAIN_SPLITS,
+    Columns,
+    RowGroups,
+    RowRange,
+    decode,
+    read_rows,
+)
 
 Rows = NDArray[np.int64]
 
@@ -90,65 +104,49 @@ class PersonBlock:
     group: int
 
 
-class PersonImages:
-    """The training images of a labelled set, in batches of persons.
+class PersonBatches:
+    """The batches of a run, cut into blocks that tasks decode.
 
     Attributes:
-        num_images: That take part.
-        num_persons: That take part.
-        steps_per_epoch: After which as many images were seen as take part.
         steps_per_block: Steps that a task decodes at once.
-
-    Raises:
-        InputError: There are none, some have no person, or there are fewer than a batch has.
     """
 
     def __init__(
-        self, uri: str, manifest: Manifest, config: FinetuneConfig, *, height: int, width: int
+        self,
+        labels: Rows,
+        training: PersonTrainingConfig,
+        *,
+        size: tuple[int, int],
+        seed: int,
     ) -> None:
-        self._uri = uri
-        self._config = config
-        self._size = (height, width)
-        groups = RowGroups(manifest, ("train",))
-        if groups.num_images == 0:
-            msg = f"{uri}: has no train images with labels"
-            raise InputError(msg)
-        self._ranges = groups.ranges(np.arange(len(groups)), 0, groups.num_images)
-        column = read_rows(uri, self._ranges, ["pid"]).column("pid")
-        if column.null_count:
-            msg = f"{uri}: {column.null_count} train images have no person"
-            raise InputError(msg)
-        pids = column.to_numpy().astype(np.int64)
-        share = config.subset
-        self._chosen = subset(
-            pids, persons=share.persons, images=share.images, seed=config.seed
-        )
-        persons, self._labels = np.unique(pids[self._chosen], return_inverse=True)
-        self.num_images, self.num_persons = len(self._chosen), len(persons)
-        training = config.training
-        if self.num_persons < training.num_persons:
-            msg = (
-                f"--training.num_persons {training.num_persons}: exceeds the "
-                f"{self.num_persons} persons of {uri} that take part"
-            )
-            raise InputError(msg)
+        """Make batches of images that have a label.
+
+        Args:
+            labels: ``[N]``, persons from 0 on; who has -1 is in no batch. Where there are fewer
+                persons than a batch has, it shows its images repeatedly.
+            training: Says how many persons and images a batch has.
+            size: H and W.
+            seed: Of the order.
+        """
+        self._labels, self._size = labels, size
+        self._labelled = np.flatnonzero(labels >= 0)
         self._sampler = PersonSampler(
-            self._labels,
-            num_persons=training.num_persons,
+            labels[self._labelled],
+            num_persons=min(training.num_persons, int(labels.max()) + 1),
             num_images=training.num_images,
-            seed=config.seed,
+            seed=seed,
         )
-        self.steps_per_epoch = max(1, self.num_images // training.batch_size)
+        self._batch_size, self._num_groups = training.batch_size, training.num_groups
         self._group_size = training.batch_size // training.num_groups
         self.steps_per_block = -(-MIN_BLOCK_IMAGES // self._group_size)
 
-    def encoded(self) -> pa.Table:
-        """Read the encoded images that take part, for `read`."""
-        return read_rows(self._uri, self._ranges, ["image"]).take(pa.array(self._chosen))
+    def rows(self, step: int) -> Rows:
+        """Return the rows ``[B]`` of the batch of a step."""
+        return self._labelled[np.resize(self._sampler.rows(step), self._batch_size)]
 
     def blocks(self, start_step: int, stop_step: int, num_workers: int) -> list[PersonBlock]:
         """Return the blocks of these steps such that block ``i`` is of worker ``i % W``."""
-        each = self._config.training.num_groups // num_workers
+        each = self._num_groups // num_workers
         return [
             PersonBlock(step, num_steps, worker * each + place)
             for step, num_steps in self._cuts(start_step, stop_step)
@@ -159,28 +157,28 @@ class PersonImages:
     def read(self, encoded: pa.Table, block: PersonBlock) -> Columns:
         """Decode a block.
 
+        Args:
+            encoded: The images that take part.
+            block: From `blocks`.
+
         Returns:
-            ``image``, uint8 ``[n, 3, H, W]``, and ``label`` ``[n]``, persons from 0 on.
+            ``image``, uint8 ``[n, 3, H, W]``, and ``label`` ``[n]``.
 
         Raises:
             ValueError: An image does not decode.
         """
         group = slice(block.group * self._group_size, (block.group + 1) * self._group_size)
         rows = np.concatenate(
-            [self._sampler.rows(block.first_step + i)[group] for i in range(block.num_steps)]
+            [self.rows(block.first_step + i)[group] for i in range(block.num_steps)]
         )
-        images = encoded.column("image").take(pa.array(rows))
-        columns = decode(images, *self._size)
-        if not columns.pop("decoded").all():
-            msg = f"{self._uri}: an image that was whole when it was prepared does not decode"
-            raise ValueError(msg)
-        return {**columns, "label": self._labels[rows]}
+        images = _decode_whole(encoded.take(pa.array(rows)), self._size)
+        return {"image": images, "label": self._labels[rows]}
 
     def batches(
         self, start_step: int, stop_step: int, blocks: Iterator[Columns], num_workers: int
     ) -> Iterator[Columns]:
         """Yield one worker's ``image`` and ``label`` of each step, from its blocks in order."""
-        each, size = self._config.training.num_groups // num_workers, self._group_size
+        each, size = self._num_groups // num_workers, self._group_size
         for _, num_steps in self._cuts(start_step, stop_step):
             mine = [next(blocks) for _ in range(each)]
             for start in range(0, num_steps * size, size):
@@ -193,3 +191,145 @@ class PersonImages:
         """Cut steps into parts that are worth a task."""
         for step in range(start_step, stop_step, self.steps_per_block):
             yield step, min(self.steps_per_block, stop_step - step)
+
+
+class ChosenImages:
+    """The training images of a set that take part in a run.
+
+    Attributes:
+        num_images: That take part.
+        num_blocks: Of `read`.
+
+    Raises:
+        InputError: There are none, or persons are to be chosen who are unknown.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        manifest: Manifest,
+        config: DownstreamConfig,
+        *,
+        splits: Sequence[str],
+        height: int,
+        width: int,
+    ) -> None:
+        self._uri = uri
+        self._size = (height, width)
+        self._groups = RowGroups(manifest, splits)
+        if self._groups.num_images == 0:
+            msg = f"{uri}: has no {' or '.join(splits)} images"
+            raise InputError(msg)
+        column = read_rows(uri, self._ranges(0, self._groups.num_images), ["pid"]).column("pid")
+        share = config.subset
+        if not column.null_count:
+            pids = column.to_numpy().astype(np.int64)
+            self._chosen = subset(
+                pids, persons=share.persons, images=share.images, seed=config.seed
+            )
+            self._pids = pids[self._chosen]
+        elif share.persons == share.images == 1:
+            self._chosen = np.arange(len(column))
+            self._pids = np.full(len(column), -1)
+        else:
+            msg = (
+                f"--subset.persons {share.persons} --subset.images {share.images}: "
+                f"{column.null_count} of the images of {uri} have no person"
+            )
+            raise InputError(msg)
+        self.num_images = len(self._chosen)
+        self.num_blocks = -(-self.num_images // MIN_BLOCK_IMAGES)
+
+    def encoded(self) -> pa.Table:
+        """Read the encoded images that take part, for `PersonBatches.read`."""
+        every = self._ranges(0, self._groups.num_images)
+        return read_rows(self._uri, every, ["image"]).take(pa.array(self._chosen))
+
+    def read(self, number: int) -> Columns:
+        """Read and decode block ``number`` of the images that take part, in their order.
+
+        Returns:
+            ``image``, uint8 ``[n, 3, H, W]``, and ``row`` ``[n]``, 0 to ``num_images - 1``.
+
+        Raises:
+            ValueError: An image does not decode.
+        """
+        first = number * MIN_BLOCK_IMAGES
+        chosen = self._chosen[first : first + MIN_BLOCK_IMAGES]
+        table = read_rows(self._uri, self._ranges(chosen[0], chosen[-1] + 1), ["image"])
+        images = _decode_whole(table.take(pa.array(chosen - chosen[0])), self._size)
+        return {"image": images, "row": np.arange(first, first + len(images))}
+
+    def _ranges(self, start: int, stop: int) -> list[RowRange]:
+        return self._groups.ranges(np.arange(len(self._groups)), start, stop)
+
+
+class PersonImages(ChosenImages):
+    """The training images of a labelled set, in batches of persons.
+
+    Attributes:
+        num_persons: That take part.
+        steps_per_epoch: After which as many images were seen as take part.
+        batches: Of the whole run.
+
+    Raises:
+        InputError: There are none, some have no person, or there are fewer than a batch has.
+    """
+
+    def __init__(
+        self, uri: str, manifest: Manifest, config: FinetuneConfig, *, height: int, width: int
+    ) -> None:
+        super().__init__(uri, manifest, config, splits=("train",), height=height, width=width)
+        if self._pids.min() < 0:
+            msg = f"{uri}: has train images without a person"
+            raise InputError(msg)
+        persons, labels = np.unique(self._pids, return_inverse=True)
+        self.num_persons = len(persons)
+        training = config.training
+        if self.num_persons < training.num_persons:
+            msg = (
+                f"--training.num_persons {training.num_persons}: exceeds the "
+                f"{self.num_persons} persons of {uri} that take part"
+            )
+            raise InputError(msg)
+        self.steps_per_epoch = max(1, self.num_images // training.batch_size)
+        self.batches = PersonBatches(labels, training, size=self._size, seed=config.seed)
+
+
+class ClusterImages(ChosenImages):
+    """The training images of a set whose persons are not looked at.
+
+    These are the images of the split ``train``, or ``unlabeled`` where there are none.
+
+    Attributes:
+        steps_per_epoch: Between two clusterings.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        manifest: Manifest,
+        config: ClusterContrastConfig,
+        *,
+        height: int,
+        width: int,
+    ) -> None:
+        split = next((s for s in TRAIN_SPLITS if manifest.counts().get(s)), TRAIN_SPLITS[0])
+        super().__init__(uri, manifest, config, splits=(split,), height=height, width=width)
+        self._config = config
+        self.steps_per_epoch = config.training.steps_per_epoch
+
+    def batches(self, labels: Rows) -> PersonBatches:
+        """Return the batches of pseudo-persons ``labels [N]``, -1 for outliers."""
+        return PersonBatches(
+            labels, self._config.training, size=self._size, seed=self._config.seed
+        )
+
+
+def _decode_whole(encoded: pa.Table, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Decode images all of which must be whole, ``[n, 3, H, W]``."""
+    columns = decode(encoded.column("image"), *size)
+    if not columns["decoded"].all():
+        msg = "an image that was whole when it was prepared does not decode"
+        raise ValueError(msg)
+    return columns["image"]

@@ -8,7 +8,7 @@ from pyarrow import fs
 from rich.console import Console
 from rich.progress import Progress
 
-from upreid_ray.config import SyntheticConfig
+from upreid_ray.config import LabelledDataConfig, SyntheticConfig
 from upreid_ray.data.layouts import Record, folder_records, label_warnings, synthetic_records
 from upreid_ray.data.shards import MANIFEST_FILE, open_folder, plan_digest, write_shards
 
@@ -22,19 +22,21 @@ def synthetic_shards(synthetic: SyntheticConfig, storage: str) -> str:
     return _shards(records, storage, "synthetic", source, seed=synthetic.seed)
 
 
-def labelled_shards(root: str, storage: str) -> str:
-    """Return the shards of a labelled set, made first if ``root`` is a folder of images.
+def labelled_shards(data: LabelledDataConfig, storage: str) -> str:
+    """Return the shards of a labelled set, made first if they are not there.
 
     Raises:
         InputError: The folder cannot be used.
     """
-    filesystem, path = open_folder(root)
+    if data.root is None:
+        return synthetic_shards(data.synthetic, storage)
+    filesystem, path = open_folder(data.root)
     if filesystem.get_file_info(f"{path}/{MANIFEST_FILE}").type == fs.FileType.File:
-        return root
-    records = folder_records(root)
+        return data.root
+    records = folder_records(data.root)
     for warning in label_warnings(records):
-        logger.warning("%s: %s", root, warning)
-    return _shards(records, storage, Path(root).absolute().name, root, seed=0)
+        logger.warning("%s: %s", data.root, warning)
+    return _shards(records, storage, Path(data.root).absolute().name, data.root, seed=0)
 
 
 def _shards(

@@ -1,0 +1,217 @@
+"""Unsupervised fine-tuning: Cluster Contrast (Dai et al. 2021).
+
+https://arxiv.org/abs/2103.11568: images are clustered before each epoch, and every image is
+contrasted with a memory that holds one feature of each cluster.
+
+Dimensions: N training images, B images of the whole batch, G of a group, F features,
+C clusters.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.cluster import DBSCAN
+from torch import Tensor, nn
+
+from upreid_ray.config import ClusterContrastConfig, ClusteringConfig, InputError
+from upreid_ray.core import distributed
+from upreid_ray.core.backbone import Description, NeckedBackbone
+from upreid_ray.core.finetuning import DownstreamState, PersonBatch, person_step
+from upreid_ray.core.precision import autocast
+from upreid_ray.core.reranking import jaccard_distances, reciprocal_encoding
+from upreid_ray.core.retrieval import row_parts
+
+OUTLIER = -1
+
+
+def pseudo_labels(features: Tensor, config: ClusteringConfig) -> NDArray[np.int64]:
+    """Cluster images by DBSCAN on their k-reciprocal Jaccard distance.
+
+    The ``[N, N]`` distances never exist: of each part of their rows only the neighbours within
+    ``eps`` are kept. The memory that this takes is some hundred bytes for each pair of
+    neighbours, and 32 MB for the part at hand.
+
+    Args:
+        features: ``[N, F]``, unit length.
+        config: Of the clustering.
+
+    Returns:
+        ``[N]``, clusters from 0 on, -1 for outliers.
+
+    Raises:
+        InputError: There are fewer than two clusters, which leaves nothing to contrast.
+    """
+    encoding, _ = reciprocal_encoding(features, k1=config.k1, k2=config.k2)
+    by_column = encoding.tocsc()
+    parts = []
+    for part in row_parts(len(features), len(features)):
+        # Rounding may leave the distance of an image to itself below 0.
+        distances = jaccard_distances(encoding[part], by_column).clip(min=0)
+        rows, columns = np.nonzero(distances <= config.eps)
+        # A sparse matrix that is made of coordinates keeps the zeros among them.
+        coordinates = (distances[rows, columns], (rows, columns))
+        parts.append(sparse.csr_matrix(coordinates, shape=distances.shape))
+    dbscan = DBSCAN(eps=config.eps, min_samples=config.min_samples, metric="precomputed")
+    labels: NDArray[np.int64] = dbscan.fit_predict(sparse.vstack(parts, "csr"))
+    num_clusters = labels.max() + 1
+    if num_clusters < 2:  # noqa: PLR2004, two sides of a contrast
+        found = "no cluster" if num_clusters == 0 else "a single cluster"
+        msg = (
+            f"--clustering.eps {config.eps}: finds {found} among {len(labels)} images, of "
+            f"which {(labels == OUTLIER).sum()} are outliers; take a "
+            f"{'larger' if num_clusters == 0 else 'different'} one"
+        )
+        raise InputError(msg)
+    return labels
+
+
+def centroids(features: Tensor, labels: NDArray[np.int64]) -> Tensor:
+    """Return the mean features of clusters, ``[C, F]``, at unit length.
+
+    Args:
+        features: ``[N, F]``.
+        labels: ``[N]``, clusters from 0 on, -1 for outliers.
+    """
+    inside = torch.from_numpy(labels != OUTLIER).to(features.device)
+    clusters = torch.from_numpy(labels).to(features.device)[inside]
+    # Of unit length in the end, so that a sum does as well as a mean.
+    sums = features.new_zeros(int(labels.max()) + 1, features.shape[1])
+    return F.normalize(sums.index_add(0, clusters, features[inside]), dim=1)
+
+
+def cluster_contrast(
+    features: Tensor, labels: Tensor, memory: Tensor, *, temperature: float
+) -> Tensor:
+    """Contrast each image with the clusters: its own against all others.
+
+    InfoNCE as Dai et al. use it: the cross-entropy of cosine similarities over temperature.
+
+    Args:
+        features: ``[G, F]``, unit length, carry the gradient.
+        labels: ``[G]``, the cluster of each.
+        memory: ``[C, F]``, unit length.
+        temperature: Divides the similarities.
+
+    Returns:
+        The mean over G in nats; ``log(C)`` if all similarities are equal.
+    """
+    return F.cross_entropy(features @ memory.T / temperature, labels)
+
+
+class ClusterMemory(nn.Module):
+    """The clusters of an epoch: who is in them, and a feature of each.
+
+    Attributes:
+        labels: ``[N]``, int64, the cluster of each training image, -1 for outliers.
+        features: ``[C, F]``, unit length.
+    """
+
+    labels: Tensor
+    features: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("labels", torch.empty(0, dtype=torch.int64))
+        self.register_buffer("features", torch.empty(0, 0))
+        self.register_load_state_dict_pre_hook(_take_shapes)  # type: ignore[no-untyped-call]
+
+    def begin(self, labels: Tensor, features: Tensor) -> None:
+        """Take the clusters of a new epoch."""
+        self.labels, self.features = labels.to(self.labels.device), features
+
+    @torch.no_grad()
+    def update(self, batch: Tensor, labels: Tensor, *, momentum: float) -> None:
+        """Move the clusters towards the images of a batch, one image after the other.
+
+        The update of the published paper and of its authors' code (``CM``), which replaced the
+        hardest image of each cluster by all of them: ``feature = momentum * feature + (1 -
+        momentum) * image``, at unit length.
+
+        Args:
+            batch: ``[B, F]``, unit length.
+            labels: ``[B]``, their clusters.
+            momentum: Share (0..1) that a cluster keeps.
+        """
+        for i in range(len(batch)):
+            label = labels[i : i + 1]  # a number would wait for the device, a tensor does not
+            moved = momentum * self.features[label] + (1 - momentum) * batch[i]
+            self.features[label] = F.normalize(moved, dim=1)
+
+
+def _take_shapes(
+    module: ClusterMemory, state_dict: dict[str, Tensor], prefix: str, *_: object
+) -> None:
+    """Make room for what a checkpoint holds: each epoch has clusters of another number."""
+    for name in ("labels", "features"):
+        buffer, saved = getattr(module, name), state_dict[prefix + name]
+        setattr(module, name, buffer.new_empty(saved.shape))
+
+
+class ClusterContrastModel(nn.Module):
+    """A backbone with a BNNeck, and the memory of clusters that follows it."""
+
+    def __init__(self, backbone: nn.Module, *, precision: str) -> None:
+        super().__init__()
+        self.precision = precision
+        self.extractor = NeckedBackbone(backbone)
+        self.memory = ClusterMemory()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features ``[G, F]`` of unit length, in fp32."""
+        with autocast(images, self.precision):
+            features = self.extractor.backbone(images)
+        return F.normalize(self.extractor.neck(features.float()), dim=1)
+
+
+class ClusterContrastState(DownstreamState):
+    """The state of an unsupervised run: backbone, neck, memory and Adam."""
+
+    def __init__(
+        self,
+        config: ClusterContrastConfig,
+        backbone: nn.Module,
+        images: Description,
+        *,
+        device: torch.device,
+    ) -> None:
+        """Begin with a backbone, which is changed in place."""
+        self._config = config
+        super().__init__(
+            config,
+            lambda: ClusterContrastModel(backbone, precision=config.training.precision),
+            images,
+            steps_per_epoch=config.training.steps_per_epoch,
+            device=device,
+        )
+
+    @property
+    def config(self) -> ClusterContrastConfig:
+        """Settings of the run."""
+        return self._config
+
+
+def cluster_contrast_step(state: ClusterContrastState, batch: PersonBatch) -> dict[str, Tensor]:
+    """Take one step; arguments and result are those of `person_step`.
+
+    The memory stays as it is for all groups of the step, and then takes in the whole batch.
+    """
+    training, memory = state.config.training, state.model.memory
+    seen = []
+
+    def objective(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        seen.append(features.detach())
+        loss = cluster_contrast(
+            features, labels, memory.features, temperature=training.temperature
+        )
+        return {"loss": loss}
+
+    terms = person_step(state, batch, objective)
+    labels = batch.labels.to(state.device, non_blocking=True)
+    memory.update(
+        distributed.gather_rows(torch.cat(seen)),
+        distributed.gather_rows(labels),
+        momentum=training.memory_momentum,
+    )
+    return terms
