@@ -10,12 +10,17 @@ import pytest
 from tests.core.tiny import TINY as PRETRAINING
 from tests.core.tiny import fresh_state
 from upreid_ray import tracking
-from upreid_ray.config import EvaluateConfig, FinetuneConfig, InputError
+from upreid_ray.config import (
+    ClusterContrastConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    InputError,
+)
 from upreid_ray.core.checkpoint import BestBackbone, export_backbone, save_checkpoint
 from upreid_ray.evaluate import evaluate
 from upreid_ray.finetune import finetune
 from upreid_ray.initialization import resolve
-from upreid_ray.presets import FINETUNE_PRESETS
+from upreid_ray.presets import CLUSTER_CONTRAST_PRESETS, FINETUNE_PRESETS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -153,3 +158,70 @@ def test_resuming_a_run_that_is_done_gives_its_result(finished, config):
     result = finetune(config, resume=True)
 
     assert result == finished.result
+
+
+# Without labels.
+
+
+@pytest.fixture(scope="module")
+def unlabelled(config) -> ClusterContrastConfig:
+    # What the two methods have in common is that of above.
+    common = dict(config.flatten())
+    own = CLUSTER_CONTRAST_PRESETS["demo"].override(
+        {
+            "training.steps_per_epoch": 3,
+            "training.epochs": 2,
+            "clustering.k1": 4,
+            "clustering.k2": 2,
+            "clustering.min_samples": 2,
+            "evaluation.every_epochs": 1,
+            "checkpoint.every_steps": 2,
+        }
+    )
+    kept = ("training.epochs", "evaluation.", "checkpoint.", "optimizer.", "run.name")
+    shared = {
+        path: value
+        for path, value in common.items()
+        if path in dict(own.flatten()) and not path.startswith(kept)
+    }
+    return own.override({**shared, "run.name": "clusters"})
+
+
+@pytest.fixture(scope="module")
+def clustered(ray_cluster, unlabelled) -> SimpleNamespace:
+    result = finetune(unlabelled)
+    client = tracking.connect()
+    return SimpleNamespace(result=result, client=client, run=client.get_run(result.run_id))
+
+
+def test_every_epoch_begins_with_clusters(clustered):
+    history = clustered.client.get_metric_history(clustered.result.run_id, "clusters/number")
+
+    assert [point.step for point in history] == [0, 3]
+    assert all(point.value >= 2 for point in history)
+
+
+def test_a_run_without_labels_is_scored_registered_and_linked(clustered, ancestor):
+    history = clustered.client.get_metric_history(clustered.result.run_id, "eval/mAP")
+    version = tracking.find_version(clustered.client, clustered.result.model_uri)
+
+    assert [point.step for point in history] == [0, 3, 6]
+    assert version.tags["init"] == ancestor
+
+
+def test_where_nothing_can_be_clustered_eps_is_named(clustered, unlabelled):
+    with pytest.raises(InputError, match=r"^--clustering\.eps 0\.0001: finds no cluster among"):
+        finetune(
+            unlabelled.override(
+                {
+                    "run.name": "outliers",
+                    "clustering.eps": 0.0001,
+                    "evaluation.every_epochs": 9,
+                }
+            )
+        )
+
+    last = clustered.client.search_runs(
+        [clustered.run.info.experiment_id], "attributes.run_name = 'outliers'"
+    )
+    assert [run.info.status for run in last] == ["FAILED"]

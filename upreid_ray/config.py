@@ -605,3 +605,24 @@ class ClusterContrastConfig(DownstreamConfig):
     """Length, batch and objective."""
     clustering: ClusteringConfig = ClusteringConfig()
     """Pseudo-persons."""
+
+
+class CompareConfig(Section):
+    """A comparison of initializations."""
+
+    init: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Rows: INIT, or LABEL=INIT[,INIT...] where seed k starts from the k-th init in turn."""
+    splits: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.3, 1.0)
+    """Shares of the persons whose images are trained on."""
+    seeds: PositiveInt = 3
+    """Runs of each row and split; they differ in order, augmentation and persons."""
+    min_steps: NonNegativeInt = 0
+    """Splits of fewer steps than this have all their epochs multiplied until they reach it."""
+    finetune: FinetuneConfig | ClusterContrastConfig = FinetuneConfig()
+    """What the runs have in common."""
+
+    def flatten(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        """Yield the settings under the names of their flags; those of each run are left out."""
+        for path, value in super().flatten(prefix):
+            if path not in ("finetune.init", "finetune.subset.persons"):
+                yield path.removeprefix("finetune."), value

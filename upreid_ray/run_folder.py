@@ -46,28 +46,38 @@ class RunFolder:
 
     def exists(self) -> bool:
         """Tell whether a run of this name was started."""
-        filesystem, path = open_folder(self.uri)
-        return bool(filesystem.get_file_info(f"{path}/{RUN_FILE}").type == fs.FileType.File)
+        return self.read(RUN_FILE) is not None
 
     def record(self, config: Section, run_id: str) -> None:
         """Note the settings and the MLflow run, which `recorded_run` finds again."""
         record = {"run_id": run_id, "config": config.model_dump(mode="json")}
         self.write(RUN_FILE, json.dumps(record, indent=1))
 
-    def write(self, file: str, text: str) -> None:
-        """Write a file of this folder.
+    def write(self, file: str, content: str | bytes) -> None:
+        """Write a file of this folder; whoever reads it finds it whole or not at all.
 
         Raises:
             InputError: The storage cannot be written.
         """
         filesystem, path = open_folder(self.uri)
+        part = f"{path}/.{file}.part"
         try:
             filesystem.create_dir(path, recursive=True)
-            with filesystem.open_output_stream(f"{path}/{file}") as stream:
-                stream.write(text.encode())
+            with filesystem.open_output_stream(part) as stream:
+                stream.write(content.encode() if isinstance(content, str) else content)
+            filesystem.move(part, f"{path}/{file}")
         except OSError as error:
             msg = f"--run.storage_path {self.storage}: cannot be written ({error})"
             raise InputError(msg) from error
+
+    def read(self, file: str) -> str | None:
+        """Return the text of a file of this folder, None if there is none."""
+        filesystem, path = open_folder(self.uri)
+        if filesystem.get_file_info(f"{path}/{file}").type != fs.FileType.File:
+            return None
+        with filesystem.open_input_stream(f"{path}/{file}") as stream:
+            text: str = stream.read().decode()
+        return text
 
     def recorded_run(self, config: Section, free: Sequence[str]) -> str:
         """Return the id of the MLflow run that was started here with the same settings.
@@ -79,12 +89,11 @@ class RunFolder:
         Raises:
             InputError: There is none, or a setting differs that would change the weights.
         """
-        if not self.exists():
+        text = self.read(RUN_FILE)
+        if text is None:
             msg = f"--resume {self.name}: no such run in {self.storage}"
             raise InputError(msg)
-        filesystem, path = open_folder(self.uri)
-        with filesystem.open_input_stream(f"{path}/{RUN_FILE}") as stream:
-            record = json.loads(stream.read())
+        record = json.loads(text)
         before = dict(type(config).parse(record["config"]).flatten())
         for setting, value in config.flatten():
             if not setting.startswith(tuple(free)) and value != before[setting]:

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -118,6 +119,14 @@ def log_metrics(client: MlflowClient, run_id: str, values: Mapping[str, float]) 
     """Log the results of a run that has no steps."""
     now = int(time.time() * 1000)
     client.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in values.items()])
+
+
+def log_file(client: MlflowClient, run_id: str, name: str, content: bytes) -> None:
+    """Log a file as the artifact ``name`` of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, name)
+        file.write_bytes(content)
+        client.log_artifact(run_id, str(file))
 
 
 @contextmanager

@@ -97,7 +97,7 @@ class TrainJob:
             name = folder.name
             msg = f"--run.name {name}: exists already; continue it with --resume {name}"
             raise InputError(msg)
-        _check_resources(config.scaling)
+        check_resources(config.scaling)
         return cls(config, folder, run_id, tracking.connect(), parent_run_id)
 
     def run(
@@ -183,7 +183,7 @@ class TrainJob:
         )
 
 
-def _check_resources(scaling: ScalingConfig) -> None:
+def check_resources(scaling: ScalingConfig) -> None:
     """Refuse what the machine cannot hold; a cluster may grow, so there Ray waits."""
     if len(ray.nodes()) > 1 or "RAY_ADDRESS" in os.environ:
         return

@@ -1,0 +1,80 @@
+"""Compare initializations: frozen retrieval, and fine-tuned on parts of the labels.
+
+Random weights are always a row. A row may have several initializations, such as those of
+several pre-training seeds, under a label. All settings of jobs/finetune.py are taken too.
+
+Examples:
+  python jobs/compare.py --init models:/upreid-resnet50@champion moco.pth --data.root market1501
+  python jobs/compare.py --init up=models:/up/1,models:/up/2 --splits 0.1 1.0 --seeds 2 ...
+  python jobs/compare.py demo --init models:/upreid-resnet18@champion --min_steps 100
+  python jobs/compare.py demo --init models:/upreid-resnet18@champion --resume RUN_NAME
+"""
+
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from upreid_ray.command_line import (
+    JobParser,
+    add_finetune_settings,
+    add_settings,
+    connect_to_ray,
+    override,
+    require_init,
+    run_job,
+)
+from upreid_ray.config import CompareConfig
+
+
+def main() -> dict[str, Any]:
+    """Parse, compare, and return what the JSON line says."""
+    parser = JobParser(__doc__)
+    parser.add_argument(
+        "--resume", metavar="RUN_NAME", help="continue this comparison; give the same settings"
+    )
+    lists = {"init": "INIT|LABEL=INIT[,INIT...]", "splits": "SHARE"}
+    for name, metavar in lists.items():
+        parser.add_argument(
+            f"--{name}",
+            nargs="+",
+            metavar=metavar,
+            default=CompareConfig.model_fields[name].default,
+            help=CompareConfig.model_fields[name].description,
+        )
+    add_settings(parser, CompareConfig, without=(*lists, "finetune"))
+    presets = add_finetune_settings(parser, sys.argv[1:], without=("init", "subset.persons"))
+    arguments = parser.parse(sys.argv[1:])
+    require_init(arguments)
+    common = override(presets[arguments.preset], arguments)
+    if arguments.resume is not None:
+        common = common.override({"run.name": arguments.resume})
+    own = {
+        name: vars(arguments)[name] for name in CompareConfig.model_fields if name in arguments
+    }
+    config = CompareConfig.parse({**own, "finetune": common})
+    # After the arguments: it takes seconds, which a mistake or --help should not cost.
+    from upreid_ray.compare import CompareResult, compare  # noqa: PLC0415
+
+    def table(result: CompareResult) -> Table:
+        """Show mAP and rank-1 in percent, mean and standard deviation."""
+        columns = list(dict.fromkeys(name for row in result.scores.values() for name in row))
+        made = Table("mAP / rank-1", *columns)
+        for label in result.scores | result.failed:
+            cells = (
+                " / ".join(result.cell(label, column, score) for score in ("mAP", "rank1"))
+                for column in columns
+            )
+            made.add_row(label, *cells)
+        return made
+
+    connect_to_ray()
+    result = compare(config, resume=arguments.resume is not None)
+    Console(stderr=True).print(table(result))
+    return asdict(result)
+
+
+if __name__ == "__main__":
+    run_job(main)
