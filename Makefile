@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 UV_VERSION := 0.13.9
 
-.PHONY: help setup pretrain finetune check format test test-fast bench up down status lock clean
+.PHONY: help setup pretrain finetune compare check format test test-fast bench up down status lock clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -29,6 +29,10 @@ pretrain: $(READY)  ## synthetic people -> a registered backbone, in minutes on 
 finetune: $(READY)  ## the champion of `make pretrain` -> a fine-tuned, scored model
 	$(BIN)/python jobs/finetune.py demo --init models:/upreid-resnet18@champion
 
+compare: $(READY)  ## that champion against random weights, frozen and fine-tuned
+	$(BIN)/python jobs/compare.py demo --init models:/upreid-resnet18@champion \
+	  --splits 0.1 1.0 --seeds 1 --min_steps 40
+
 check: $(READY)  ## format, lint, types, layers
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
@@ -48,6 +52,7 @@ test-fast: $(READY)  ## the tests that need no Ray cluster
 bench: $(READY)  ## the numbers of BENCHMARKS.md
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/ray_overhead.py
+	$(BIN)/python benchmarks/retrieval.py
 
 up: $(READY)  ## start a local Ray head and an MLflow server
 	$(BIN)/python cluster/local.py up $(ARGS)

@@ -10,6 +10,7 @@ Examples:
   python jobs/compare.py demo --init models:/upreid-resnet18@champion --resume RUN_NAME
 """
 
+import argparse
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -41,19 +42,18 @@ def main() -> dict[str, Any]:
             f"--{name}",
             nargs="+",
             metavar=metavar,
-            default=CompareConfig.model_fields[name].default,
+            default=argparse.SUPPRESS,
             help=CompareConfig.model_fields[name].description,
         )
     add_settings(parser, CompareConfig, without=(*lists, "finetune"))
     presets = add_finetune_settings(parser, sys.argv[1:], without=("init", "subset.persons"))
     arguments = parser.parse(sys.argv[1:])
     require_init(arguments)
+    words = vars(arguments)
+    own = {name: words.pop(name) for name in CompareConfig.model_fields if name in words}
     common = override(presets[arguments.preset], arguments)
     if arguments.resume is not None:
         common = common.override({"run.name": arguments.resume})
-    own = {
-        name: vars(arguments)[name] for name in CompareConfig.model_fields if name in arguments
-    }
     config = CompareConfig.parse({**own, "finetune": common})
     # After the arguments: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.compare import CompareResult, compare  # noqa: PLC0415

@@ -258,8 +258,9 @@ def job():
 
 run_job(job)
 """
-PRETRAIN, PREPARE, EVALUATE, FINETUNE = (
-    str(ROOT / "jobs" / f"{job}.py") for job in ("pretrain", "prepare", "evaluate", "finetune")
+PRETRAIN, PREPARE, EVALUATE, FINETUNE, COMPARE = (
+    str(ROOT / "jobs" / f"{job}.py")
+    for job in ("pretrain", "prepare", "evaluate", "finetune", "compare")
 )
 REFUSED = {
     "unknown flag": (PRETRAIN, "demo", "--optimizer.lrr", "1"),
@@ -272,6 +273,8 @@ REFUSED = {
     "no init to score": (EVALUATE, "--data.root", "images"),
     "no init to fine-tune": (FINETUNE, "demo"),
     "unknown method": (FINETUNE, "demo", "--init", "random", "--method", "guess"),
+    "no init to compare": (COMPARE, "demo", "--splits", "0.5"),
+    "bad share": (COMPARE, "demo", "--init", "random", "--splits", "0.5", "3"),
     "bad groups": (FINETUNE, "demo", "--init", "random", "--training.num_groups", "3"),
     "negative seed": (PREPARE, "synthetic", "--out", "out", "--seed", "-1"),
 }

@@ -185,8 +185,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
     rows, descriptions = resolve_rows(rows)
     config = config.override({"init": tuple(str(row) for row in rows)})
     run_id = folder.recorded_run(config, FREE_SETTINGS) if resume else None
-    shards = labelled_shards(common.data, folder.storage)
-    shards = shards if "://" in shards else str(Path(shards).absolute())
+    shards = _whole(labelled_shards(common.data, folder.storage))
     trials = plan(config, rows, descriptions, shards, folder)
     if run_id is None:
         run_id = tracking.start_run(
@@ -236,12 +235,16 @@ def resolve_rows(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Description]
     found = {RANDOM: RANDOM}
     for init in dict.fromkeys(init for row in rows for init in row.inits if init != RANDOM):
         resolved = resolve(init)
-        is_version = resolved.uri.startswith("models:")
-        found[init] = resolved.uri if is_version else str(Path(resolved.uri).absolute())
+        found[init] = _whole(resolved.uri)
         descriptions[found[init]] = resolved.description
     return [
         Row(row.label, tuple(found[init] for init in row.inits)) for row in rows
     ], descriptions
+
+
+def _whole(place: str) -> str:
+    """Return a path or URI that means the same in another working folder."""
+    return place if ":/" in place else str(Path(place).absolute())
 
 
 def plan(
@@ -261,7 +264,7 @@ def plan(
     """
     common = config.finetune
     manifest = read_manifest(shards)
-    evaluation = common.evaluation.shards or shards
+    evaluation = _whole(common.evaluation.shards or shards)
     check_labels(evaluation, read_manifest(evaluation))
     first = next(iter(descriptions.values()), None)
 
@@ -304,6 +307,7 @@ def plan(
                     "init": init,
                     "seed": common.seed + k,
                     "data.root": shards,
+                    "evaluation.shards": evaluation,
                     "run.name": name,
                     "run.storage_path": folder.uri,
                 }
