@@ -61,13 +61,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args()
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
+    sets = parser.parse_args().sets
     console = Console(width=110)
     table = Table(
         "size of", "query x gallery", "re-ranked", "seconds", "peak GiB", "features GiB"
     )
     context = multiprocessing.get_context("spawn")
-    for name, rerank in ROWS:
+    for name, rerank in (row for row in ROWS if row[0] in sets):
         with context.Pool(1) as pool:
             seconds, peak, before = pool.apply(score, (name,), {"rerank": rerank})
         num_query, num_gallery = SETS[name][:2]
