@@ -16,7 +16,7 @@ from upreid_ray.data.persons import PersonBlock, PersonImages
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.stream import MAX_DATASET_BLOCKS, Columns, read_stream, stream_blocks
 from upreid_ray.initialization import Initialization
-from upreid_ray.worker import Worker, WorkerSettings, prepare_process
+from upreid_ray.worker import Ending, Worker, WorkerSettings, prepare_process
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class FinetuneWorkerSettings(WorkerSettings[FinetuneConfig]):
     init: Initialization
 
 
-def finetune_worker(settings: dict[str, FinetuneWorkerSettings]) -> None:
+def finetune_worker(settings: dict[str, FinetuneWorkerSettings]) -> Ending:
     """Train from the newest checkpoint, or from the beginning, to the end."""
     device = prepare_process(settings["settings"].config.scaling)
-    FinetuneWorker(settings["settings"], device).train()
+    return FinetuneWorker(settings["settings"], device).train()
 
 
 class FinetuneWorker(Worker):
@@ -66,6 +66,10 @@ class FinetuneWorker(Worker):
     def steps(self) -> Iterator[StepReport]:
         """Train from ``state.step`` to the end, and report each step."""
         return train(self.state, self._batches(), finetune_step)
+
+    def keys(self, step: int) -> list[str]:
+        """Return the names of the images of the batch that step ``step`` (from 0 on) takes."""
+        return self.images.keys(step)
 
     def _batches(self) -> Iterator[PersonBatch]:
         """Yield this worker's batches from the next step to the last."""

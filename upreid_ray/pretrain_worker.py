@@ -18,13 +18,13 @@ from upreid_ray.data.stream import (
     read_stream,
     stream_blocks,
 )
-from upreid_ray.worker import Worker, WorkerSettings, prepare_process
+from upreid_ray.worker import Ending, Worker, WorkerSettings, prepare_process
 
 
-def pretrain_worker(settings: dict[str, WorkerSettings[PretrainConfig]]) -> None:
+def pretrain_worker(settings: dict[str, WorkerSettings[PretrainConfig]]) -> Ending:
     """Train from the newest checkpoint, or from the beginning, to the end."""
     device = prepare_process(settings["settings"].config.scaling)
-    PretrainWorker(settings["settings"], device).train()
+    return PretrainWorker(settings["settings"], device).train()
 
 
 class PretrainWorker(Worker):
@@ -44,6 +44,10 @@ class PretrainWorker(Worker):
     def steps(self) -> Iterator[StepReport]:
         """Train from ``state.step`` to the end, and report each step."""
         return train(self.state, self._batches(), train_step)
+
+    def keys(self, step: int) -> list[str]:
+        """Return the names of the images of the batch that step ``step`` (from 0 on) takes."""
+        return self.images.keys(step)
 
     def _batches(self) -> Iterator[Tensor]:
         """Yield this worker's batches from the next step to the last."""

@@ -13,9 +13,12 @@ from typing import Self
 from pyarrow import fs
 
 from upreid_ray.config import InputError, JobConfig, Section
-from upreid_ray.data.shards import open_folder
+from upreid_ray.data.shards import open_folder, write_whole
 
 RUN_FILE = "run.json"
+RESULT_FILE = "result.json"
+STOP_FILE = "stop"  # while it is there, the run ends at its next log entry
+NOT_FINITE_FILE = "not_finite.json"
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,25 @@ class RunFolder:
 
     def exists(self) -> bool:
         """Tell whether a run of this name was started."""
+        return self.holds(RUN_FILE)
+
+    def holds(self, file: str) -> bool:
+        """Tell whether a file of this folder exists."""
         filesystem, path = open_folder(self.uri)
-        return bool(filesystem.get_file_info(f"{path}/{RUN_FILE}").type == fs.FileType.File)
+        return bool(filesystem.get_file_info(f"{path}/{file}").type == fs.FileType.File)
+
+    def read(self, file: str) -> str:
+        """Return the text of a file of this folder."""
+        filesystem, path = open_folder(self.uri)
+        with filesystem.open_input_stream(f"{path}/{file}") as stream:
+            text: str = stream.read().decode()
+        return text
+
+    def remove(self, file: str) -> None:
+        """Remove a file of this folder, if it is there."""
+        filesystem, path = open_folder(self.uri)
+        if self.holds(file):
+            filesystem.delete_file(f"{path}/{file}")
 
     def record(self, config: Section, run_id: str) -> None:
         """Note the settings and the MLflow run, which `recorded_run` finds again."""
@@ -55,7 +75,7 @@ class RunFolder:
         self.write(RUN_FILE, json.dumps(record, indent=1))
 
     def write(self, file: str, text: str) -> None:
-        """Write a file of this folder.
+        """Write a file of this folder; it is whole or not there.
 
         Raises:
             InputError: The storage cannot be written.
@@ -63,8 +83,7 @@ class RunFolder:
         filesystem, path = open_folder(self.uri)
         try:
             filesystem.create_dir(path, recursive=True)
-            with filesystem.open_output_stream(f"{path}/{file}") as stream:
-                stream.write(text.encode())
+            write_whole(filesystem, f"{path}/{file}", text.encode())
         except OSError as error:
             msg = f"--run.storage_path {self.storage}: cannot be written ({error})"
             raise InputError(msg) from error
@@ -82,9 +101,7 @@ class RunFolder:
         if not self.exists():
             msg = f"--resume {self.name}: no such run in {self.storage}"
             raise InputError(msg)
-        filesystem, path = open_folder(self.uri)
-        with filesystem.open_input_stream(f"{path}/{RUN_FILE}") as stream:
-            record = json.loads(stream.read())
+        record = json.loads(self.read(RUN_FILE))
         before = dict(type(config).parse(record["config"]).flatten())
         for setting, value in config.flatten():
             if not setting.startswith(tuple(free)) and value != before[setting]:

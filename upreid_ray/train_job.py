@@ -3,9 +3,12 @@
 import json
 import logging
 import os
+import signal
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,13 +25,20 @@ from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchTrainer
 
 from upreid_ray import tracking
-from upreid_ray.config import FinetuneConfig, InputError, PretrainConfig, ScalingConfig
+from upreid_ray.config import (
+    FinetuneConfig,
+    InputError,
+    PretrainConfig,
+    RunFailed,
+    RunStopped,
+    ScalingConfig,
+)
 from upreid_ray.core.checkpoint import export_backbone, read_position
 from upreid_ray.data.persons import PersonImages
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.stream import EVALUATION_SPLITS, TrainingImages, check_labels
-from upreid_ray.run_folder import RunFolder
-from upreid_ray.worker import WorkerSettings
+from upreid_ray.run_folder import NOT_FINITE_FILE, RESULT_FILE, STOP_FILE, RunFolder
+from upreid_ray.worker import Ending, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +112,7 @@ class TrainJob:
 
     def run(
         self,
-        worker: Callable[[dict[str, Any]], None],
+        worker: Callable[[dict[str, Any]], Ending],
         make_settings: Callable[..., WorkerSettings[Any]],
         *,
         shards: str,
@@ -124,9 +134,15 @@ class TrainJob:
 
         Raises:
             InputError: The evaluation set cannot be scored.
+            RunStopped: The run was asked to stop (SIGTERM, or a file named ``stop``).
+            RunFailed: Gradients were not finite, or no checkpoint is whole.
             ray.train.TrainingFailedError: Training failed more often than allowed.
         """
         config, folder, client = self.config, self.folder, self.client
+        if self.run_id is not None and folder.holds(RESULT_FILE):
+            logger.info("run %s is done already", folder.name)
+            return TrainResult(**json.loads(folder.read(RESULT_FILE)))
+        folder.remove(STOP_FILE)
         evaluation = _evaluation_shards(config.evaluation.shards, shards)
         run_id = self.run_id
         if run_id is None:
@@ -161,9 +177,9 @@ class TrainJob:
             evaluation_shards=evaluation,
             run_id=run_id,
             tracking_uri=tracking.tracking_uri(),
-            log_folder=folder.local_path(),
+            folder=folder,
         )
-        with tracking.running(client, run_id):
+        with tracking.running(client, run_id), _stopped_by_sigterm(folder):
             trained = _train(worker, settings, folder, callbacks)
             with trained.as_directory() as directory:
                 position = read_position(Path(directory))
@@ -172,7 +188,7 @@ class TrainJob:
                     model_uri = register(
                         client, Path(directory), run_id=run_id, name=model_name, tags=tags
                     )
-        return TrainResult(
+        result = TrainResult(
             run_id=run_id,
             model_uri=model_uri,
             checkpoint=f"{folder.uri}/{Path(trained.path).name}",
@@ -181,6 +197,27 @@ class TrainJob:
             images_per_second=position.images_per_second,
             result_dir=folder.uri,
         )
+        folder.write(RESULT_FILE, json.dumps(asdict(result), indent=1))
+        return result
+
+
+@contextmanager
+def _stopped_by_sigterm(folder: RunFolder) -> Iterator[None]:
+    """Let a first SIGTERM inside end the run with a checkpoint, and a second one at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, before)
+        logger.warning("stopping at the next log entry; a second SIGTERM stops at once")
+        folder.write(STOP_FILE, "")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_resources(scaling: ScalingConfig) -> None:
@@ -217,12 +254,12 @@ def _evaluation_shards(chosen: str | None, shards: str) -> str | None:
 
 
 def _train(
-    worker: Callable[[dict[str, Any]], None],
+    worker: Callable[[dict[str, Any]], Ending],
     settings: WorkerSettings[Any],
     folder: RunFolder,
     callbacks: Sequence[UserCallback],
 ) -> Checkpoint:
-    """Train on Ray Train; return the last checkpoint."""
+    """Train on Ray Train to the end; return the last checkpoint."""
     config = settings.config
     trainer = TorchTrainer(
         worker,
@@ -242,7 +279,22 @@ def _train(
             callbacks=list(callbacks),
         ),
     )
-    return trainer.fit().checkpoint
+    result = trainer.fit()
+    if result.return_value == Ending.STOPPED:
+        msg = f"run {folder.name} was stopped; continue it with --resume {folder.name}"
+        raise RunStopped(msg)
+    if result.return_value == Ending.DAMAGED:
+        msg = f"{folder.uri}: every checkpoint is damaged; begin a new run"
+        raise RunFailed(msg)
+    if result.return_value == Ending.NOT_FINITE:
+        msg = (
+            f"run {folder.name}: more than --run.max_skipped_steps "
+            f"{config.run.max_skipped_steps} steps in a row had no finite gradient; "
+            f"{folder.uri}/{NOT_FINITE_FILE} names their images; try a lower --optimizer.lr, "
+            "or --optimizer.clip_norm"
+        )
+        raise RunFailed(msg)
+    return result.checkpoint
 
 
 def register(

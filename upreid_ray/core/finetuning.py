@@ -137,7 +137,8 @@ def finetune_step(state: FinetuneState, batch: PersonBatch) -> dict[str, Tensor]
         batch: Of this worker, rows ``rank * b`` to ``(rank + 1) * b`` of the whole batch.
 
     Returns:
-        ``loss`` and its terms, means over this worker's images, on the device.
+        ``loss`` and its terms, means over this worker's images, and what `State.update`
+        returns, all on the device.
     """
     config, training = state.config, state.config.training
     images = batch.images.to(state.device, non_blocking=True)
@@ -171,15 +172,13 @@ def finetune_step(state: FinetuneState, batch: PersonBatch) -> dict[str, Tensor]
             means[name] = means.get(name, 0) + term.detach() / num_groups
 
     epochs = config.optimizer.milestones
-    for group_of_parameters in state.optimizer.param_groups:
-        group_of_parameters["lr"] = stepped_learning_rate(
-            state.step,
-            peak=config.optimizer.lr,
-            warmup_steps=round(config.optimizer.warmup_epochs * state.steps_per_epoch),
-            milestones=[round(epoch * state.steps_per_epoch) for epoch in epochs],
-        )
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    lr = stepped_learning_rate(
+        state.step,
+        peak=config.optimizer.lr,
+        warmup_steps=round(config.optimizer.warmup_epochs * state.steps_per_epoch),
+        milestones=[round(epoch * state.steps_per_epoch) for epoch in epochs],
+    )
+    means |= state.update(lr=lr, clip_norm=config.optimizer.clip_norm)
     state.step += 1
     return means
 

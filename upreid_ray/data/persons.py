@@ -146,6 +146,14 @@ class PersonImages:
         """Read the encoded images that take part, for `read`."""
         return read_rows(self._uri, self._ranges, ["image"]).take(pa.array(self._chosen))
 
+    def keys(self, step: int) -> list[str]:
+        """Return the names of the images of a step's batch, in order."""
+        names = read_rows(self._uri, self._ranges, ["key"]).column("key")
+        keys: list[str] = names.take(
+            pa.array(self._chosen[self._sampler.rows(step)])
+        ).to_pylist()
+        return keys
+
     def blocks(self, start_step: int, stop_step: int, num_workers: int) -> list[PersonBlock]:
         """Return the blocks of these steps such that block ``i`` is of worker ``i % W``."""
         each = self._config.training.num_groups // num_workers
