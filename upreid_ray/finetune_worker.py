@@ -7,7 +7,7 @@ import ray
 import torch
 from ray.data import DataIterator
 
-from upreid_ray.config import FinetuneConfig
+from upreid_ray.config import FinetuneConfig, RunFailed
 from upreid_ray.core import distributed
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.finetuning import FinetuneState, PersonBatch, finetune_step
@@ -16,7 +16,7 @@ from upreid_ray.data.persons import PersonBlock, PersonImages
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.stream import MAX_DATASET_BLOCKS, Columns, read_stream, stream_blocks
 from upreid_ray.initialization import Initialization
-from upreid_ray.worker import Ending, Worker, WorkerSettings, prepare_process
+from upreid_ray.worker import Worker, WorkerSettings, prepare_process
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class FinetuneWorkerSettings(WorkerSettings[FinetuneConfig]):
     init: Initialization
 
 
-def finetune_worker(settings: dict[str, FinetuneWorkerSettings]) -> Ending:
-    """Train from the newest checkpoint, or from the beginning, to the end."""
+def finetune_worker(settings: dict[str, FinetuneWorkerSettings]) -> RunFailed | None:
+    """Train from the newest checkpoint, or from the beginning; return why it ended early."""
     device = prepare_process(settings["settings"].config.scaling)
     return FinetuneWorker(settings["settings"], device).train()
 

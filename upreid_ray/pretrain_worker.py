@@ -7,7 +7,7 @@ import torch
 from ray.data import DataIterator
 from torch import Tensor
 
-from upreid_ray.config import PretrainConfig
+from upreid_ray.config import PretrainConfig, RunFailed
 from upreid_ray.core import distributed
 from upreid_ray.core.sheet import view_sheet
 from upreid_ray.core.training import StepDraw, StepReport, TrainState, train, train_step
@@ -18,11 +18,11 @@ from upreid_ray.data.stream import (
     read_stream,
     stream_blocks,
 )
-from upreid_ray.worker import Ending, Worker, WorkerSettings, prepare_process
+from upreid_ray.worker import Worker, WorkerSettings, prepare_process
 
 
-def pretrain_worker(settings: dict[str, WorkerSettings[PretrainConfig]]) -> Ending:
-    """Train from the newest checkpoint, or from the beginning, to the end."""
+def pretrain_worker(settings: dict[str, WorkerSettings[PretrainConfig]]) -> RunFailed | None:
+    """Train from the newest checkpoint, or from the beginning; return why it ended early."""
     device = prepare_process(settings["settings"].config.scaling)
     return PretrainWorker(settings["settings"], device).train()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import ray
+from ray import cloudpickle
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -30,15 +31,14 @@ from upreid_ray.config import (
     InputError,
     PretrainConfig,
     RunFailed,
-    RunStopped,
     ScalingConfig,
 )
 from upreid_ray.core.checkpoint import export_backbone, read_position
 from upreid_ray.data.persons import PersonImages
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.stream import EVALUATION_SPLITS, TrainingImages, check_labels
-from upreid_ray.run_folder import NOT_FINITE_FILE, RESULT_FILE, STOP_FILE, RunFolder
-from upreid_ray.worker import Ending, WorkerSettings
+from upreid_ray.run_folder import RESULT_FILE, STOP_FILE, RunFolder
+from upreid_ray.worker import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class TrainJob:
 
     def run(
         self,
-        worker: Callable[[dict[str, Any]], Ending],
+        worker: Callable[[dict[str, Any]], RunFailed | None],
         make_settings: Callable[..., WorkerSettings[Any]],
         *,
         shards: str,
@@ -124,7 +124,7 @@ class TrainJob:
         """Train, and register the best backbone unless this is a trial.
 
         Args:
-            worker: What each worker does.
+            worker: What each worker does; what it returns is raised here.
             make_settings: Called with the fields of `WorkerSettings`.
             shards: URI of the training shards.
             images: What is trained on.
@@ -254,16 +254,23 @@ def _evaluation_shards(chosen: str | None, shards: str) -> str | None:
 
 
 def _train(
-    worker: Callable[[dict[str, Any]], Ending],
+    worker: Callable[[dict[str, Any]], RunFailed | None],
     settings: WorkerSettings[Any],
     folder: RunFolder,
     callbacks: Sequence[UserCallback],
 ) -> Checkpoint:
     """Train on Ray Train to the end; return the last checkpoint."""
     config = settings.config
+    packed = cloudpickle.dumps((worker, settings))
+
+    def run(_: dict[str, Any]) -> RunFailed | None:
+        started, told = cloudpickle.loads(packed)
+        return started({"settings": told})
+
     trainer = TorchTrainer(
-        worker,
-        train_loop_config={"settings": settings},
+        # Ray's controller holds this too: packed, it does not import what only workers need.
+        run,
+        train_loop_config={},
         scaling_config=RayScalingConfig(
             num_workers=config.scaling.num_workers,
             use_gpu=config.scaling.use_gpu,
@@ -280,20 +287,8 @@ def _train(
         ),
     )
     result = trainer.fit()
-    if result.return_value == Ending.STOPPED:
-        msg = f"run {folder.name} was stopped; continue it with --resume {folder.name}"
-        raise RunStopped(msg)
-    if result.return_value == Ending.DAMAGED:
-        msg = f"{folder.uri}: every checkpoint is damaged; begin a new run"
-        raise RunFailed(msg)
-    if result.return_value == Ending.NOT_FINITE:
-        msg = (
-            f"run {folder.name}: more than --run.max_skipped_steps "
-            f"{config.run.max_skipped_steps} steps in a row had no finite gradient; "
-            f"{folder.uri}/{NOT_FINITE_FILE} names their images; try a lower --optimizer.lr, "
-            "or --optimizer.clip_norm"
-        )
-        raise RunFailed(msg)
+    if result.return_value is not None:
+        raise result.return_value
     return result.checkpoint
 
 

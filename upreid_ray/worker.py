@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +25,8 @@ from upreid_ray.config import (
     AugmentationConfig,
     FinetuneConfig,
     PretrainConfig,
+    RunFailed,
+    RunStopped,
     ScalingConfig,
     first_line,
 )
@@ -50,15 +51,6 @@ EVALUATION_THREADS = 4
 
 
 ConfigT = TypeVar("ConfigT", PretrainConfig, FinetuneConfig)
-
-
-class Ending(StrEnum):
-    """How a run came to its end."""
-
-    DONE = "done"
-    STOPPED = "stopped"
-    NOT_FINITE = "not finite"
-    DAMAGED = "damaged"
 
 
 @dataclass(frozen=True)
@@ -130,6 +122,7 @@ class Worker(ABC):
             )
         self.best = BestBackbone()
         self.scores_untrained: dict[str, float] = {}
+        self.known_checkpoints: set[str] = set()
         self.meter = Meter(self.run.training.batch_size)
         self.log: RunLog | None = None
         if distributed.rank() == 0:
@@ -145,15 +138,21 @@ class Worker(ABC):
     def keys(self, step: int) -> list[str]:
         """Return the names of the images of the batch that step ``step`` (from 0 on) takes."""
 
-    def train(self) -> Ending:
-        """Train from where the newest whole checkpoint is, and tell how it ended."""
+    def train(self) -> RunFailed | None:
+        """Train from where the newest whole checkpoint is.
+
+        Returns:
+            Why training ended early, if it did. What is raised instead, such as the loss of a
+            worker, lets Ray Train start again from the last checkpoint.
+        """
         state = self.state
-        checkpoints = [each.checkpoint for each in ray.train.get_all_reported_checkpoints()]
-        if not checkpoints:
+        known = [each.checkpoint for each in ray.train.get_all_reported_checkpoints()]
+        self.known_checkpoints = {Path(checkpoint.path).name for checkpoint in known}
+        if not known:
             self.scores_untrained = self._evaluate()
-        elif not self._load_newest(checkpoints):
-            return Ending.DAMAGED
-        ending = Ending.DONE
+        elif not self._load_newest(known):
+            return RunFailed(f"{self.folder.uri}: every checkpoint is damaged; begin a new run")
+        failure: RunFailed | None = None
         is_preempted = False
 
         self.meter.start()
@@ -168,11 +167,14 @@ class Worker(ABC):
             if is_last or state.step % self.run.training.log_every_steps == 0:
                 self._log_progress()
                 if self.meter.most_skipped > self.run.run.max_skipped_steps:
-                    self._note_skipped_steps()
-                    ending = Ending.NOT_FINITE
+                    failure = self._without_gradients()
                     break
                 if self._is_asked_to_stop() and not is_last:
-                    ending, checkpoint_due = Ending.STOPPED, True
+                    name = self.folder.name
+                    failure = RunStopped(
+                        f"run {name} was stopped; continue it with --resume {name}"
+                    )
+                    checkpoint_due = True
                 # A node that is about to be taken away: what is saved now is not lost.
                 was_preempted, is_preempted = is_preempted, _is_preempted()
                 checkpoint_due |= is_preempted and not was_preempted
@@ -181,11 +183,11 @@ class Worker(ABC):
                     state.average_running_statistics()
                     scores = self._evaluate() if scores_due else {}
                     self._save_checkpoint(scores)
-            if ending is Ending.STOPPED:
+            if failure is not None:
                 break
         if self.log is not None:
             self.log.close(DELIVERY_SECONDS)
-        return ending
+        return failure
 
     def _load_newest(self, checkpoints: Sequence[Checkpoint]) -> bool:
         """Go to the newest checkpoint that is whole; tell whether there is one."""
@@ -205,11 +207,17 @@ class Worker(ABC):
             distributed.rank() == 0 and self.folder.holds(STOP_FILE)
         )
 
-    def _note_skipped_steps(self) -> None:
+    def _without_gradients(self) -> RunFailed:
         """Write which images the skipped steps saw, so that they can be looked at."""
         if distributed.rank() == 0:
             steps = {step: self.keys(step - 1) for step in self.meter.skipped_steps}
             self.folder.write(NOT_FINITE_FILE, json.dumps(steps, indent=1))
+        return RunFailed(
+            f"run {self.folder.name}: more than --run.max_skipped_steps "
+            f"{self.run.run.max_skipped_steps} steps in a row had no finite gradient; "
+            f"{self.folder.uri}/{NOT_FINITE_FILE} names their images; try a lower "
+            "--optimizer.lr, or --optimizer.clip_norm"
+        )
 
     def _log_progress(self) -> None:
         """Log the means since the last call; every worker takes part."""
@@ -284,10 +292,14 @@ class Worker(ABC):
                 images_per_second=self.meter.mean_images_per_second,
             )
             checkpoint = Checkpoint.from_directory(folder)
+        name = f"step-{self.state.step:08d}"
+        # A damaged one stays until Ray Train drops it, and would take its namesake along.
+        while name in self.known_checkpoints:
+            name += "-again"
         ray.train.report(
             {"step": self.state.step, **scores},
             checkpoint=checkpoint,
-            checkpoint_dir_name=f"step-{self.state.step:08d}",
+            checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
