@@ -258,6 +258,18 @@ def job():
 
 run_job(job)
 """
+# A run that ends early, for the reason that is named.
+ENDS = """
+import sys
+from upreid_ray import config
+from upreid_ray.command_line import run_job
+
+def job():
+    raise getattr(config, sys.argv[1])("because")
+
+run_job(job)
+"""
+EARLY = {"RunFailed": 1, "RunStopped": 3}
 PRETRAIN, PREPARE, EVALUATE, FINETUNE, COMPARE = (
     str(ROOT / "jobs" / f"{job}.py")
     for job in ("pretrain", "prepare", "evaluate", "finetune", "compare")
@@ -307,7 +319,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(folder) -> dict[str, tuple[int, str, str]]:
     """Run the refused jobs and one that shows its help, a few at once."""
-    jobs = {**REFUSED, "help": (PRETRAIN, "--help")}
+    early = {reason: ("-c", ENDS, reason) for reason in EARLY}
+    jobs = {**REFUSED, **early, "help": (PRETRAIN, "--help")}
     with ThreadPoolExecutor(3) as pool:
         results = pool.map(lambda words: finish(folder, words), jobs.values())
         return dict(zip(jobs, results, strict=True))
@@ -318,6 +331,11 @@ def test_a_job_refuses_wrong_input_with_one_line_and_status_2(finished, name):
     status, output, errors = finished[name]
 
     assert (status, output, errors.count("\n")) == (2, "", 1), errors
+
+
+@pytest.mark.parametrize("reason", EARLY)
+def test_a_job_that_ends_early_says_why_in_one_line_and_by_its_status(finished, reason):
+    assert finished[reason] == (EARLY[reason], "", "-c: because\n")
 
 
 def test_a_refused_job_writes_nothing(folder, finished):

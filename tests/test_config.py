@@ -185,6 +185,20 @@ def test_a_value_that_cannot_be_is_refused_by_the_name_of_its_flag(path, value):
     assert refusal({path: value}).startswith(f"--{path}: ")
 
 
+@pytest.mark.parametrize("path", ["data.shards", "evaluation.shards", "run.storage_path"])
+def test_a_uri_with_a_password_is_refused_without_showing_it(path):
+    with pytest.raises(InputError, match=f"^--{path}: no user or password") as refusal:
+        PretrainConfig().override({path: "s3://me:geheim@bucket/people"})
+
+    assert "geheim" not in str(refusal.value)
+
+
+def test_a_uri_without_a_password_is_taken():
+    config = PretrainConfig().override({"data.shards": "s3://bucket/a@b"})
+
+    assert config.data.shards == "s3://bucket/a@b"
+
+
 def test_a_refusal_says_what_was_given():
     assert refusal({"training.epochs": "many"}).endswith("(got 'many')")
 

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from upreid_ray import tracking
-from upreid_ray.config import InputError, PretrainConfig
+from upreid_ray.config import InputError, PretrainConfig, RunFailed
 from upreid_ray.data.shards import read_manifest
+from upreid_ray.data.stream import TrainingImages
 from upreid_ray.presets import PRESETS
 from upreid_ray.pretrain import fit
 
@@ -54,6 +55,8 @@ TINY = PRESETS["demo"].override(
     }
 )
 NUM_STEPS = 21
+SECOND_CHECKPOINT = 8
+SIGNAL_SECONDS = 2.0  # from the line that says that a run begins until it listens to signals
 
 
 @pytest.fixture(scope="module")
@@ -277,21 +280,23 @@ class Job:
             assert time.monotonic() < deadline, self.errors
             time.sleep(0.02)
 
-    def has_checkpoint(self) -> bool:
-        """Tell whether Ray Train knows of a checkpoint that it can go on from."""
-        known = self.run / "checkpoint_manager_snapshot.json"
-        return known.exists() and "step-" in known.read_text()
+    def newest_checkpoint(self) -> int:
+        """Return the step of the newest checkpoint that Ray Train knows of, 0 if of none."""
+        try:
+            known = json.loads((self.run / "checkpoint_manager_snapshot.json").read_text())
+            return known["latest_checkpoint_result"]["metrics"]["step"]
+        except (OSError, ValueError, KeyError, TypeError):  # none yet, or being written
+            return 0
 
     def is_beyond_checkpoint(self) -> bool:
         """Tell whether a step is logged that a resumed run takes again."""
-        if not self.has_checkpoint():
-            return False
         try:
-            known = json.loads((self.run / "checkpoint_manager_snapshot.json").read_text())
-            newest = known["latest_checkpoint_result"]["metrics"]["step"]
             lines = (self.run / "metrics.jsonl").read_text().splitlines()
-            return any(json.loads(line).get("step", 0) > newest for line in lines)
-        except ValueError:  # one of them is being written
+            newest = self.newest_checkpoint()
+            return newest > 0 and any(
+                json.loads(line).get("step", 0) > newest for line in lines
+            )
+        except ValueError:  # a line is being written
             return False
 
     def result(self) -> dict[str, object]:
@@ -312,7 +317,7 @@ def worker_killed(finished, folder, tiny) -> SimpleNamespace:
     """Kill one of the workers after the first checkpoint."""
     job = Job(tiny.override({"run.name": "worker-killed"}), folder)
     try:
-        job.wait_for(job.has_checkpoint)
+        job.wait_for(lambda: job.newest_checkpoint() > 0)
         before = train_workers(job.process)
         kill(before[:1])
         job.wait_for(lambda: bool(set(train_workers(job.process)) - set(before)))
@@ -331,6 +336,7 @@ def test_the_last_line_of_the_job_says_what_came_of_it(worker_killed):
     expected = {
         "run_id",
         "model_uri",
+        "checkpoint",
         "scores",
         "scores_untrained",
         "images_per_second",
@@ -346,45 +352,114 @@ def test_a_run_of_which_a_worker_was_killed_ends_finished(finished, worker_kille
 
 
 @pytest.fixture(scope="module")
-def driver_killed(finished, folder, tiny) -> SimpleNamespace:
-    """Kill the job and its Ray after the first checkpoint, and resume it."""
-    config = tiny.override({"run.name": "driver-killed"})
+def hindered(finished, folder, tiny) -> SimpleNamespace:
+    """Kill the job and its Ray, damage its newest checkpoint, stop it, and let it end."""
+    config = tiny.override({"run.name": "hindered"})
     job = Job(config, folder)
     try:
+        job.wait_for(lambda: job.newest_checkpoint() >= SECOND_CHECKPOINT)
         job.wait_for(job.is_beyond_checkpoint)
     finally:
         job.end()
     run_id = json.loads((job.run / "run.json").read_text())["run_id"]
+    killed = finished.client.get_run(run_id).info.status
+    damaged = f"step-{job.newest_checkpoint():08d}"
+    flip_a_bit(job.run / damaged / "model.safetensors")
+
+    stopped = Job(config, folder, "--resume", "hindered")
+    try:
+        stopped.wait_for(lambda: "if it ends early" in stopped.errors)
+        time.sleep(SIGNAL_SECONDS)
+        stopped.process.send_signal(signal.SIGTERM)
+        exit_status = stopped.process.wait(JOB_SECONDS)
+    finally:
+        stopped.end()
+    stopped_at = job.newest_checkpoint()
     status = finished.client.get_run(run_id).info.status
-    resumed = Job(config, folder, "--resume", "driver-killed")
+
+    resumed = Job(config, folder, "--resume", "hindered", "--run.max_failures", "1")
     try:
         result = resumed.result()
     finally:
         resumed.end()
-    return SimpleNamespace(run_id=run_id, status=status, result=result)
+    return SimpleNamespace(
+        run_id=run_id,
+        statuses=[killed, status],
+        damaged=damaged,
+        errors=stopped.errors,
+        exit_status=exit_status,
+        stopped_at=stopped_at,
+        result=result,
+    )
 
 
-def test_a_job_that_is_killed_and_resumed_leaves_the_result_as_it_was(finished, driver_killed):
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_job_that_was_killed_damaged_and_stopped_ends_as_if_nothing_had_been(
+    finished, hindered
+):
     torch.testing.assert_close(
-        weights(driver_killed.result["model_uri"]), finished.weights, rtol=0, atol=0
+        weights(hindered.result["model_uri"]), finished.weights, rtol=0, atol=0
     )
 
 
-def test_a_resumed_job_continues_its_run_in_mlflow(finished, driver_killed):
-    run = finished.client.get_run(driver_killed.run_id)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(hindered):
+    named = [line for line in hindered.errors.splitlines() if "is damaged" in line]
 
-    assert (driver_killed.status, driver_killed.result["run_id"], run.info.status) == (
-        "RUNNING",
-        driver_killed.run_id,
-        "FINISHED",
-    )
+    assert len(named) == 1, hindered.errors
+    assert f"{hindered.damaged} is damaged (model.safetensors is not what was" in named[0]
 
 
-def test_a_resumed_job_keeps_the_scores_before_training(finished, driver_killed):
-    assert driver_killed.result["scores_untrained"] == finished.result.scores_untrained
+def test_a_job_that_gets_sigterm_saves_says_how_to_go_on_and_exits_with_3(hindered):
+    last_line = hindered.errors.splitlines()[-1]
+
+    assert hindered.exit_status == 3
+    assert last_line.endswith("run hindered was stopped; continue it with --resume hindered")
+    # The first log entry after the checkpoint before the damaged one.
+    assert hindered.stopped_at == 6
 
 
-def test_steps_that_a_resumed_job_repeats_are_in_mlflow_once(finished, driver_killed):
-    history = finished.client.get_metric_history(driver_killed.run_id, "train/loss")
+def test_a_resumed_job_continues_its_run_in_mlflow(finished, hindered):
+    run = finished.client.get_run(hindered.run_id)
+
+    assert hindered.statuses == ["RUNNING", "KILLED"]
+    assert (hindered.result["run_id"], run.info.status) == (hindered.run_id, "FINISHED")
+
+
+def test_a_resumed_job_keeps_the_scores_before_training(finished, hindered):
+    assert hindered.result["scores_untrained"] == finished.result.scores_untrained
+
+
+def test_steps_that_a_resumed_job_repeats_are_in_mlflow_once(finished, hindered):
+    history = finished.client.get_metric_history(hindered.run_id, "train/loss")
 
     assert sorted(each.step for each in history) == list(range(3, NUM_STEPS + 1, 3))
+
+
+def test_a_run_without_finite_gradients_fails_once_and_names_the_images(finished, tiny):
+    config = tiny.override(
+        {"run.name": "diverging", "optimizer.lr": 1e20, "run.max_skipped_steps": 1}
+    )
+
+    with pytest.raises(RunFailed, match=r"--run.max_skipped_steps 1 steps in a row") as failed:
+        fit(config)
+
+    noted = json.loads(
+        (Path(str(tiny.run.storage_path)) / "diverging/not_finite.json").read_text()
+    )
+    images = TrainingImages(
+        finished.tags["shards"], read_manifest(finished.tags["shards"]), config
+    )
+    assert "\n" not in str(failed.value)
+    assert len(noted) >= 2
+    assert all(keys == images.keys(int(step) - 1) for step, keys in noted.items())
+    assert (
+        finished.client.search_runs(
+            [finished.run.info.experiment_id], "attributes.run_name = 'diverging'"
+        )[0].info.status
+        == "FAILED"
+    )

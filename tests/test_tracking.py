@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from upreid_ray import tracking
-from upreid_ray.config import InputError
+from upreid_ray.config import InputError, RunStopped
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.presets import PRESETS
 from upreid_ray.tracking import RunLog, load_backbone, register_backbone, start_run
@@ -252,6 +252,30 @@ def test_a_server_that_is_none_is_refused_in_one_line(monkeypatch, uri):
         tracking.connect()
 
     assert time.monotonic() - begun < 30
+
+
+def test_the_password_of_a_server_is_not_shown(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:geheim@127.0.0.1:9")
+
+    with pytest.raises(InputError, match=r"http://me:\*\*\*@127.0.0.1:9: ") as refusal:
+        tracking.connect()
+
+    assert "geheim" not in str(refusal.value)
+    assert refusal.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(RunStopped("asked to"), "KILLED"), (ValueError("broken"), "FAILED"), (None, "FINISHED")],
+)
+def test_a_run_ends_in_mlflow_as_it_ended(client, error, status):
+    run_id = start_run(client, experiment="ends", name="a-run", config=CONFIG)
+
+    with suppress(RunStopped, ValueError), tracking.running(client, run_id):
+        if error is not None:
+            raise error
+
+    assert client.get_run(run_id).info.status == status
 
 
 # The registry.

@@ -13,7 +13,14 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 
 import ray
 
-from upreid_ray.config import DownstreamConfig, InputError, PretrainConfig, Section
+from upreid_ray.config import (
+    DownstreamConfig,
+    InputError,
+    PretrainConfig,
+    RunFailed,
+    RunStopped,
+    Section,
+)
 from upreid_ray.presets import AUGMENTATIONS, METHODS, PRESETS
 
 logger = logging.getLogger("upreid_ray")
@@ -172,6 +179,8 @@ def read_pretrain_settings(arguments: argparse.Namespace) -> PretrainConfig:
 def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
     """Run a job and exit: 0 with its result as a JSON line, 1 if it failed, 2 if refused.
 
+    3 is a run that was asked to stop and can be continued.
+
     Progress and logs go to standard error, the JSON line is the last of standard output.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -182,6 +191,9 @@ def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
     except InputError as error:
         logger.error("%s: %s", Path(sys.argv[0]).name, error)
         sys.exit(2)
+    except RunFailed as error:
+        logger.error("%s: %s", Path(sys.argv[0]).name, error)
+        sys.exit(3 if isinstance(error, RunStopped) else 1)
     except Exception:
         logger.exception("%s: failed", Path(sys.argv[0]).name)
         sys.exit(1)

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -21,12 +22,22 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 SMALLEST_PATCH = 8  # pixels
+CONFIDENTIAL = "confidential"  # type of an error about a value that must not be shown
 
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message, one line, names the flag or file."""
+
+
+class RunFailed(RuntimeError):  # noqa: N818, what the user reads is not an error of ours
+    """A run cannot go on; the message, one line, says why and what to do next."""
+
+
+class RunStopped(RunFailed):
+    """A run was asked to stop before its end; it can be continued."""
 
 
 def first_line(error: BaseException) -> str:
@@ -54,6 +65,16 @@ def _plain(value: Any, annotation: Any) -> Any:  # noqa: ANN401, any setting
     return value.split(",") if get_origin(annotation) is tuple else value
 
 
+def _without_secret(uri: str) -> str:
+    if "@" in urlsplit(uri).netloc:
+        raise PydanticCustomError(
+            CONFIDENTIAL,
+            "no user or password in a URI, which is logged; give them in the environment",
+        )
+    return uri
+
+
+Uri = Annotated[str, AfterValidator(_without_secret)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ascending)]
@@ -123,7 +144,8 @@ class Section(BaseModel):
             message = first["msg"].removeprefix("Value error, ")
             if not path:
                 raise InputError(message) from None
-            msg = f"--{path}: {message[0].lower()}{message[1:]} (got {first['input']!r})"
+            got = "" if first["type"] == CONFIDENTIAL else f" (got {first['input']!r})"
+            msg = f"--{path}: {message[0].lower()}{message[1:]}{got}"
             raise InputError(msg) from None
 
 
@@ -151,7 +173,7 @@ class SyntheticConfig(Section):
 class DataConfig(Section):
     """Which images are read, and at which size."""
 
-    shards: str | None = None
+    shards: Uri | None = None
     """Folder or URI with shards made by jobs/prepare.py; none draws the synthetic set."""
     synthetic: SyntheticConfig = SyntheticConfig()
     """The synthetic set that is drawn where no shards are given."""
@@ -258,6 +280,8 @@ class OptimizerConfig(Section):
     """Weight decay of SGD."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Epochs of linear warm-up."""
+    clip_norm: PositiveFloat | None = None
+    """A gradient of a greater norm is scaled down to it; none leaves gradients as they are."""
 
 
 class TrainingConfig(Section):
@@ -278,7 +302,7 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """Retrieval on query and gallery images, which picks the best checkpoint."""
 
-    shards: str | None = None
+    shards: Uri | None = None
     """Folder or URI with query and gallery splits; none takes those of the training set."""
     every_epochs: PositiveInt = 10
     """Epochs between two evaluations; the untrained and the final backbone are scored too."""
@@ -311,7 +335,7 @@ class JobConfig(Section):
 
     name: Name | None = None
     """Name of the run and of its folder; none makes one from the backbone and the time."""
-    storage_path: str | None = None
+    storage_path: Uri | None = None
     """Folder or URI of all runs; none takes $UPREID_RAY_STORAGE, else ./runs."""
     experiment: str = "upreid"
     """MLflow experiment."""
@@ -322,6 +346,8 @@ class RunConfig(JobConfig):
 
     max_failures: NonNegativeInt = 3
     """Times that training starts again from its last checkpoint after a worker was lost."""
+    max_skipped_steps: NonNegativeInt = 10
+    """Steps in a row without a finite gradient, which change nothing, before the run fails."""
     register_as: Name | None = None
     """Name of the registered model; none makes it from the backbone (upreid-resnet50)."""
 
@@ -405,7 +431,7 @@ class PretrainConfig(Section):
 class LabelledDataConfig(Section):
     """A set of persons and cameras, and the form in which a backbone sees its images."""
 
-    root: str | None = None
+    root: Uri | None = None
     """Folder in a labelled layout, or folder or URI of shards; none draws the synthetic set."""
     synthetic: SyntheticConfig = SyntheticConfig()
     """The synthetic set that is drawn where no root is given."""
@@ -471,6 +497,8 @@ class FinetuneOptimizerConfig(Section):
     """Epochs of linear warm-up from a tenth of the peak."""
     milestones: tuple[PositiveFloat, ...] = (40.0, 90.0)
     """Epochs after which the learning rate falls to a tenth."""
+    clip_norm: PositiveFloat | None = None
+    """A gradient of a greater norm is scaled down to it; none leaves gradients as they are."""
 
 
 class PersonTrainingConfig(Section):

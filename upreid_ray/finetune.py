@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from upreid_ray import tracking
 from upreid_ray.config import ClusterContrastConfig, DownstreamConfig, FinetuneConfig
@@ -16,12 +15,12 @@ from upreid_ray.finetune_worker import (
 )
 from upreid_ray.initialization import requested
 from upreid_ray.run_folder import RunFolder
-from upreid_ray.train_job import TrainJob, TrainResult
+from upreid_ray.train_job import TrainJob, TrainResult, WorkerFunction
 
 # What each worker does, and the images that it takes.
 METHODS: dict[
     type[DownstreamConfig],
-    tuple[Callable[[dict[str, Any]], str | None], Callable[..., PersonImages | ClusterImages]],
+    tuple[WorkerFunction, Callable[..., PersonImages | ClusterImages]],
 ] = {
     FinetuneConfig: (finetune_worker, PersonImages),
     ClusterContrastConfig: (cluster_contrast_worker, ClusterImages),

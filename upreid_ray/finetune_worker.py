@@ -16,6 +16,7 @@ from upreid_ray.config import (
     DownstreamConfig,
     FinetuneConfig,
     InputError,
+    RunFailed,
 )
 from upreid_ray.core import distributed
 from upreid_ray.core.backbone import build_backbone
@@ -67,27 +68,23 @@ class DownstreamWorkerSettings(WorkerSettings[ConfigT], Generic[ConfigT]):
         return backbone
 
 
-def finetune_worker(settings: dict[str, DownstreamWorkerSettings[FinetuneConfig]]) -> None:
-    """Train from the newest checkpoint, or from the beginning, to the end."""
+def finetune_worker(
+    settings: dict[str, DownstreamWorkerSettings[FinetuneConfig]],
+) -> RunFailed | None:
+    """Train from the newest checkpoint, or from the beginning; return why it ended early."""
     device = prepare_process(settings["settings"].config.scaling)
-    FinetuneWorker(settings["settings"], device).train()
+    return FinetuneWorker(settings["settings"], device).train()
 
 
 def cluster_contrast_worker(
     settings: dict[str, DownstreamWorkerSettings[ClusterContrastConfig]],
-) -> str | None:
-    """Train from the newest checkpoint, or from the beginning, to the end.
-
-    Returns:
-        Why the images cannot be clustered, or None. Raising it would have Ray Train start again
-        only to find the same.
-    """
+) -> RunFailed | InputError | None:
+    """Train from the newest checkpoint, or from the beginning; return why it ended early."""
     device = prepare_process(settings["settings"].config.scaling)
     try:
-        ClusterContrastWorker(settings["settings"], device).train()
-    except InputError as error:
-        return str(error)
-    return None
+        return ClusterContrastWorker(settings["settings"], device).train()
+    except InputError as error:  # images that cannot be clustered now never can
+        return error
 
 
 class FinetuneWorker(Worker):
@@ -122,6 +119,10 @@ class FinetuneWorker(Worker):
             self.images.batches, _put_encoded(self.images), self.state, self.state.num_steps
         )
         return train(self.state, batches, finetune_step)
+
+    def keys(self, step: int) -> list[str]:
+        """Return the names of the images of the batch that step ``step`` (from 0 on) takes."""
+        return self.images.keys(self.images.batches.rows(step))
 
 
 class ClusterContrastWorker(Worker):
@@ -159,6 +160,17 @@ class ClusterContrastWorker(Worker):
             labels = state.model.memory.labels.cpu().numpy()
             batches = stream_batches(self.images.batches(labels), encoded, state, stop)
             yield from train(state, batches, cluster_contrast_step, stop_step=stop)
+
+    def keys(self, step: int) -> list[str]:
+        """Return the names of the images of a step's batch; none of an epoch that is over.
+
+        Its clusters, which decided what was in the batch, are gone.
+        """
+        last = self.state.step - 1
+        if step // self.state.steps_per_epoch != last // self.state.steps_per_epoch:
+            return []
+        labels = self.state.model.memory.labels.cpu().numpy()
+        return self.images.keys(self.images.batches(labels).rows(step))
 
     def _cluster(self) -> None:
         """Begin an epoch with new clusters; every worker takes part, rank 0 finds them.

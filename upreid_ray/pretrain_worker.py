@@ -7,7 +7,7 @@ import torch
 from ray.data import DataIterator
 from torch import Tensor
 
-from upreid_ray.config import PretrainConfig
+from upreid_ray.config import PretrainConfig, RunFailed
 from upreid_ray.core import distributed
 from upreid_ray.core.sheet import view_sheet
 from upreid_ray.core.training import StepDraw, StepReport, TrainState, train, train_step
@@ -21,10 +21,10 @@ from upreid_ray.data.stream import (
 from upreid_ray.worker import Worker, WorkerSettings, prepare_process
 
 
-def pretrain_worker(settings: dict[str, WorkerSettings[PretrainConfig]]) -> None:
-    """Train from the newest checkpoint, or from the beginning, to the end."""
+def pretrain_worker(settings: dict[str, WorkerSettings[PretrainConfig]]) -> RunFailed | None:
+    """Train from the newest checkpoint, or from the beginning; return why it ended early."""
     device = prepare_process(settings["settings"].config.scaling)
-    PretrainWorker(settings["settings"], device).train()
+    return PretrainWorker(settings["settings"], device).train()
 
 
 class PretrainWorker(Worker):
@@ -44,6 +44,10 @@ class PretrainWorker(Worker):
     def steps(self) -> Iterator[StepReport]:
         """Train from ``state.step`` to the end, and report each step."""
         return train(self.state, self._batches(), train_step)
+
+    def keys(self, step: int) -> list[str]:
+        """Return the names of the images of the batch that step ``step`` (from 0 on) takes."""
+        return self.images.keys(step)
 
     def _batches(self) -> Iterator[Tensor]:
         """Yield this worker's batches from the next step to the last."""

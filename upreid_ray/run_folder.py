@@ -13,9 +13,12 @@ from typing import Self
 from pyarrow import fs
 
 from upreid_ray.config import InputError, JobConfig, Section
-from upreid_ray.data.shards import open_folder
+from upreid_ray.data.shards import open_folder, write_whole
 
 RUN_FILE = "run.json"
+RESULT_FILE = "result.json"
+STOP_FILE = "stop"  # while it is there, the run ends at its next log entry
+NOT_FINITE_FILE = "not_finite.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,12 @@ class RunFolder:
         """Tell whether a run of this name was started."""
         return self.read(RUN_FILE) is not None
 
+    def remove(self, file: str) -> None:
+        """Remove a file of this folder, if it is there."""
+        if self.read(file) is not None:
+            filesystem, path = open_folder(self.uri)
+            filesystem.delete_file(f"{path}/{file}")
+
     def record(self, config: Section, run_id: str) -> None:
         """Note the settings and the MLflow run, which `recorded_run` finds again."""
         record = {"run_id": run_id, "config": config.model_dump(mode="json")}
@@ -60,12 +69,10 @@ class RunFolder:
             InputError: The storage cannot be written.
         """
         filesystem, path = open_folder(self.uri)
-        part = f"{path}/.{file}.part"
         try:
             filesystem.create_dir(path, recursive=True)
-            with filesystem.open_output_stream(part) as stream:
-                stream.write(content.encode() if isinstance(content, str) else content)
-            filesystem.move(part, f"{path}/{file}")
+            encoded = content.encode() if isinstance(content, str) else content
+            write_whole(filesystem, f"{path}/{file}", encoded)
         except OSError as error:
             msg = f"--run.storage_path {self.storage}: cannot be written ({error})"
             raise InputError(msg) from error

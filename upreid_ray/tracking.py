@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import mlflow.artifacts
 from mlflow.entities import Metric, Param, RunTag
@@ -24,7 +25,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID as PARENT_TAG
 from PIL.Image import Image
 from torch import nn
 
-from upreid_ray.config import InputError, Section, first_line
+from upreid_ray.config import InputError, RunStopped, Section, first_line
 from upreid_ray.core.checkpoint import read_exported
 
 Client = MlflowClient
@@ -64,8 +65,14 @@ def connect() -> MlflowClient:
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow raises what its stores and HTTP libraries raise
         msg = f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers ({first_line(error)})"
-        raise InputError(msg) from error
+        raise InputError(_without_password(msg, uri)) from None
     return client
+
+
+def _without_password(text: str, uri: str) -> str:
+    """Hide the password of a URI, if it has one, wherever the text shows it."""
+    password = urlsplit(uri).password
+    return text.replace(password, "***") if password else text
 
 
 def _limit_patience() -> None:
@@ -131,13 +138,14 @@ def log_file(client: MlflowClient, run_id: str, name: str, content: bytes) -> No
 
 @contextmanager
 def running(client: MlflowClient, run_id: str) -> Iterator[None]:
-    """Mark a run as running inside, and then as finished or failed."""
+    """Mark a run as running inside, and then as finished, failed, or killed if stopped."""
     client.update_run(run_id, status="RUNNING")
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, RunStopped) else "FAILED"
         with suppress(Exception):  # a server that is down too must not hide the first error
-            client.set_terminated(run_id, "FAILED")
+            client.set_terminated(run_id, status)
         raise
     client.set_terminated(run_id, "FINISHED")
 

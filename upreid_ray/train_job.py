@@ -3,13 +3,17 @@
 import json
 import logging
 import os
+import signal
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import ray
+from ray import cloudpickle
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -22,15 +26,24 @@ from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchTrainer
 
 from upreid_ray import tracking
-from upreid_ray.config import DownstreamConfig, InputError, PretrainConfig, ScalingConfig
+from upreid_ray.config import (
+    DownstreamConfig,
+    InputError,
+    PretrainConfig,
+    RunFailed,
+    ScalingConfig,
+)
 from upreid_ray.core.checkpoint import export_backbone, read_position
 from upreid_ray.data.persons import ClusterImages, PersonImages
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.stream import EVALUATION_SPLITS, TrainingImages, check_labels
-from upreid_ray.run_folder import RunFolder
+from upreid_ray.run_folder import RESULT_FILE, STOP_FILE, RunFolder
 from upreid_ray.worker import WorkerSettings
 
 logger = logging.getLogger(__name__)
+
+# What each worker does with its settings; what it returns, the driver raises.
+WorkerFunction = Callable[[dict[str, Any]], RunFailed | InputError | None]
 
 # What a resumed run may change: none of it changes the weights that come out.
 FREE_SETTINGS = ("run.", "scaling.", "checkpoint.", "training.log_every_steps")
@@ -102,7 +115,7 @@ class TrainJob:
 
     def run(
         self,
-        worker: Callable[[dict[str, Any]], str | None],
+        worker: WorkerFunction,
         make_settings: Callable[..., WorkerSettings[Any]],
         *,
         shards: str,
@@ -114,7 +127,7 @@ class TrainJob:
         """Train, and register the best backbone unless this is a trial.
 
         Args:
-            worker: What each worker does; it returns why it refused to go on, if it did.
+            worker: What each worker does; what it returns is raised here.
             make_settings: Called with the fields of `WorkerSettings`.
             shards: URI of the training shards.
             images: What is trained on.
@@ -123,10 +136,17 @@ class TrainJob:
             callbacks: Called by Ray Train.
 
         Raises:
-            InputError: The evaluation set cannot be scored, or the workers refused to go on.
+            InputError: The evaluation set cannot be scored, or images cannot be clustered.
+            RunStopped: The run was asked to stop (SIGTERM, or a file named ``stop``).
+            RunFailed: Gradients were not finite, or no checkpoint is whole.
             ray.train.TrainingFailedError: Training failed more often than allowed.
         """
         config, folder, client = self.config, self.folder, self.client
+        done = folder.read(RESULT_FILE)
+        if done is not None:
+            logger.info("run %s is done already", folder.name)
+            return TrainResult(**json.loads(done))
+        folder.remove(STOP_FILE)
         evaluation = _evaluation_shards(config.evaluation.shards, shards)
         run_id = self.run_id
         if run_id is None:
@@ -161,9 +181,9 @@ class TrainJob:
             evaluation_shards=evaluation,
             run_id=run_id,
             tracking_uri=tracking.tracking_uri(),
-            log_folder=folder.local_path(),
+            folder=folder,
         )
-        with tracking.running(client, run_id):
+        with tracking.running(client, run_id), _stopped_by_sigterm(folder):
             trained = _train(worker, settings, folder, callbacks)
             with trained.as_directory() as directory:
                 position = read_position(Path(directory))
@@ -172,7 +192,7 @@ class TrainJob:
                     model_uri = register(
                         client, Path(directory), run_id=run_id, name=model_name, tags=tags
                     )
-        return TrainResult(
+        result = TrainResult(
             run_id=run_id,
             model_uri=model_uri,
             checkpoint=f"{folder.uri}/{Path(trained.path).name}",
@@ -181,6 +201,27 @@ class TrainJob:
             images_per_second=position.images_per_second,
             result_dir=folder.uri,
         )
+        folder.write(RESULT_FILE, json.dumps(asdict(result), indent=1))
+        return result
+
+
+@contextmanager
+def _stopped_by_sigterm(folder: RunFolder) -> Iterator[None]:
+    """Let a first SIGTERM inside end the run with a checkpoint, and a second one at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets signals
+        return
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, before)
+        logger.warning("stopping at the next log entry; a second SIGTERM stops at once")
+        folder.write(STOP_FILE, "")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_resources(scaling: ScalingConfig) -> None:
@@ -217,20 +258,23 @@ def _evaluation_shards(chosen: str | None, shards: str) -> str | None:
 
 
 def _train(
-    worker: Callable[[dict[str, Any]], str | None],
+    worker: WorkerFunction,
     settings: WorkerSettings[Any],
     folder: RunFolder,
     callbacks: Sequence[UserCallback],
 ) -> Checkpoint:
-    """Train on Ray Train; return the last checkpoint.
-
-    Raises:
-        InputError: The workers refused to go on.
-    """
+    """Train on Ray Train to the end; return the last checkpoint."""
     config = settings.config
+    packed = cloudpickle.dumps((worker, settings))
+
+    def run(_: dict[str, Any]) -> RunFailed | InputError | None:
+        started, told = cloudpickle.loads(packed)
+        return started({"settings": told})
+
     trainer = TorchTrainer(
-        worker,
-        train_loop_config={"settings": settings},
+        # Ray's controller holds this too: packed, it does not import what only workers need.
+        run,
+        train_loop_config={},
         scaling_config=RayScalingConfig(
             num_workers=config.scaling.num_workers,
             use_gpu=config.scaling.use_gpu,
@@ -248,7 +292,7 @@ def _train(
     )
     result = trainer.fit()
     if result.return_value is not None:
-        raise InputError(result.return_value)
+        raise result.return_value
     return result.checkpoint
 
 

@@ -1,19 +1,20 @@
 """What every Ray Train worker does around each step, whatever it trains."""
 
+import json
 import logging
-import math
 import os
 import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
@@ -24,11 +25,15 @@ from upreid_ray.config import (
     AugmentationConfig,
     DownstreamConfig,
     PretrainConfig,
+    RunFailed,
+    RunStopped,
     ScalingConfig,
+    first_line,
 )
 from upreid_ray.core import distributed
 from upreid_ray.core.checkpoint import (
     BestBackbone,
+    damage,
     load_checkpoint,
     save_checkpoint,
 )
@@ -36,6 +41,7 @@ from upreid_ray.core.retrieval import extract_features, retrieval_scores
 from upreid_ray.core.training import State, StepReport
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.stream import Columns, LabelledImages
+from upreid_ray.run_folder import NOT_FINITE_FILE, STOP_FILE, RunFolder
 from upreid_ray.tracking import RunLog
 
 logger = logging.getLogger(__name__)
@@ -57,15 +63,15 @@ class WorkerSettings(Generic[ConfigT]):
         evaluation_shards: URI of shards with query and gallery, or None.
         run_id: Of the MLflow run.
         tracking_uri: Of the MLflow server.
-        log_folder: On the machine of rank 0, for what MLflow has not got yet.
+        folder: Of the run.
     """
 
     config: ConfigT
     shards: str
     evaluation_shards: str | None
     run_id: str
-    tracking_uri: str
-    log_folder: Path
+    tracking_uri: str = field(repr=False)  # may hold a password; Ray shows the settings
+    folder: RunFolder
 
 
 class DecodedImages(Protocol):
@@ -113,6 +119,7 @@ class Worker(ABC):
 
     def __init__(self, settings: WorkerSettings[Any], state: State) -> None:
         self.run: PretrainConfig | DownstreamConfig = settings.config
+        self.folder = settings.folder
         self.state = state
         self.labelled: LabelledImages | None = None
         if settings.evaluation_shards is not None:
@@ -124,25 +131,38 @@ class Worker(ABC):
             )
         self.best = BestBackbone()
         self.scores_untrained: dict[str, float] = {}
+        self.known_checkpoints: set[str] = set()
         self.meter = Meter(self.run.training.batch_size)
         self.log: RunLog | None = None
         if distributed.rank() == 0:
-            self.log = RunLog(settings.run_id, settings.tracking_uri, settings.log_folder)
+            self.log = RunLog(
+                settings.run_id, settings.tracking_uri, settings.folder.local_path()
+            )
 
     @abstractmethod
     def steps(self) -> Iterator[StepReport]:
         """Train from ``state.step`` to the end, and report each step."""
 
-    def train(self) -> None:
-        """Train from where the newest checkpoint is."""
+    @abstractmethod
+    def keys(self, step: int) -> list[str]:
+        """Return the names of the images of the batch that step ``step`` (from 0 on) takes."""
+
+    def train(self) -> RunFailed | None:
+        """Train from where the newest whole checkpoint is.
+
+        Returns:
+            Why training ended early, if it did. What is raised instead, such as the loss of a
+            worker, lets Ray Train start again from the last checkpoint.
+        """
         state = self.state
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        known = [each.checkpoint for each in ray.train.get_all_reported_checkpoints()]
+        self.known_checkpoints = {Path(checkpoint.path).name for checkpoint in known}
+        if not known:
             self.scores_untrained = self._evaluate()
-        else:
-            with checkpoint.as_directory() as folder:
-                self.best, position = load_checkpoint(Path(folder), state)
-            self.scores_untrained = position.scores_untrained
+        elif not self._load_newest(known):
+            return RunFailed(f"{self.folder.uri}: every checkpoint is damaged; begin a new run")
+        failure: RunFailed | None = None
+        is_preempted = False
 
         self.meter.start()
         for report in self.steps():
@@ -152,24 +172,66 @@ class Worker(ABC):
             scores_due = is_last or (
                 step_of_epoch == 0 and epoch % self.run.evaluation.every_epochs == 0
             )
+            checkpoint_due = scores_due or state.step % self.run.checkpoint.every_steps == 0
             if is_last or state.step % self.run.training.log_every_steps == 0:
                 self._log_progress()
-            if scores_due or state.step % self.run.checkpoint.every_steps == 0:
+                if self.meter.most_skipped > self.run.run.max_skipped_steps:
+                    failure = self._without_gradients()
+                    break
+                if self._is_asked_to_stop() and not is_last:
+                    name = self.folder.name
+                    failure = RunStopped(
+                        f"run {name} was stopped; continue it with --resume {name}"
+                    )
+                    checkpoint_due = True
+                # A node that is about to be taken away: what is saved now is not lost.
+                was_preempted, is_preempted = is_preempted, _is_preempted()
+                checkpoint_due |= is_preempted and not was_preempted
+            if checkpoint_due:
                 with self.meter.paused():
                     state.average_running_statistics()
                     scores = self._evaluate() if scores_due else {}
                     self._save_checkpoint(scores)
+            if failure is not None:
+                break
         if self.log is not None:
             self.log.close(DELIVERY_SECONDS)
+        return failure
+
+    def _load_newest(self, checkpoints: Sequence[Checkpoint]) -> bool:
+        """Go to the newest checkpoint that is whole; tell whether there is one."""
+        found = distributed.share_from_first(
+            _newest_whole(checkpoints) if distributed.rank() == 0 else None
+        )
+        if found is None:
+            return False
+        with checkpoints[found].as_directory() as folder:
+            self.best, position = load_checkpoint(Path(folder), self.state)
+        self.scores_untrained = position.scores_untrained
+        return True
+
+    def _is_asked_to_stop(self) -> bool:
+        """Tell, on every worker alike, whether this run shall end early."""
+        return distributed.share_from_first(
+            distributed.rank() == 0 and self.folder.read(STOP_FILE) is not None
+        )
+
+    def _without_gradients(self) -> RunFailed:
+        """Write which images the skipped steps saw, so that they can be looked at."""
+        if distributed.rank() == 0:
+            steps = {step: self.keys(step - 1) for step in self.meter.skipped_steps}
+            self.folder.write(NOT_FINITE_FILE, json.dumps(steps, indent=1))
+        return RunFailed(
+            f"run {self.folder.name}: more than --run.max_skipped_steps "
+            f"{self.run.run.max_skipped_steps} steps in a row had no finite gradient; "
+            f"{self.folder.uri}/{NOT_FINITE_FILE} names their images; try a lower "
+            "--optimizer.lr, or --optimizer.clip_norm"
+        )
 
     def _log_progress(self) -> None:
         """Log the means since the last call; every worker takes part."""
         state = self.state
         metrics = self.meter.read()
-        loss = metrics["train/loss"]
-        if not math.isfinite(loss):
-            msg = f"the loss is {loss} at step {state.step}; try a lower --optimizer.lr"
-            raise FloatingPointError(msg)
         if self.log is None:
             return
         self.log.metrics(
@@ -246,13 +308,36 @@ class Worker(ABC):
                 images_per_second=self.meter.mean_images_per_second,
             )
             checkpoint = Checkpoint.from_directory(folder)
+        name = f"step-{self.state.step:08d}"
+        # A damaged one stays until Ray Train drops it, and would take its namesake along.
+        while name in self.known_checkpoints:
+            name += "-again"
         ray.train.report(
             {"step": self.state.step, **scores},
             checkpoint=checkpoint,
-            checkpoint_dir_name=f"step-{self.state.step:08d}",
+            checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
+
+
+def _newest_whole(checkpoints: Sequence[Checkpoint]) -> int | None:
+    """Return the index of the last checkpoint whose files are as they were written."""
+    for index, checkpoint in reversed(list(enumerate(checkpoints))):
+        try:
+            with checkpoint.as_directory() as folder:
+                wrong = damage(Path(folder))
+        except (OSError, pa.ArrowException) as error:  # what the storage raises
+            wrong = first_line(error)
+        if wrong is None:
+            return index
+        logger.warning("%s is damaged (%s): taking the one before", checkpoint.path, wrong)
+    return None
+
+
+def _is_preempted() -> bool:
+    """Tell, on every worker alike, whether a node of this run is about to be taken away."""
+    return ray.train.get_preemption_info() is not None
 
 
 class Meter:
@@ -260,6 +345,8 @@ class Meter:
 
     Attributes:
         terms: Names of the loss and its terms, as of the last reading.
+        skipped_steps: Of the last reading, those that changed nothing.
+        most_skipped: The longest row of them up to a step of the last reading.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -268,6 +355,8 @@ class Meter:
         self._window_started = 0.0
         self._windows: list[tuple[int, float]] = []
         self.terms: tuple[str, ...] = ()
+        self.skipped_steps: list[int] = []
+        self.most_skipped = 0
 
     def start(self) -> None:
         """Begin to measure time."""
@@ -285,20 +374,28 @@ class Meter:
         self._window_started += time.perf_counter() - before
 
     def read(self) -> dict[str, float]:
-        """Return the means since the last reading, over all workers, and begin a new one."""
+        """Return the means since the last reading, over all workers, and begin a new one.
+
+        Steps that were skipped take no part in the means, which are NaN if all were.
+        """
         reports, self._reports = self._reports, []
-        names = self.terms = tuple(reports[0].terms)
-        means = torch.stack(
-            [torch.stack([r.terms[name] for r in reports]).mean() for name in names]
-        )
+        names = self.terms = tuple(name for name in reports[0].terms if name != "skipped")
+        skipped = torch.stack([report.terms["skipped"] for report in reports])
+        terms = torch.stack([torch.stack([r.terms[name] for name in names]) for r in reports])
+        taken = (skipped == 0)[:, None]
+        means = terms.where(taken, 0).sum(0) / taken.sum(0)
         distributed.average_([means])
         values = means.tolist()  # waits for the device, so that the time below is that of work
+        in_a_row = skipped.int().tolist()
+        self.skipped_steps = [r.step for r, n in zip(reports, in_a_row, strict=True) if n > 0]
+        self.most_skipped = max(in_a_row)
         seconds = time.perf_counter() - self._window_started
         self._windows.append((len(reports) * self._batch_size, seconds))
         self.start()
         return {
             **{f"train/{name}": value for name, value in zip(names, values, strict=True)},
             "train/images_per_second": len(reports) * self._batch_size / seconds,
+            "train/skipped_steps": float(len(self.skipped_steps)),
             "train/data_wait": sum(report.data_seconds for report in reports) / seconds,
         }
 

@@ -1,6 +1,7 @@
 """A step: a function of seed and step, the same for any number of processes, resumable."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.core.tiny import TINY, float64_state, fresh_state, people, tiny
-from upreid_ray.config import PretrainConfig
+from upreid_ray.config import InputError, PretrainConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.checkpoint import (
     BestBackbone,
+    damage,
     export_backbone,
     load_checkpoint,
+    read_exported,
     read_position,
     save_checkpoint,
 )
@@ -324,6 +327,135 @@ def test_torchvision_loads_an_exported_backbone(tmp_path):
     theirs.fc = torch.nn.Identity()
     theirs.load_state_dict(load_file(out / "backbone.safetensors"), strict=True)
     assert_equal(theirs.state_dict(), state.model.query_encoder.backbone.state_dict())
+
+
+# Numerics ------------------------------------------------------------------------------------
+
+
+def update_with(state: TrainState, gradient: float, **settings: Any) -> dict[str, Tensor]:
+    """Take an update whose gradient is this number everywhere."""
+    for parameter in state.model.query_encoder.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    return state.update(**{"lr": 0.1, "clip_norm": None, **settings})
+
+
+@pytest.mark.parametrize("gradient", [float("nan"), float("inf")])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing(gradient, is_first):
+    state = fresh_state()
+    if not is_first:
+        update_with(state, 0.5)
+    before = copy.deepcopy(tensors_of(state))
+
+    update_with(state, gradient)
+
+    assert_equal(tensors_of(state), before)
+
+
+def test_training_goes_on_after_a_skipped_step_as_if_it_had_not_been():
+    skipping, undisturbed = fresh_state(), fresh_state()
+
+    update_with(skipping, float("nan"))
+    for state in (skipping, undisturbed):
+        update_with(state, 0.5)
+
+    assert_equal(tensors_of(skipping), tensors_of(undisturbed))
+
+
+def test_skipped_steps_are_counted_in_a_row():
+    state = fresh_state()
+    gradients = [1.0, float("nan"), float("inf"), 1.0, float("nan")]
+
+    counts = [int(update_with(state, gradient)["skipped"]) for gradient in gradients]
+
+    assert counts == [0, 1, 2, 0, 1]
+
+
+def test_the_norm_of_the_gradient_is_that_of_all_parameters():
+    state = fresh_state()
+    numbers = sum(p.numel() for p in state.model.query_encoder.parameters())
+
+    norm = update_with(state, 0.5)["grad_norm"]
+
+    assert_close(norm, torch.tensor(0.5 * numbers**0.5))
+
+
+def test_a_gradient_is_clipped_to_the_norm():
+    clipped, scaled = fresh_state(), fresh_state()
+    norm = float(update_with(fresh_state(), 0.5)["grad_norm"])
+
+    update_with(clipped, 0.5, clip_norm=norm / 4)
+    update_with(scaled, 0.5 / 4)
+
+    left, right = tensors_of(clipped), tensors_of(scaled)
+    for name, tensor in left.items():
+        assert_close(tensor, right[name])
+
+
+def test_a_gradient_below_the_norm_is_left_as_it_is():
+    clipped, free = fresh_state(), fresh_state()
+    norm = float(update_with(fresh_state(), 0.5)["grad_norm"])
+
+    update_with(clipped, 0.5, clip_norm=2 * norm)
+    update_with(free, 0.5)
+
+    assert_equal(tensors_of(clipped), tensors_of(free))
+
+
+# Damage --------------------------------------------------------------------------------------
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut_in_half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    state, best = fresh_state(), BestBackbone()
+    best.offer(state, {})
+    return save(state, tmp_path_factory.mktemp("whole"), best)
+
+
+def test_a_checkpoint_as_it_was_written_is_whole(whole):
+    assert damage(whole) is None
+
+
+@pytest.mark.parametrize("harm", [flip_a_bit, cut_in_half, Path.unlink])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "optimizer.pt",
+        "best_backbone.safetensors",
+        "state.json",
+        "sha256.json",
+    ],
+)
+def test_a_damaged_checkpoint_is_told_with_its_file(whole, tmp_path, harm, name):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    harm(folder / name)
+
+    said = str(damage(folder))
+    # A wrong hash looks like a wrong file.
+    assert said.split(maxsplit=1)[0] == name or (
+        name == "sha256.json" and "not what was" in said
+    )
+
+
+def test_a_damaged_checkpoint_is_no_initialization(whole, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    flip_a_bit(folder / "best_backbone.safetensors")
+
+    with pytest.raises(InputError, match=r"a damaged checkpoint \(best_backbone.safetensors"):
+        read_exported(folder)
 
 
 # Two processes -------------------------------------------------------------------------------

@@ -268,6 +268,24 @@ def test_rounds_hold_each_step_once(tmp_path, shape, data):
     assert steps[: stop - start] == list(range(start, stop))
 
 
+@pytest.mark.parametrize("step", [0, 1, 4])
+def test_the_keys_of_a_step_are_those_of_its_images(tmp_path, step):
+    images = training_images(tmp_path, [flat(i) for i in range(20)], config())
+    this = next(images.rounds(step, step + 1))
+    decoded = (images.read(block) for block in this.blocks)
+    batch = next(images.batches([this], decoded, num_workers=1))
+
+    named = [split_number(key) for key in images.keys(step)]
+
+    assert named == numbers(batch)
+
+
+def split_number(key: str) -> int:
+    """Return the number of an image of `training_images` from its key."""
+    split, _, place = key.partition("/")
+    return int(place) + (10 if split == "unlabeled" else 0)
+
+
 def test_a_batch_is_uint8_of_the_size_asked_for(tmp_path):
     images = training_images(tmp_path, [flat(i) for i in range(20)], config())
 

@@ -1,11 +1,14 @@
 """A folder <-> the state of training; the weights that others load.
 
-A checkpoint is a folder of four files, none of which can carry code:
+A checkpoint is a folder of five files, none of which can carry code:
 ``model.safetensors`` (encoders and queue), ``optimizer.pt`` (tensors only),
-``best_backbone.safetensors`` (the backbone with the best score so far, torchvision's names) and
-``state.json`` (configuration, position, scores, description of the backbone).
+``best_backbone.safetensors`` (the backbone with the best score so far, torchvision's names),
+``state.json`` (configuration, position, scores, description of the backbone) and
+``sha256.json`` (hashes of the others, which tell a damaged one).
 """
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 BEST_FILE = "best_backbone.safetensors"
 POSITION_FILE = "state.json"
+HASHES_FILE = "sha256.json"
 WEIGHTS_FILE = "backbone.safetensors"
 NECK_FILE = "neck.safetensors"
 DESCRIPTION_FILE = "backbone.json"
@@ -102,6 +106,8 @@ def save_checkpoint(
         config=state.config.model_dump(mode="json"),
     )
     (folder / POSITION_FILE).write_text(position.model_dump_json(indent=1))
+    hashes = {file.name: _hash(file) for file in sorted(folder.iterdir())}
+    (folder / HASHES_FILE).write_text(json.dumps(hashes, indent=1))
 
 
 def load_checkpoint(folder: Path, state: State) -> tuple[BestBackbone, Position]:
@@ -119,6 +125,21 @@ def load_checkpoint(folder: Path, state: State) -> tuple[BestBackbone, Position]
 def read_position(folder: Path) -> Position:
     """Return what the checkpoint in ``folder`` says beside its tensors."""
     return Position.model_validate_json((folder / POSITION_FILE).read_text())
+
+
+def damage(folder: Path) -> str | None:
+    """Return what is wrong with the files of a checkpoint, or None if they are as written."""
+    try:
+        hashes = json.loads((folder / HASHES_FILE).read_text())
+    except (OSError, ValueError):
+        return f"{HASHES_FILE} cannot be read"
+    for name in (MODEL_FILE, OPTIMIZER_FILE, BEST_FILE, POSITION_FILE):
+        try:
+            if _hash(folder / name) != hashes.get(name):
+                return f"{name} is not what was written"
+        except OSError:
+            return f"{name} cannot be read"
+    return None
 
 
 def export_backbone(folder: Path, out: Path) -> None:
@@ -153,6 +174,10 @@ def read_exported(folder: Path) -> tuple[Description, dict[str, Tensor], dict[st
         elif (folder / POSITION_FILE).is_file():
             file = neck_file = folder / BEST_FILE
             description = read_position(folder).description
+            wrong = damage(folder)
+            if wrong is not None:
+                msg = f"{folder}: a damaged checkpoint ({wrong}); take another one of the run"
+                raise InputError(msg)
         else:
             inside = sorted(path.parent for path in folder.glob(f"*/{POSITION_FILE}"))
             hint = f"; give a checkpoint in it, such as {inside[-1]}" if inside else ""
@@ -167,6 +192,11 @@ def read_exported(folder: Path) -> tuple[Description, dict[str, Tensor], dict[st
         msg = f"{folder}: describes a {description.backbone}, but holds a {name}"
         raise InputError(msg)
     return description, weights, neck
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _read_neck(file: Path) -> dict[str, Tensor]:

@@ -188,7 +188,8 @@ def person_step(
             its terms.
 
     Returns:
-        ``loss`` and its terms, means over this worker's images, on the device.
+        ``loss`` and its terms, means over this worker's images, and what `State.update`
+        returns, all on the device.
     """
     config = state.config
     images = batch.images.to(state.device, non_blocking=True)
@@ -216,15 +217,13 @@ def person_step(
             means[name] = means.get(name, 0) + term.detach() / num_groups
 
     epochs = config.optimizer.milestones
-    for group_of_parameters in state.optimizer.param_groups:
-        group_of_parameters["lr"] = stepped_learning_rate(
-            state.step,
-            peak=config.optimizer.lr,
-            warmup_steps=round(config.optimizer.warmup_epochs * state.steps_per_epoch),
-            milestones=[round(epoch * state.steps_per_epoch) for epoch in epochs],
-        )
-    state.optimizer.step()
-    state.optimizer.zero_grad()
+    lr = stepped_learning_rate(
+        state.step,
+        peak=config.optimizer.lr,
+        warmup_steps=round(config.optimizer.warmup_epochs * state.steps_per_epoch),
+        milestones=[round(epoch * state.steps_per_epoch) for epoch in epochs],
+    )
+    means |= state.update(lr=lr, clip_norm=config.optimizer.clip_norm)
     state.step += 1
     return means
 

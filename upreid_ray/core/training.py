@@ -46,6 +46,8 @@ class State(ABC):
         parallel_model: The model, whose backward averages gradients over the workers.
         optimizer: Of the trained parameters.
         step: Steps taken.
+        num_skipped: ``[]``, on the device; steps in a row, up to now, that were skipped because
+            the gradient was not finite.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class State(ABC):
         self.parallel_model = distributed.data_parallel(model)
         self.optimizer = optimizer
         self.step = 0
+        self.num_skipped = torch.zeros((), device=device)
 
     @property
     @abstractmethod
@@ -87,6 +90,35 @@ class State(ABC):
             for name, buffer in self.model.named_buffers()
             if name.endswith(("running_mean", "running_var"))
         )
+
+    def update(self, *, lr: float, clip_norm: float | None) -> dict[str, Tensor]:
+        """Let the optimizer take a step unless the gradient is not finite; clear gradients.
+
+        A step that is skipped leaves parameters and optimizer as they were; nothing waits for
+        the device to know. Every worker decides alike, since gradients are averaged.
+
+        Args:
+            lr: Learning rate of the step.
+            clip_norm: Norm to which a greater gradient is scaled down, or None.
+
+        Returns:
+            ``grad_norm``, before it is clipped, and ``skipped``, how many steps in a row were
+            skipped, 0 if this one was taken.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+        is_skipped = (~norm.isfinite()).float()
+        # What gradient scaling tells PyTorch's fused optimizers too.
+        self.optimizer.found_inf = is_skipped  # type: ignore[attr-defined]
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.num_skipped = (self.num_skipped + 1) * is_skipped
+        return {"grad_norm": norm, "skipped": self.num_skipped}
 
     def local_gradients(self, *, unless: bool) -> AbstractContextManager[None]:
         """Let backward inside leave gradients to this worker, ``unless`` it is the last one."""
@@ -113,6 +145,9 @@ class TrainState(State):
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
+        # The first step would make it, uninitialized, even if it is skipped.
+        for parameter in model.query_encoder.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         super().__init__(
             model,
             optimizer,
@@ -149,7 +184,7 @@ class StepReport:
 
     Attributes:
         step: Steps taken, this one included.
-        terms: ``loss`` and its terms, means over this worker's images, still on the device.
+        terms: What the step returned, still on the device.
         data_seconds: Time spent waiting for the batch.
     """
 
@@ -218,14 +253,11 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
         images: uint8 ``[b, 3, H, W]``, rows ``rank * b`` to ``(rank + 1) * b`` of the batch.
 
     Returns:
-        ``loss`` and its terms, means over this worker's images, on the device.
+        ``loss`` and its terms, means over this worker's images, and what `State.update`
+        returns, all on the device.
     """
     images = images.to(state.device, non_blocking=True)
-    config, optimizer, group_size = (
-        state.config,
-        state.optimizer,
-        state.config.training.group_size,
-    )
+    config, group_size = state.config, state.config.training.group_size
     draw = StepDraw.of(config, state.step)
     first = distributed.rank() * len(images)
     num_groups = len(images) // group_size
@@ -246,15 +278,13 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
         for name, term in terms.items():
             means[name] = means.get(name, 0) + term.detach() / num_groups
 
-    for parameters in optimizer.param_groups:
-        parameters["lr"] = learning_rate(
-            state.step,
-            peak=config.optimizer.lr,
-            num_steps=state.num_steps,
-            warmup_steps=round(config.optimizer.warmup_epochs * state.steps_per_epoch),
-        )
-    optimizer.step()
-    optimizer.zero_grad()
+    lr = learning_rate(
+        state.step,
+        peak=config.optimizer.lr,
+        num_steps=state.num_steps,
+        warmup_steps=round(config.optimizer.warmup_epochs * state.steps_per_epoch),
+    )
+    means |= state.update(lr=lr, clip_norm=config.optimizer.clip_norm)
     state.model.update_key_encoder(
         momentum=key_momentum(
             state.step,

@@ -245,6 +245,13 @@ class ChosenImages:
         every = self._ranges(0, self._groups.num_images)
         return read_rows(self._uri, every, ["image"]).take(pa.array(self._chosen))
 
+    def keys(self, rows: Rows) -> list[str]:
+        """Return the names of some of the images that take part."""
+        every = self._ranges(0, self._groups.num_images)
+        names = read_rows(self._uri, every, ["key"]).column("key")
+        keys: list[str] = names.take(pa.array(self._chosen[rows])).to_pylist()
+        return keys
+
     def read(self, number: int) -> Columns:
         """Read and decode block ``number`` of the images that take part, in their order.
 

@@ -210,7 +210,7 @@ def write_shards(
         shards=tuple(sorted((s for s in shards if s.num_images), key=lambda shard: shard.name)),
         refused=tuple(sorted(refused, key=lambda entry: entry.key)),
     )
-    _write_whole(
+    write_whole(
         filesystem, f"{path}/{MANIFEST_FILE}", manifest.model_dump_json(indent=1).encode()
     )
     return manifest
@@ -323,7 +323,7 @@ def _write_planned(plan: ShardPlan) -> dict[str, str]:
     refused = _refused_by(filesystem, file, plan)
     if refused is None:
         encoded, refused = _encode(plan)
-        _write_whole(filesystem, file, encoded)
+        write_whole(filesystem, file, encoded)
     with filesystem.open_input_file(file) as stream:
         content = stream.read()
     shard = Shard(
@@ -389,7 +389,7 @@ def _encode(plan: ShardPlan) -> tuple[bytes, list[dict[str, str]]]:
     return buffer.getvalue(), refused
 
 
-def _write_whole(filesystem: fs.FileSystem, file: str, content: bytes) -> None:
+def write_whole(filesystem: fs.FileSystem, file: str, content: bytes) -> None:
     """Write a file under another name first, so that it is never there in part."""
     with filesystem.open_output_stream(f"{file}.part") as stream:
         stream.write(content)

@@ -169,6 +169,16 @@ class TrainingImages:
             yield Round(step, num_steps - seen, blocks)
             step += num_steps - seen
 
+    def keys(self, step: int) -> list[str]:
+        """Return the names of the images of a step's batch, in order."""
+        this = next(self.rounds(step, step + 1))
+        size = self._config.training.group_size
+        return [
+            key
+            for block in this.blocks
+            for key in self._shuffled(block, "key").slice(block.skip, size).to_pylist()
+        ]
+
     def read(self, block: Block) -> Columns:
         """Read, shuffle and decode the images of one block.
 
@@ -176,15 +186,19 @@ class TrainingImages:
             ``image``, uint8 ``[n, 3, H, W]``, and ``decoded``, bool ``[n]``. What does not
             decode is replaced by another image, so that all others keep their place.
         """
-        seed, data = self._config.seed, self._config.data
-        order = np.random.default_rng((seed, block.epoch)).permutation(len(self._groups))
-        ranges = self._groups.ranges(order, block.start, block.stop)
-        encoded = read_rows(self._uri, ranges, ["image"]).column("image")
-        shuffle = np.random.default_rng((seed, block.epoch, block.start))
-        rows = shuffle.permutation(len(encoded))
-        columns = decode(encoded.take(pa.array(rows)), data.height, data.width)
+        data = self._config.data
+        columns = decode(self._shuffled(block, "image"), data.height, data.width)
         # What was seen is decoded too: a later image may be replaced by one of these.
         return {name: column[block.skip :] for name, column in columns.items()}
+
+    def _shuffled(self, block: Block, column: str) -> pa.ChunkedArray:
+        """Return a column of the rows of one block, in the order of training."""
+        seed = self._config.seed
+        order = np.random.default_rng((seed, block.epoch)).permutation(len(self._groups))
+        ranges = self._groups.ranges(order, block.start, block.stop)
+        values = read_rows(self._uri, ranges, [column]).column(column)
+        shuffle = np.random.default_rng((seed, block.epoch, block.start))
+        return values.take(pa.array(shuffle.permutation(len(values))))
 
     def batches(
         self, rounds: Iterable[Round], blocks: Iterator[Columns], num_workers: int
