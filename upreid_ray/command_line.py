@@ -4,9 +4,8 @@ import argparse
 import difflib
 import json
 import logging
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -27,8 +26,6 @@ logger = logging.getLogger("upreid_ray")
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
-SETTING = re.compile(r"^--[a-z_-]+\.[a-z_.-]+")
-
 
 class JobParser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the nearest flag where one is unknown."""
@@ -46,10 +43,8 @@ class JobParser(argparse.ArgumentParser):
         Raises:
             InputError: A word is unknown or malformed.
         """
-        words = [
-            SETTING.sub(lambda m: f"--{m[0][2:].replace('-', '_')}", word) for word in words
-        ]
         known = self._option_string_actions
+        words = [_spelled(word, known) for word in words]
         for word in words:
             flag = word.partition("=")[0]
             if flag.startswith("--") and flag not in known:
@@ -203,13 +198,24 @@ def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
     sys.exit(0)
 
 
-def connect_to_ray() -> None:
-    """Connect to the running Ray cluster, or start a local one for this job."""
+def connect_to_ray(*, show_workers: bool = True) -> None:
+    """Connect to the running Ray cluster, or start a local one for this job.
+
+    Args:
+        show_workers: Whether to show what workers log.
+    """
     # They warn that a local cluster asks for a token, and that Ray Data draws no bars.
     for talkative in ("ray._private.authentication", "ray.data._internal.progress"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
-    ray.init(logging_level=logging.WARNING)
+    ray.init(logging_level=logging.WARNING, log_to_driver=show_workers)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _spelled(word: str, known: Container[str]) -> str:
+    """Return a flag of a setting with the underscores that it has; other words as they are."""
+    flag, equals, value = word.partition("=")
+    underscored = f"--{flag[2:].replace('-', '_')}"
+    return f"{underscored}{equals}{value}" if underscored in known else word
 
 
 def _add_section(

@@ -323,7 +323,9 @@ class ScalingConfig(Section):
     num_workers: PositiveInt = 8
     """Processes; to train, they must divide the groups of a batch (batch_size / group_size)."""
     use_gpu: bool = True
-    """One GPU (and NCCL) for each process; false computes on CPUs (with Gloo)."""
+    """Processes compute on GPUs (and NCCL); false computes on CPUs (with Gloo)."""
+    gpus_per_worker: Share = 1.0
+    """GPUs that each process reserves; with a part, several trials of a sweep share one."""
     cpus_per_worker: PositiveFloat = 1.0
     """CPUs that each process reserves; what it leaves free decodes images."""
     threads_per_worker: PositiveInt | None = None
@@ -409,6 +411,17 @@ class PretrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _workers_have_gpus_of_their_own(self) -> Self:
+        if self.scaling.num_workers > 1 and self.scaling.gpus_per_worker < 1:
+            msg = (
+                f"--scaling.gpus_per_worker {self.scaling.gpus_per_worker:g}: the "
+                f"{self.scaling.num_workers} workers of a run cannot share a GPU, only "
+                "runs with --scaling.num_workers 1 can"
+            )
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
     def _patches_can_be_cut(self) -> Self:
         if self.loss.intrinsic_weight == 0:
             return self
@@ -426,6 +439,29 @@ class PretrainConfig(Section):
             )
             raise ValueError(msg)
         return self
+
+
+class SearchConfig(Section):
+    """How a sweep looks for the best settings."""
+
+    num_trials: PositiveInt = 16
+    """Points to try; the values of grid(...) come on top, each with every point."""
+    num_seeds: PositiveInt = 1
+    """Trials of each point, with the seeds --seed, --seed + 1, ..."""
+    searcher: Literal["random", "tpe"] = "random"
+    """Draw points at random, or near good ones (Optuna's TPE)."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """Stop trials that are behind at a rung (ASHA), or none."""
+    grace_epochs: PositiveInt | None = None
+    """Epochs before a trial may be stopped; none takes --evaluation.every_epochs."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """One trial of this many goes on at a rung; the next rung is this many times as far."""
+    trial_epochs: PositiveInt | None = None
+    """Length of a trial, its schedules included; none takes --training.epochs."""
+    max_concurrent: PositiveInt | None = None
+    """Trials at a time; none takes as many as the cluster holds."""
+    retrain: bool = False
+    """Train the best point again, for --training.epochs, and register that."""
 
 
 class LabelledDataConfig(Section):

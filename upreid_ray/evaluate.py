@@ -153,7 +153,7 @@ def compute_features(
                 max_tasks_in_flight_per_actor=2,
             ),
             num_cpus=scaling.cpus_per_worker,
-            num_gpus=1 if scaling.use_gpu else 0,
+            num_gpus=scaling.gpus_per_worker if scaling.use_gpu else 0,
         )
     )
     dataset.context.enable_progress_bars = False

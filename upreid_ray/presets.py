@@ -21,6 +21,7 @@ from upreid_ray.config import (
     ScalingConfig,
     TrainingConfig,
 )
+from upreid_ray.search_space import Choice, LogUniform, Space
 
 AUGMENTATIONS = {
     # LUPerson's (Fu et al. 2021, https://arxiv.org/abs/2012.03753): without color jitter.
@@ -115,4 +116,27 @@ CLUSTER_CONTRAST_PRESETS = {
 METHODS: dict[str, Mapping[str, DownstreamConfig]] = {
     "supervised": FINETUNE_PRESETS,
     "cluster-contrast": CLUSTER_CONTRAST_PRESETS,
+}
+
+_I2: Space = {
+    "loss.consistency_weight": LogUniform(0.01, 1.0, zero=True),
+    "loss.intrinsic_weight": LogUniform(0.01, 1.0, zero=True),
+    "loss.consistency_temperature": LogUniform(0.05, 0.5),
+    "loss.intrinsic_temperature": LogUniform(0.05, 1.0),
+}
+_PATCHES: Space = {
+    "patches.rows": Choice((2, 3, 4, 6, 8)),
+    "patches.columns": Choice((1, 2)),
+    "patches.alignment": Choice(("view", "body")),
+    "patches.mining": Choice(("symmetry", "none")),
+}
+
+SPACES: dict[str, Space] = {
+    # The weights and temperatures of the two terms that make MoCo v2 into UP-ReID.
+    "i2": _I2,
+    # The grid of patches, and how they are cut and compared.
+    "patches": _PATCHES,
+    "all": {**_I2, **_PATCHES},
+    # Only what the command line adds.
+    "own": {},
 }

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pyarrow import fs
 
@@ -96,18 +96,26 @@ class RunFolder:
         Raises:
             InputError: There is none, or a setting differs that would change the weights.
         """
+        run_id, recorded = self.recorded()
+        before = dict(type(config).parse(recorded).flatten())
+        for setting, value in config.flatten():
+            if not setting.startswith(tuple(free)) and value != before[setting]:
+                msg = f"--{setting} {value}: run {self.name} was started with {before[setting]}"
+                raise InputError(msg)
+        return run_id
+
+    def recorded(self) -> tuple[str, dict[str, Any]]:
+        """Return the id of the MLflow run that was started here, and its settings.
+
+        Raises:
+            InputError: There is none.
+        """
         text = self.read(RUN_FILE)
         if text is None:
             msg = f"--resume {self.name}: no such run in {self.storage}"
             raise InputError(msg)
         record = json.loads(text)
-        before = dict(type(config).parse(record["config"]).flatten())
-        for setting, value in config.flatten():
-            if not setting.startswith(tuple(free)) and value != before[setting]:
-                msg = f"--{setting} {value}: run {self.name} was started with {before[setting]}"
-                raise InputError(msg)
-        run_id: str = record["run_id"]
-        return run_id
+        return record["run_id"], record["config"]
 
     def local_path(self) -> Path:
         """Return a local folder for what is not in the storage yet."""

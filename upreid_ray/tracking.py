@@ -122,6 +122,16 @@ def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
+def end_run(client: MlflowClient, run_id: str, status: str) -> None:
+    """Mark a run whose process cannot do so itself as ended."""
+    client.set_terminated(run_id, status)
+
+
+def log_files(client: MlflowClient, run_id: str, folder: Path) -> None:
+    """Log the files of a folder as artifacts."""
+    client.log_artifacts(run_id, str(folder))
+
+
 def log_metrics(client: MlflowClient, run_id: str, values: Mapping[str, float]) -> None:
     """Log the results of a run that has no steps."""
     now = int(time.time() * 1000)

@@ -147,7 +147,7 @@ class TrainJob:
             logger.info("run %s is done already", folder.name)
             return TrainResult(**json.loads(done))
         folder.remove(STOP_FILE)
-        evaluation = _evaluation_shards(config.evaluation.shards, shards)
+        evaluation = evaluation_shards(config.evaluation.shards, shards)
         run_id = self.run_id
         if run_id is None:
             run_id = tracking.start_run(
@@ -229,7 +229,7 @@ def check_resources(scaling: ScalingConfig) -> None:
     if len(ray.nodes()) > 1 or "RAY_ADDRESS" in os.environ:
         return
     has = ray.cluster_resources()
-    if scaling.use_gpu and has.get("GPU", 0) < scaling.num_workers:
+    if scaling.use_gpu and has.get("GPU", 0) < scaling.num_workers * scaling.gpus_per_worker:
         msg = (
             f"--scaling.num_workers {scaling.num_workers}: this machine has "
             f"{has.get('GPU', 0):g} GPUs; --scaling.use_gpu false trains on CPUs"
@@ -246,7 +246,7 @@ def check_resources(scaling: ScalingConfig) -> None:
         raise InputError(msg)
 
 
-def _evaluation_shards(chosen: str | None, shards: str) -> str | None:
+def evaluation_shards(chosen: str | None, shards: str) -> str | None:
     """Return the shards with query and gallery images; None if there are none to take."""
     uri = chosen or shards
     manifest = read_manifest(uri)
@@ -279,7 +279,7 @@ def _train(
             num_workers=config.scaling.num_workers,
             use_gpu=config.scaling.use_gpu,
             resources_per_worker={"CPU": config.scaling.cpus_per_worker}
-            | ({"GPU": 1} if config.scaling.use_gpu else {}),
+            | ({"GPU": config.scaling.gpus_per_worker} if config.scaling.use_gpu else {}),
         ),
         run_config=RunConfig(
             name=folder.name,

@@ -313,7 +313,11 @@ class Worker(ABC):
         while name in self.known_checkpoints:
             name += "-again"
         ray.train.report(
-            {"step": self.state.step, **scores},
+            {
+                "step": self.state.step,
+                "epoch": self.state.step / self.state.steps_per_epoch,
+                **scores,
+            },
             checkpoint=checkpoint,
             checkpoint_dir_name=name,
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,

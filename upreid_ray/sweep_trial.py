@@ -1,0 +1,184 @@
+"""One trial of a sweep: a pre-training run that reports its rungs to Ray Tune.
+
+What is known of a trial is in ``trial.json`` of its folder, written before Ray Tune hears of
+it. A trial that starts again, after a crash or in a resumed sweep, tells it from there.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt
+from ray import tune
+from ray.train import Checkpoint, TrainingFailedError, WorkerGroupError
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from upreid_ray.config import InputError, PretrainConfig, Section, first_line
+from upreid_ray.pretrain import fit
+from upreid_ray.run_folder import RunFolder
+from upreid_ray.search_space import Point, SweepPlan
+
+METRIC, TIME = "mAP", "epoch"
+CANDIDATE = "candidate"
+TRIAL_FILE = "trial.json"
+
+State = Literal["running", "finished", "stopped", "diverged", "refused", "failed"]
+
+
+class Candidate(Section):
+    """A point with a seed: what one trial trains."""
+
+    number: NonNegativeInt
+    """Of the trial, from 0 on."""
+    point: Point
+    """Value of each swept setting."""
+    seed: NonNegativeInt
+    """Of the run."""
+
+
+class TrialRecord(Section):
+    """What is known of a trial."""
+
+    candidate: Candidate
+    """What it trains."""
+    state: State = "running"
+    """How it ended."""
+    rungs: Mapping[float, float] = Field(default_factory=dict)
+    """Epoch to the mAP there."""
+    checkpoint: str | None = None
+    """Newest checkpoint, which holds the best backbone."""
+    reason: str | None = None
+    """Why it did not finish."""
+
+    @property
+    def best(self) -> float | None:
+        """The best mAP, which is that of the backbone in the checkpoint; None without rungs."""
+        return max(self.rungs.values(), default=None)
+
+    @property
+    def epochs(self) -> float:
+        """How far it came."""
+        return max(self.rungs, default=0.0)
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What is the same for all trials of a sweep.
+
+    Attributes:
+        plan: Of the sweep.
+        sweep: Folder of the sweep, in which trials have theirs.
+        shards: URI of the training shards.
+        evaluation: URI of the shards with query and gallery.
+        run_id: Of the MLflow run of the sweep.
+        tracking_uri: Of the MLflow server.
+    """
+
+    plan: SweepPlan
+    sweep: RunFolder
+    shards: str
+    evaluation: str
+    run_id: str
+    tracking_uri: str
+
+    def config(self, candidate: Candidate) -> PretrainConfig:
+        """Return the settings of a trial.
+
+        Raises:
+            InputError: The point is inconsistent.
+        """
+        return self.plan.base.override(
+            {
+                **candidate.point,
+                "seed": candidate.seed,
+                "training.epochs": self.plan.num_epochs,
+                "data.shards": self.shards,
+                "run.name": f"{self.sweep.name}-{candidate.number:03d}",
+                "run.storage_path": self.sweep.uri,
+                # Ray Tune starts a trial again, and knows when there is no use in it.
+                "run.max_failures": 0,
+            }
+        )
+
+    def folder(self, candidate: Candidate) -> RunFolder:
+        """Return the folder of a trial."""
+        return RunFolder.of(self.config(candidate).run, "trial")
+
+    def read(self, candidate: Candidate) -> TrialRecord:
+        """Return what is known of a trial."""
+        text = self.folder(candidate).read(TRIAL_FILE)
+        return (
+            TrialRecord.model_validate_json(text) if text else TrialRecord(candidate=candidate)
+        )
+
+    def write(self, record: TrialRecord) -> None:
+        """Note what is known of a trial."""
+        self.folder(record.candidate).write(TRIAL_FILE, record.model_dump_json(indent=1))
+
+
+class RungReport(TuneReportCallback):
+    """Notes the mAP of each evaluation, and tells Ray Tune; lives in Ray Train's controller."""
+
+    def __init__(self, settings: TrialSettings, candidate: Candidate) -> None:
+        super().__init__()
+        self._settings = settings
+        self._candidate = candidate
+
+    def after_report(
+        self,
+        run_context: Any,  # noqa: ANN401, of a class that Ray keeps to itself
+        metrics: list[dict[str, Any]],
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        """Pass on what has scores; other checkpoints are no rungs."""
+        if METRIC not in metrics[0] or checkpoint is None:
+            return
+        record = self._settings.read(self._candidate)
+        rungs = {**record.rungs, metrics[0][TIME]: metrics[0][METRIC]}
+        self._settings.write(
+            record.model_copy(update={"rungs": rungs, "checkpoint": checkpoint.path})
+        )
+        super().after_report(run_context, metrics, checkpoint)
+
+
+def run_trial(config: dict[str, Any], settings: TrialSettings) -> None:
+    """Train one candidate, from its newest checkpoint if it has one.
+
+    What no repetition could change ends the trial here and is noted; all else is raised, and
+    Ray Tune starts the trial again.
+    """
+    os.environ["MLFLOW_TRACKING_URI"] = settings.tracking_uri
+    candidate = Candidate.parse(config[CANDIDATE])
+    record = settings.read(candidate)
+    for epoch, score in record.rungs.items():
+        tune.report({TIME: epoch, METRIC: score})
+    if record.state != "running":
+        return
+    try:
+        fit(
+            settings.config(candidate),
+            resume=settings.folder(candidate).exists(),
+            parent_run_id=settings.run_id,
+            callbacks=[RungReport(settings, candidate)],
+        )
+        state, reason = "finished", None
+    except TrainingFailedError as error:
+        diverged = _divergence(error)
+        if diverged is None:
+            raise
+        state, reason = "diverged", first_line(diverged)
+    except InputError as error:
+        state, reason = "refused", first_line(error)
+    record = settings.read(candidate).model_copy(update={"state": state, "reason": reason})
+    settings.write(record)
+    if state != "finished":
+        # The searcher learns that it was a bad point.
+        tune.report({TIME: record.epochs, METRIC: 0.0})
+
+
+def _divergence(error: TrainingFailedError) -> FloatingPointError | None:
+    """Return what a worker said when its loss was no number, if that is what happened."""
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    causes = (getattr(failure, "_base_exc", failure) for failure in failures)
+    return next((cause for cause in causes if isinstance(cause, FloatingPointError)), None)
