@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 UV_VERSION := 0.13.9
 
-.PHONY: help setup pretrain finetune compare check format test test-fast bench up down status lock clean
+.PHONY: help setup pretrain sweep finetune compare check format test test-fast bench up down status lock clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,6 +27,11 @@ pretrain: $(READY)  ## synthetic people -> a registered backbone, in minutes on 
 	@echo "Look at the run:      $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
 	@echo "Use your own images:  $(BIN)/python jobs/prepare.py FOLDER --out shards"
 	@echo "                      $(BIN)/python jobs/pretrain.py laptop --data.shards shards"
+
+sweep: $(READY)  ## a few trials of the I2 weights on a small synthetic set, in minutes
+	$(BIN)/python jobs/sweep.py i2 demo --num_trials 6 --trial_epochs 2 \
+	  --data.synthetic.num_train_identities 60 --data.synthetic.num_unlabeled_identities 60 \
+	  --model.queue_size 256
 
 finetune: $(READY)  ## the champion of `make pretrain` -> a fine-tuned, scored model
 	$(BIN)/python jobs/finetune.py demo --init models:/upreid-resnet18@champion
@@ -55,6 +60,7 @@ bench: $(READY)  ## the numbers of BENCHMARKS.md
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/ray_overhead.py
 	$(BIN)/python benchmarks/retrieval.py
+	$(BIN)/python benchmarks/sweep.py
 
 up: $(READY)  ## start a local Ray head and an MLflow server
 	$(BIN)/python cluster/local.py up $(ARGS)

@@ -270,9 +270,9 @@ def job():
 run_job(job)
 """
 EARLY = {"RunFailed": 1, "RunStopped": 3}
-PRETRAIN, PREPARE, EVALUATE, FINETUNE, COMPARE = (
+PRETRAIN, PREPARE, EVALUATE, FINETUNE, COMPARE, SWEEP = (
     str(ROOT / "jobs" / f"{job}.py")
-    for job in ("pretrain", "prepare", "evaluate", "finetune", "compare")
+    for job in ("pretrain", "prepare", "evaluate", "finetune", "compare", "sweep")
 )
 REFUSED = {
     "unknown flag": (PRETRAIN, "demo", "--optimizer.lrr", "1"),
@@ -288,6 +288,12 @@ REFUSED = {
     "no init to compare": (COMPARE, "demo", "--splits", "0.5"),
     "bad share": (COMPARE, "demo", "--init", "random", "--splits", "0.5", "3"),
     "bad groups": (FINETUNE, "demo", "--init", "random", "--training.num_groups", "3"),
+    "unknown axis": (SWEEP, "i2", "--space.optimizer.lrr", "choice(1)"),
+    "empty choice": (SWEEP, "i2", "--space.optimizer.lr", "choice()"),
+    "swept and set": (SWEEP, "i2", "--loss.intrinsic-weight", "0.3"),
+    "nothing swept": (SWEEP, "own", "demo"),
+    "no space": (SWEEP, "--num-trials", "2"),
+    "settings of a resumed sweep": (SWEEP, "--resume", "s", "--num-trials", "2"),
     "negative seed": (PREPARE, "synthetic", "--out", "out", "--seed", "-1"),
 }
 

@@ -5,7 +5,8 @@ import html
 import io
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Template
 
@@ -14,6 +15,7 @@ import optuna
 import optuna.visualization.matplotlib as plots
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, create_trial
 from rich.table import Table
 
@@ -156,14 +158,20 @@ def pictures(plan: SweepPlan, records: Sequence[TrialRecord]) -> dict[str, bytes
     """
     mpl.use("agg")
     axes = plan.axes()
+    labels = _labels(axes)
     study = optuna.create_study(direction="maximize")
     for record in records:
         if record.rungs and record.state in SCORED:
             study.add_trial(
                 create_trial(
                     value=record.best,
-                    params=encode(axes, record.candidate.point),
-                    distributions={path: distribution(axis) for path, axis in axes.items()},
+                    params={
+                        labels[path]: value
+                        for path, value in encode(axes, record.candidate.point).items()
+                    },
+                    distributions={
+                        labels[path]: distribution(axis) for path, axis in axes.items()
+                    },
                     intermediate_values={
                         round(epoch): score for epoch, score in record.rungs.items()
                     },
@@ -179,6 +187,7 @@ def pictures(plan: SweepPlan, records: Sequence[TrialRecord]) -> dict[str, bytes
         warnings.simplefilter("ignore")
         drawn = {"rungs.png": plots.plot_intermediate_values(study)}
         drawn["rungs.png"].set(title="", xlabel="epoch", ylabel=METRIC)
+        drawn["rungs.png"].xaxis.set_major_locator(MaxNLocator(integer=True))
         drawn["parallel.png"] = plots.plot_parallel_coordinate(study, target_name=METRIC)
         drawn["parallel.png"].set_title("")
         if len(study.trials) >= MIN_IMPORTANCE_TRIALS:
@@ -242,6 +251,13 @@ def _png(axes: Axes) -> bytes:
     figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
     return file.getvalue()
+
+
+def _labels(paths: Iterable[str]) -> dict[str, str]:
+    """Return the names of settings without their sections, where these are different."""
+    names = {path: path.rpartition(".")[2] for path in paths}
+    times = Counter(names.values())
+    return {path: name if times[name] == 1 else path for path, name in names.items()}
 
 
 def _unique(points: Sequence[Point]) -> list[Point]:

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray import tune
 from ray.train import Checkpoint
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from rich.console import Console
 from rich.table import Table
@@ -49,12 +50,14 @@ logger = logging.getLogger(__name__)
 BEST_FILE = "best.json"
 REPORT_FILE = "report.html"
 TUNE_FOLDER = "tune"
+DELIVERY_SECONDS = 20.0
 # A trial's own process only waits for Ray Train. A part of a CPU, if it took one, would be
 # missing to the tasks that decode, and on two cores all would wait for each other for ever.
 TRIAL_RESOURCES = {"CPU": 0, "memory": 1}
 TUNE_SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "5",  # what is newer is told again by the trials
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has it all
+    "RAY_AIR_NEW_OUTPUT": "0",  # which prints even where it is told not to
 }
 
 
@@ -128,6 +131,8 @@ def start(plan: SweepPlan, folder: RunFolder) -> SweepResult:
             scheduler=_scheduler(plan),
             num_samples=1 if is_random else num_trials,
             max_concurrent_trials=num_concurrent,
+            reuse_actors=True,  # a new process takes seconds to import what it needs
+            trial_dirname_creator=_short_name,
         ),
         run_config=tune.RunConfig(
             name=TUNE_FOLDER,
@@ -171,6 +176,8 @@ def _run(tuner: tune.Tuner, settings: TrialSettings, client: tracking.Client) ->
         )
         for record in records:
             mark_run(client, settings, record)
+            if record.state == "stopped":
+                _deliver(settings, record)
         states = dict(Counter(str(record.state) for record in records))
         ranked = rank(records)
         console = Console(stderr=True)
@@ -270,6 +277,15 @@ def _register(
     return model_uri, position.best_scores, position.images_per_second
 
 
+def _deliver(settings: TrialSettings, record: TrialRecord) -> None:
+    """Deliver what a trial that was stopped had not told MLflow yet, if it ran here."""
+    folder = settings.folder(record.candidate)
+    if folder.exists() and folder.local_path().exists():
+        run_id, _ = folder.recorded()
+        log = tracking.RunLog(run_id, settings.tracking_uri, folder.local_path())
+        log.close(DELIVERY_SECONDS)
+
+
 def _retrain(
     settings: TrialSettings, client: tracking.Client, winner: PretrainConfig
 ) -> tuple[str | None, dict[str, float], float]:
@@ -357,3 +373,10 @@ def _set_up_tune() -> None:
     """Let Ray Tune save often and print nothing; the user's own settings count more."""
     for name, value in TUNE_SETTINGS.items():
         os.environ.setdefault(name, value)
+    # Of failed trials, what happened is in their records and in Ray Tune's folder.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+
+
+def _short_name(trial: Trial) -> str:
+    """Name the folder of a trial in Ray Tune's."""
+    return f"trial-{trial.config[CANDIDATE]['number']:03d}"

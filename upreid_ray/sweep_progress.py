@@ -40,7 +40,8 @@ class SweepProgress(Callback):
         point = "  ".join(
             f"{path} {format_value(value)}" for path, value in record.candidate.point.items()
         )
-        self._show(record, f"begins: seed {record.candidate.seed}  {point}")
+        begins = f"goes on at epoch {record.epochs:g}" if record.rungs else "begins"
+        self._show(record, f"{begins}: seed {record.candidate.seed}  {point}")
 
     def on_trial_result(self, *, trial: Trial, **_: object) -> None:
         """Show a rung."""
@@ -54,14 +55,14 @@ class SweepProgress(Callback):
         """Note how a trial ended; one that did not say so itself was stopped at a rung."""
         record = self._read(trial)
         if record.state == "running":
-            record = record.model_copy(update={"state": "stopped"})
+            record = self._settings.note(record.candidate, "stopped", None)
         self._end(record)
 
     def on_trial_error(self, *, trial: Trial, **_: object) -> None:
         """Note that a trial failed more often than allowed."""
-        reason = first_line(trial.get_error() or RuntimeError("its process was lost"))
-        update = {"state": "failed", "reason": reason}
-        self._end(self._read(trial).model_copy(update=update))
+        record = self._read(trial)
+        reason = record.reason or "its process was lost"
+        self._end(self._settings.note(record.candidate, "failed", reason))
 
     def on_experiment_end(self, **_: object) -> None:
         """Stop to show."""
@@ -72,7 +73,6 @@ class SweepProgress(Callback):
         return self._settings.read(Candidate.parse(trial.config[CANDIDATE]))
 
     def _end(self, record: TrialRecord) -> None:
-        self._settings.write(record)
         self._show(record, record.state + (f": {record.reason}" if record.reason else ""))
         try:
             mark_run(self._client, self._settings, record)

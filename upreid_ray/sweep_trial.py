@@ -112,6 +112,13 @@ class TrialSettings:
             TrialRecord.model_validate_json(text) if text else TrialRecord(candidate=candidate)
         )
 
+    def note(self, candidate: Candidate, state: State, reason: str | None) -> TrialRecord:
+        """Note how a trial ended, or why it has to begin again; return its record."""
+        update = {"state": state, "reason": reason}
+        record = self.read(candidate).model_copy(update=update)
+        self.write(record)
+        return record
+
     def write(self, record: TrialRecord) -> None:
         """Note what is known of a trial."""
         self.folder(record.candidate).write(TRIAL_FILE, record.model_dump_json(indent=1))
@@ -149,12 +156,16 @@ def run_trial(config: dict[str, Any], settings: TrialSettings) -> None:
     Ray Tune starts the trial again.
     """
     os.environ["MLFLOW_TRACKING_URI"] = settings.tracking_uri
+    # Ray Train looks this often whether its workers have begun, reported or ended.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     candidate = Candidate.parse(config[CANDIDATE])
     record = settings.read(candidate)
     for epoch, score in record.rungs.items():
         tune.report({TIME: epoch, METRIC: score})
     if record.state != "running":
         return
+    state: State = "finished"
+    reason = None
     try:
         fit(
             settings.config(candidate),
@@ -162,23 +173,22 @@ def run_trial(config: dict[str, Any], settings: TrialSettings) -> None:
             parent_run_id=settings.run_id,
             callbacks=[RungReport(settings, candidate)],
         )
-        state, reason = "finished", None
     except TrainingFailedError as error:
-        diverged = _divergence(error)
-        if diverged is None:
+        cause = _cause(error)
+        if not isinstance(cause, FloatingPointError):
+            settings.note(candidate, "running", first_line(cause))
             raise
-        state, reason = "diverged", first_line(diverged)
+        state, reason = "diverged", first_line(cause)
     except InputError as error:
         state, reason = "refused", first_line(error)
-    record = settings.read(candidate).model_copy(update={"state": state, "reason": reason})
-    settings.write(record)
+    record = settings.note(candidate, state, reason)
     if state != "finished":
         # The searcher learns that it was a bad point.
         tune.report({TIME: record.epochs, METRIC: 0.0})
 
 
-def _divergence(error: TrainingFailedError) -> FloatingPointError | None:
-    """Return what a worker said when its loss was no number, if that is what happened."""
+def _cause(error: TrainingFailedError) -> BaseException:
+    """Return what went wrong in the first worker that failed, or else the error itself."""
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    causes = (getattr(failure, "_base_exc", failure) for failure in failures)
-    return next((cause for cause in causes if isinstance(cause, FloatingPointError)), None)
+    first = next(iter(failures), error)
+    return getattr(first, "_base_exc", first)  # Ray keeps the traceback beside it
