@@ -125,7 +125,7 @@ def test_a_plan_that_cannot_be_is_refused(made, message):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ["i2", "patches", "all"])
 def test_every_point_of_a_named_space_fits_every_preset(preset, name):
-    search = PointSearch(named(name, PRESETS[preset], num_trials=30))
+    search = PointSearch(named(name, PRESETS[preset], num_trials=30), {})
     suggested = [search.suggest(str(number)) for number in range(30)]
 
     assert len(search._ot_study.trials) == len(suggested)
@@ -176,7 +176,7 @@ def test_whole_settings_get_whole_numbers_and_both_bounds():
 
 
 def test_a_log_uniform_axis_with_zero_gives_zero_in_a_fifth_of_the_draws():
-    search = PointSearch(plan({"loss.intrinsic_weight": "loguniform(0.01,1,zero)"}))
+    search = PointSearch(plan({"loss.intrinsic_weight": "loguniform(0.01,1,zero)"}), {})
     search._ot_study.sampler = RandomSampler(0)
     weights = [
         search.suggest(str(number))["candidate"]["point"]["loss.intrinsic_weight"]
@@ -212,7 +212,7 @@ def test_tpe_proposes_consistent_points_and_each_with_each_seed():
     made = plan(
         {"patches.rows": "choice(4,16)", LR: "uniform(1,2)"}, num_seeds=2, searcher="tpe"
     )
-    search = PointSearch(made)
+    search = PointSearch(made, {})
     suggested = [Candidate.parse(search.suggest(str(n))["candidate"]) for n in range(20)]
 
     assert {each.point["patches.rows"] for each in suggested} == {4}
@@ -221,8 +221,19 @@ def test_tpe_proposes_consistent_points_and_each_with_each_seed():
     assert len({each.point[LR] for each in suggested}) == 10
 
 
+def test_tpe_proposes_again_what_an_earlier_process_tried():
+    made = plan({LR: "uniform(1,2)"}, num_seeds=2, searcher="tpe")
+    point = {LR: 1.2345}
+    earlier = {number: Candidate(number=number, point=point, seed=number) for number in (0, 1)}
+    search = PointSearch(made, earlier)
+    suggested = [Candidate.parse(search.suggest(str(n))["candidate"]) for n in range(4)]
+
+    assert suggested[:2] == list(earlier.values())
+    assert suggested[2].point == suggested[3].point != point
+
+
 def test_tpe_comes_near_the_best_point():
-    search = PointSearch(plan({LR: "loguniform(1e-4,1)"}, searcher="tpe"))
+    search = PointSearch(plan({LR: "loguniform(1e-4,1)"}, searcher="tpe"), {})
     distances = []
     for number in range(60):
         rate = search.suggest(str(number))["candidate"]["point"][LR]

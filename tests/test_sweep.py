@@ -189,7 +189,7 @@ def test_as_many_trials_run_at_a_time_as_the_cluster_holds(
         space={WEIGHT: "choice(0.1)"},
     )
 
-    assert sweep._num_concurrent(plan) == expected
+    assert sweep.num_concurrent(plan) == expected
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +315,8 @@ def test_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint(killed):
 
 
 def test_a_resumed_sweep_repeats_no_finished_trial(killed):
-    assert (killed.log_after, "trial 0 " in killed.errors) == (killed.log_before, False)
+    again = "trial 0  begins" in killed.errors or "trial 0  goes on" in killed.errors
+    assert (killed.log_after, again) == (killed.log_before, False)
 
 
 def test_a_resumed_sweep_continues_the_trial_that_ran(killed):

@@ -77,6 +77,12 @@ class RunFolder:
             msg = f"--run.storage_path {self.storage}: cannot be written ({error})"
             raise InputError(msg) from error
 
+    def folders(self) -> list[str]:
+        """Return the names of the folders in this one."""
+        filesystem, path = open_folder(self.uri)
+        found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return [each.base_name for each in found if each.type == fs.FileType.Directory]
+
     def read(self, file: str) -> str | None:
         """Return the text of a file of this folder, None if there is none."""
         filesystem, path = open_folder(self.uri)

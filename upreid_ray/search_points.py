@@ -105,10 +105,16 @@ def candidates(plan: SweepPlan, points: list[Point]) -> list[Candidate]:
 
 
 class PointSearch(OptunaSearch):
-    """Optuna's TPE, which proposes consistent points only, and each with all of its seeds."""
+    """Optuna's TPE, which proposes consistent points only, and each with all of its seeds.
 
-    def __init__(self, plan: SweepPlan) -> None:
+    Args:
+        plan: Of the sweep.
+        earlier: What a sweep that goes on has tried, by number; it is proposed again.
+    """
+
+    def __init__(self, plan: SweepPlan, earlier: Mapping[int, Candidate]) -> None:
         self._plan = plan
+        self._earlier = earlier
         self._axes = plan.axes()
         self._num_suggested = 0
         self._params: dict[str, Any] = {}
@@ -123,7 +129,9 @@ class PointSearch(OptunaSearch):
         """Return what the next trial trains."""
         number = self._num_suggested
         seed = number % self._plan.search.num_seeds
-        if seed:
+        if number in self._earlier:
+            self._params = encode(self._axes, self._earlier[number].point)
+        if seed or number in self._earlier:
             self._ot_study.enqueue_trial(self._params)
         for _ in range(MAX_DRAWS):
             self._params = super().suggest(trial_id)

@@ -9,10 +9,8 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray import tune
@@ -38,7 +36,6 @@ from upreid_ray.sweep_trial import (
     CANDIDATE,
     METRIC,
     TIME,
-    Candidate,
     TrialRecord,
     TrialSettings,
     run_trial,
@@ -55,7 +52,6 @@ DELIVERY_SECONDS = 20.0
 # missing to the tasks that decode, and on two cores all would wait for each other for ever.
 TRIAL_RESOURCES = {"CPU": 0, "memory": 1}
 TUNE_SETTINGS = {
-    "TUNE_GLOBAL_CHECKPOINT_S": "5",  # what is newer is told again by the trials
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has it all
     "RAY_AIR_NEW_OUTPUT": "0",  # which prints even where it is told not to
 }
@@ -93,6 +89,7 @@ def start(plan: SweepPlan, folder: RunFolder) -> SweepResult:
 
     Raises:
         InputError: Something that the user gave cannot be used; nothing was started.
+        RuntimeError: No trial has a score.
     """
     check_plan(plan)
     if folder.exists():
@@ -100,80 +97,43 @@ def start(plan: SweepPlan, folder: RunFolder) -> SweepResult:
             f"--run.name {folder.name}: exists already; continue it with --resume {folder.name}"
         )
         raise InputError(msg)
-    num_concurrent = _num_concurrent(plan)
-    is_random = plan.search.searcher == "random"
+    num_concurrent(plan)
+    draw_points(plan)
     client = tracking.connect()
     shards, evaluation = _shards(plan, folder)
-    trials = [candidate.model_dump() for candidate in candidates(plan, draw_points(plan))]
     run_id = tracking.start_run(
         client, experiment=plan.base.run.experiment, name=folder.name, config=plan
     )
-    settings = TrialSettings(plan, folder, shards, evaluation, run_id, tracking.tracking_uri())
     folder.record(plan, run_id)
-    num_trials = len(trials) if is_random else plan.search.num_trials * plan.search.num_seeds
-    logger.info(
-        "sweep %s: %d trials of %d epochs, %d at a time; if it ends early, continue it with "
-        "--resume %s",
-        folder.name,
-        num_trials,
-        plan.num_epochs,
-        num_concurrent,
-        folder.name,
-    )
-    _set_up_tune()
-    tuner = tune.Tuner(
-        _trainable(settings),
-        param_space={CANDIDATE: tune.grid_search(trials)} if is_random else {},
-        tune_config=tune.TuneConfig(
-            metric=METRIC,
-            mode="max",
-            search_alg=None if is_random else PointSearch(plan),
-            scheduler=_scheduler(plan),
-            num_samples=1 if is_random else num_trials,
-            max_concurrent_trials=num_concurrent,
-            reuse_actors=True,  # a new process takes seconds to import what it needs
-            trial_dirname_creator=_short_name,
-        ),
-        run_config=tune.RunConfig(
-            name=TUNE_FOLDER,
-            storage_path=folder.uri,
-            callbacks=[SweepProgress(settings)],
-            failure_config=tune.FailureConfig(max_failures=plan.base.run.max_failures),
-            verbose=0,
-        ),
-    )
-    return _run(tuner, settings, client)
+    uri = tracking.tracking_uri()
+    return _run(TrialSettings(plan, folder, shards, evaluation, run_id, uri), client)
 
 
 def resume(folder: RunFolder) -> SweepResult:
     """Continue a sweep: finished trials are kept, others go on from their checkpoints.
 
+    All trials are handed to Ray Tune again. Those that ended say from their records what they
+    reached, so that searcher and scheduler know what they knew; a state of Ray Tune's own,
+    which may be older than the records, is not needed.
+
     Raises:
         InputError: There is no such sweep.
+        RuntimeError: No trial has a score.
     """
     run_id, recorded = folder.recorded()
     plan = SweepPlan.parse(recorded)
-    _num_concurrent(plan)
     client = tracking.connect()
     shards, evaluation = _shards(plan, folder)
-    settings = TrialSettings(plan, folder, shards, evaluation, run_id, tracking.tracking_uri())
-    _set_up_tune()
-    tuner = tune.Tuner.restore(f"{folder.uri}/{TUNE_FOLDER}", trainable=_trainable(settings))
-    return _run(tuner, settings, client)
+    uri = tracking.tracking_uri()
+    return _run(TrialSettings(plan, folder, shards, evaluation, run_id, uri), client)
 
 
-def _run(tuner: tune.Tuner, settings: TrialSettings, client: tracking.Client) -> SweepResult:
-    """Run the trials that are left, and say what came of all.
-
-    Raises:
-        RuntimeError: No trial has a score.
-    """
+def _run(settings: TrialSettings, client: tracking.Client) -> SweepResult:
+    """Run the trials that are left, and say what came of all."""
     plan, folder = settings.plan, settings.sweep
     with tracking.running(client, settings.run_id):
-        records = sorted(
-            (settings.read(Candidate.parse(each.config[CANDIDATE])) for each in tuner.fit()),
-            key=lambda record: record.candidate.number,
-        )
+        _run_trials(settings)
+        records = settings.records()
         for record in records:
             mark_run(client, settings, record)
             if record.state == "stopped":
@@ -258,7 +218,7 @@ def _register(
     winner: PretrainConfig,
 ) -> tuple[str, dict[str, float], float]:
     """Register the best backbone of a trial; return its URI, its scores and the speed."""
-    run_id, _ = settings.folder(record.candidate).recorded()
+    run_id, _ = settings.folder(record.candidate.number).recorded()
     with Checkpoint(record.checkpoint).as_directory() as directory:
         position = read_position(Path(directory))
         model_uri = register(
@@ -267,7 +227,7 @@ def _register(
             run_id=run_id,
             name=winner.model_name,
             tags={
-                "run": settings.folder(record.candidate).name,
+                "run": settings.folder(record.candidate.number).name,
                 "sweep": settings.run_id,
                 "shards": settings.shards,
                 "manifest": read_manifest(settings.shards).digest(),
@@ -279,7 +239,7 @@ def _register(
 
 def _deliver(settings: TrialSettings, record: TrialRecord) -> None:
     """Deliver what a trial that was stopped had not told MLflow yet, if it ran here."""
-    folder = settings.folder(record.candidate)
+    folder = settings.folder(record.candidate.number)
     if folder.exists() and folder.local_path().exists():
         run_id, _ = folder.recorded()
         log = tracking.RunLog(run_id, settings.tracking_uri, folder.local_path())
@@ -316,7 +276,7 @@ def _shards(plan: SweepPlan, folder: RunFolder) -> tuple[str, str]:
     return shards, evaluation
 
 
-def _num_concurrent(plan: SweepPlan) -> int:
+def num_concurrent(plan: SweepPlan) -> int:
     """Return how many trials the nodes hold at a time, with a CPU for each that decodes.
 
     Raises:
@@ -363,14 +323,51 @@ def _scheduler(plan: SweepPlan) -> TrialScheduler:
     )
 
 
-def _trainable(settings: TrialSettings) -> Callable[[dict[str, Any]], None]:
-    """Return a trial as Ray Tune runs it."""
-    trainable = tune.with_parameters(run_trial, settings=settings)
-    return tune.with_resources(trainable, TRIAL_RESOURCES)
+def _run_trials(settings: TrialSettings) -> None:
+    """Let Ray Tune run the trials to their ends."""
+    plan, folder = settings.plan, settings.sweep
+    at_a_time = num_concurrent(plan)
+    is_random = plan.search.searcher == "random"
+    trials = [each.model_dump() for each in candidates(plan, draw_points(plan))]
+    num_trials = len(trials) if is_random else plan.search.num_trials * plan.search.num_seeds
+    earlier = {record.candidate.number: record.candidate for record in settings.records()}
+    logger.info(
+        "sweep %s: %d trials of %d epochs, %d at a time; if it ends early, continue it with "
+        "--resume %s",
+        folder.name,
+        num_trials,
+        plan.num_epochs,
+        at_a_time,
+        folder.name,
+    )
+    _set_up_tune()
+    tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(run_trial, settings=settings), TRIAL_RESOURCES
+        ),
+        param_space={CANDIDATE: tune.grid_search(trials)} if is_random else {},
+        tune_config=tune.TuneConfig(
+            metric=METRIC,
+            mode="max",
+            search_alg=None if is_random else PointSearch(plan, earlier),
+            scheduler=_scheduler(plan),
+            num_samples=1 if is_random else num_trials,
+            max_concurrent_trials=at_a_time,
+            reuse_actors=True,  # a new process takes seconds to import what it needs
+            trial_dirname_creator=_short_name,
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE_FOLDER,
+            storage_path=folder.uri,
+            callbacks=[SweepProgress(settings)],
+            failure_config=tune.FailureConfig(max_failures=plan.base.run.max_failures),
+            verbose=0,
+        ),
+    ).fit()
 
 
 def _set_up_tune() -> None:
-    """Let Ray Tune save often and print nothing; the user's own settings count more."""
+    """Let Ray Tune print and write no more than is read; the user's own settings count more."""
     for name, value in TUNE_SETTINGS.items():
         os.environ.setdefault(name, value)
     # Of failed trials, what happened is in their records and in Ray Tune's folder.

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 class SweepProgress(Callback):
     """Shows each trial, and notes how it ended, in its folder and in MLflow.
 
-    Ray Tune pickles it for a resumed sweep, so what cannot be pickled is made in `setup`.
+    Ray Tune pickles it, so what cannot be pickled is made in `setup`.
     """
 
     def __init__(self, settings: TrialSettings) -> None:
@@ -37,6 +37,8 @@ class SweepProgress(Callback):
     def on_trial_start(self, *, trial: Trial, **_: object) -> None:
         """Show that a trial begins, or begins again."""
         record = self._read(trial)
+        if record.state != "running":  # it only says again what it reached
+            return
         point = "  ".join(
             f"{path} {format_value(value)}" for path, value in record.candidate.point.items()
         )
@@ -90,7 +92,7 @@ class SweepProgress(Callback):
 
 def mark_run(client: tracking.Client, settings: TrialSettings, record: TrialRecord) -> None:
     """Note in MLflow how a trial ended."""
-    folder = settings.folder(record.candidate)
+    folder = settings.folder(record.candidate.number)
     if folder.exists():
         run_id, _ = folder.recorded()
         tags = {"trial": str(record.candidate.number), "trial.state": record.state}

@@ -94,20 +94,29 @@ class TrialSettings:
                 "seed": candidate.seed,
                 "training.epochs": self.plan.num_epochs,
                 "data.shards": self.shards,
-                "run.name": f"{self.sweep.name}-{candidate.number:03d}",
+                "run.name": self.folder(candidate.number).name,
                 "run.storage_path": self.sweep.uri,
                 # Ray Tune starts a trial again, and knows when there is no use in it.
                 "run.max_failures": 0,
             }
         )
 
-    def folder(self, candidate: Candidate) -> RunFolder:
+    def folder(self, number: int) -> RunFolder:
         """Return the folder of a trial."""
-        return RunFolder.of(self.config(candidate).run, "trial")
+        return RunFolder(self.sweep.uri, f"{self.sweep.name}-{number:03d}")
+
+    def records(self) -> list[TrialRecord]:
+        """Return what is known of all trials that have begun, in their order."""
+        names = [
+            name for name in self.sweep.folders() if name.startswith(f"{self.sweep.name}-")
+        ]
+        texts = (RunFolder(self.sweep.uri, name).read(TRIAL_FILE) for name in names)
+        records = [TrialRecord.model_validate_json(text) for text in texts if text]
+        return sorted(records, key=lambda record: record.candidate.number)
 
     def read(self, candidate: Candidate) -> TrialRecord:
         """Return what is known of a trial."""
-        text = self.folder(candidate).read(TRIAL_FILE)
+        text = self.folder(candidate.number).read(TRIAL_FILE)
         return (
             TrialRecord.model_validate_json(text) if text else TrialRecord(candidate=candidate)
         )
@@ -121,7 +130,7 @@ class TrialSettings:
 
     def write(self, record: TrialRecord) -> None:
         """Note what is known of a trial."""
-        self.folder(record.candidate).write(TRIAL_FILE, record.model_dump_json(indent=1))
+        self.folder(record.candidate.number).write(TRIAL_FILE, record.model_dump_json(indent=1))
 
 
 class RungReport(TuneReportCallback):
@@ -160,6 +169,7 @@ def run_trial(config: dict[str, Any], settings: TrialSettings) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     candidate = Candidate.parse(config[CANDIDATE])
     record = settings.read(candidate)
+    settings.write(record)
     for epoch, score in record.rungs.items():
         tune.report({TIME: epoch, METRIC: score})
     if record.state != "running":
@@ -169,7 +179,7 @@ def run_trial(config: dict[str, Any], settings: TrialSettings) -> None:
     try:
         fit(
             settings.config(candidate),
-            resume=settings.folder(candidate).exists(),
+            resume=settings.folder(candidate.number).exists(),
             parent_run_id=settings.run_id,
             callbacks=[RungReport(settings, candidate)],
         )
