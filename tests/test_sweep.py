@@ -146,10 +146,14 @@ def test_the_run_of_a_sweep_has_its_plan_its_result_and_its_report(finished):
 def test_the_backbone_of_the_best_trial_is_registered(finished):
     name, number = finished.result.model_uri.removeprefix("models:/").split("/")
     version = finished.client.get_model_version(name, number)
-    best = max(finished.children, key=lambda run: run.data.metrics["eval/mAP"])
+    best = max(finished.records, key=lambda record: max(record.rungs.values()))
+    trained = finished.children[best.candidate.number]
 
     assert len(finished.client.search_model_versions(f"name = '{name}'")) == 1
-    assert (version.run_id, version.tags["sweep"]) == (best.info.run_id, finished.result.run_id)
+    assert (version.run_id, version.tags["sweep"]) == (
+        trained.info.run_id,
+        finished.result.run_id,
+    )
     assert float(version.tags["score.mAP"]) == finished.result.scores["mAP"]
 
 
@@ -196,7 +200,7 @@ def test_as_many_trials_run_at_a_time_as_the_cluster_holds(
 def troubled(finished, base) -> SimpleNamespace:
     """Sweep points that lose their numbers, do not fit in memory, or are good."""
     result = start(
-        base.override({"training.epochs": 3}),
+        base.override({"training.epochs": 3, "run.max_skipped_steps": 1}),
         "troubled",
         {"optimizer.lr": "grid(0.02,1e30)", "model.queue_size": "grid(32,1000000000000)"},
         scheduler="none",
@@ -215,7 +219,7 @@ def test_trials_that_did_not_finish_say_why(troubled):
     reasons = [record.reason or "" for record in troubled.records]
 
     assert reasons[0] == ""
-    assert "the loss is nan" in reasons[2]
+    assert "no finite gradient" in reasons[2]
     assert "memory" in reasons[1]
 
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from upreid_ray import tracking
-from upreid_ray.config import InputError, PretrainConfig
+from upreid_ray.config import InputError, PretrainConfig, RunFailed
 from upreid_ray.core.checkpoint import read_position
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.sources import synthetic_shards
@@ -89,7 +89,7 @@ def start(plan: SweepPlan, folder: RunFolder) -> SweepResult:
 
     Raises:
         InputError: Something that the user gave cannot be used; nothing was started.
-        RuntimeError: No trial has a score.
+        RunFailed: No trial has a score.
     """
     check_plan(plan)
     if folder.exists():
@@ -118,7 +118,7 @@ def resume(folder: RunFolder) -> SweepResult:
 
     Raises:
         InputError: There is no such sweep.
-        RuntimeError: No trial has a score.
+        RunFailed: No trial has a score.
     """
     run_id, recorded = folder.recorded()
     plan = SweepPlan.parse(recorded)
@@ -144,8 +144,8 @@ def _run(settings: TrialSettings, client: tracking.Client) -> SweepResult:
         if not ranked:
             console.print(trial_table(records, plan.num_epochs))
             reasons = [record.reason for record in records if record.reason]
-            msg = f"no trial of {folder.name} has a score; the first one: {reasons[0]}"
-            raise RuntimeError(msg)
+            msg = f"no trial of {folder.name} has a score; {reasons[0] if reasons else ''}"
+            raise RunFailed(msg)
         best = ranked[0]
         winner = plan.base.override(best.point)
         points = point_table(ranked, plan.num_epochs)

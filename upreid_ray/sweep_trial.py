@@ -14,9 +14,16 @@ from ray import tune
 from ray.train import Checkpoint, TrainingFailedError, WorkerGroupError
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from upreid_ray.config import InputError, PretrainConfig, Section, first_line
+from upreid_ray.config import (
+    InputError,
+    PretrainConfig,
+    RunFailed,
+    RunStopped,
+    Section,
+    first_line,
+)
 from upreid_ray.pretrain import fit
-from upreid_ray.run_folder import RunFolder
+from upreid_ray.run_folder import NOT_FINITE_FILE, RunFolder
 from upreid_ray.search_space import Point, SweepPlan
 
 METRIC, TIME = "mAP", "epoch"
@@ -184,13 +191,15 @@ def run_trial(config: dict[str, Any], settings: TrialSettings) -> None:
             callbacks=[RungReport(settings, candidate)],
         )
     except TrainingFailedError as error:
-        cause = _cause(error)
-        if not isinstance(cause, FloatingPointError):
-            settings.note(candidate, "running", first_line(cause))
-            raise
-        state, reason = "diverged", first_line(cause)
+        settings.note(candidate, "running", first_line(_cause(error)))
+        raise
     except InputError as error:
         state, reason = "refused", first_line(error)
+    except RunStopped as error:
+        state, reason = "stopped", first_line(error)
+    except RunFailed as error:
+        diverged = settings.folder(candidate.number).read(NOT_FINITE_FILE) is not None
+        state, reason = "diverged" if diverged else "failed", first_line(error)
     record = settings.note(candidate, state, reason)
     if state != "finished":
         # The searcher learns that it was a bad point.
