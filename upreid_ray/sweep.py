@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from upreid_ray import tracking
-from upreid_ray.config import InputError, PretrainConfig, RunFailed
+from upreid_ray.config import InputError, PretrainConfig, RunFailed, RunStopped
 from upreid_ray.core.checkpoint import read_position
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.sources import synthetic_shards
@@ -90,6 +90,7 @@ def start(plan: SweepPlan, folder: RunFolder) -> SweepResult:
     Raises:
         InputError: Something that the user gave cannot be used; nothing was started.
         RunFailed: No trial has a score.
+        RunStopped: Ray Tune was interrupted.
     """
     check_plan(plan)
     if folder.exists():
@@ -105,8 +106,7 @@ def start(plan: SweepPlan, folder: RunFolder) -> SweepResult:
         client, experiment=plan.base.run.experiment, name=folder.name, config=plan
     )
     folder.record(plan, run_id)
-    uri = tracking.tracking_uri()
-    return _run(TrialSettings(plan, folder, shards, evaluation, run_id, uri), client)
+    return _run(TrialSettings(plan, folder, shards, evaluation, run_id), client)
 
 
 def resume(folder: RunFolder) -> SweepResult:
@@ -124,8 +124,7 @@ def resume(folder: RunFolder) -> SweepResult:
     plan = SweepPlan.parse(recorded)
     client = tracking.connect()
     shards, evaluation = _shards(plan, folder)
-    uri = tracking.tracking_uri()
-    return _run(TrialSettings(plan, folder, shards, evaluation, run_id, uri), client)
+    return _run(TrialSettings(plan, folder, shards, evaluation, run_id), client)
 
 
 def _run(settings: TrialSettings, client: tracking.Client) -> SweepResult:
@@ -242,7 +241,7 @@ def _deliver(settings: TrialSettings, record: TrialRecord) -> None:
     folder = settings.folder(record.candidate.number)
     if folder.exists() and folder.local_path().exists():
         run_id, _ = folder.recorded()
-        log = tracking.RunLog(run_id, settings.tracking_uri, folder.local_path())
+        log = tracking.RunLog(run_id, tracking.tracking_uri(), folder.local_path())
         log.close(DELIVERY_SECONDS)
 
 
@@ -343,7 +342,10 @@ def _run_trials(settings: TrialSettings) -> None:
     _set_up_tune()
     tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(run_trial, settings=settings), TRIAL_RESOURCES
+            tune.with_parameters(
+                run_trial, settings=settings, tracking_uri=tracking.tracking_uri()
+            ),
+            TRIAL_RESOURCES,
         ),
         param_space={CANDIDATE: tune.grid_search(trials)} if is_random else {},
         tune_config=tune.TuneConfig(
@@ -364,6 +366,10 @@ def _run_trials(settings: TrialSettings) -> None:
             verbose=0,
         ),
     ).fit()
+    records = settings.records()
+    if len(records) < num_trials or any(record.state == "running" for record in records):
+        msg = f"sweep {folder.name} was stopped; continue it with --resume {folder.name}"
+        raise RunStopped(msg)
 
 
 def _set_up_tune() -> None:

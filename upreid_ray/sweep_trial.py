@@ -79,7 +79,6 @@ class TrialSettings:
         shards: URI of the training shards.
         evaluation: URI of the shards with query and gallery.
         run_id: Of the MLflow run of the sweep.
-        tracking_uri: Of the MLflow server.
     """
 
     plan: SweepPlan
@@ -87,7 +86,6 @@ class TrialSettings:
     shards: str
     evaluation: str
     run_id: str
-    tracking_uri: str
 
     def config(self, candidate: Candidate) -> PretrainConfig:
         """Return the settings of a trial.
@@ -165,13 +163,18 @@ class RungReport(TuneReportCallback):
         super().after_report(run_context, metrics, checkpoint)
 
 
-def run_trial(config: dict[str, Any], settings: TrialSettings) -> None:
+def run_trial(config: dict[str, Any], settings: TrialSettings, tracking_uri: str) -> None:
     """Train one candidate, from its newest checkpoint if it has one.
 
     What no repetition could change ends the trial here and is noted; all else is raised, and
     Ray Tune starts the trial again.
+
+    Args:
+        config: Of Ray Tune: the candidate.
+        settings: Of all trials.
+        tracking_uri: Of the MLflow server; apart, for Ray Tune writes the settings to a file.
     """
-    os.environ["MLFLOW_TRACKING_URI"] = settings.tracking_uri
+    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
     # Ray Train looks this often whether its workers have begun, reported or ended.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     candidate = Candidate.parse(config[CANDIDATE])
