@@ -29,7 +29,7 @@ pretrain: $(READY)  ## synthetic people -> a registered backbone, in minutes on 
 	@echo "                      $(BIN)/python jobs/pretrain.py laptop --data.shards shards"
 
 sweep: $(READY)  ## a few trials of the I2 weights on a small synthetic set, in minutes
-	$(BIN)/python jobs/sweep.py i2 demo --num_trials 6 --trial_epochs 2 \
+	$(BIN)/python jobs/sweep.py i2 demo --num_trials 5 --trial_epochs 2 \
 	  --data.synthetic.num_train_identities 60 --data.synthetic.num_unlabeled_identities 60 \
 	  --model.queue_size 256
 

@@ -120,7 +120,7 @@ def rank(records: Sequence[TrialRecord]) -> list[PointOutcome]:
 def trial_table(records: Sequence[TrialRecord], num_epochs: int) -> Table:
     """Return a table with a row for each trial."""
     paths = list(records[0].candidate.point)
-    table = Table("trial", "seed", *paths, "epochs", METRIC, "state")
+    table = Table("trial", "seed", *_labels(paths).values(), "epochs", METRIC, "state")
     for record in records:
         table.add_row(
             str(record.candidate.number),
@@ -136,7 +136,7 @@ def trial_table(records: Sequence[TrialRecord], num_epochs: int) -> Table:
 def point_table(ranked: Sequence[PointOutcome], num_epochs: int) -> Table:
     """Return a table with a row for each point, the best first."""
     paths = list(ranked[0].point)
-    table = Table("rank", *paths, "epochs", METRIC, "+-", "seeds")
+    table = Table("rank", *_labels(paths).values(), "epochs", METRIC, "+-", "seeds")
     for place, outcome in enumerate(ranked, start=1):
         table.add_row(
             str(place),
