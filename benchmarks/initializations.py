@@ -106,7 +106,7 @@ def main() -> None:
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{storage}/mlflow.db")
     Path(storage).mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    ray.init(logging_level=logging.WARNING)
+    ray.init(address="local", logging_level=logging.WARNING)
     try:
         demo = PRESETS["demo"].override({"training.epochs": arguments.epochs})
         run_id = parent(RunFolder(storage, "pretraining"), demo)
