@@ -9,7 +9,6 @@ command.
 """
 
 import argparse
-import json
 import logging
 import os
 import time
@@ -47,13 +46,8 @@ def pretrained(method: str, seed: int, epochs: int, storage: str, parent_run_id:
             "run.storage_path": storage,
         }
     )
-    folder = RunFolder.of(config.run, "pretrain")
-    done = folder.read("checkpoint.json")
-    if done is None:
-        result = fit(config, resume=folder.exists(), parent_run_id=parent_run_id)
-        done = json.dumps(result.checkpoint)
-        folder.write("checkpoint.json", done)
-    return str(json.loads(done))
+    begun = RunFolder(storage, name).exists()
+    return fit(config, resume=begun, parent_run_id=parent_run_id).checkpoint
 
 
 def parent(folder: RunFolder, config: PretrainConfig) -> str:
@@ -112,7 +106,7 @@ def main() -> None:
     os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{storage}/mlflow.db")
     Path(storage).mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    ray.init(logging_level=logging.WARNING)
+    ray.init(address="local", logging_level=logging.WARNING)
     try:
         demo = PRESETS["demo"].override({"training.epochs": arguments.epochs})
         run_id = parent(RunFolder(storage, "pretraining"), demo)

@@ -216,6 +216,7 @@ def test_where_nothing_can_be_clustered_eps_is_named(clustered, unlabelled):
                 {
                     "run.name": "outliers",
                     "clustering.eps": 0.0001,
+                    "clustering.min_samples": 30,
                     "evaluation.every_epochs": 9,
                 }
             )

@@ -288,8 +288,9 @@ def plan(
         slug = re.sub(r"[^A-Za-z0-9]+", "-", row.label).strip("-")[-40:].lower()
         starts = [(k, row.inits[k % len(row.inits)]) for k in range(config.seeds)]
         # What is not random is the same with every seed.
-        for k, init in dict.fromkeys((k if init == RANDOM else 0, init) for k, init in starts):
-            name = f"{number}-{slug}-{FROZEN}-{row.inits.index(init) + k}"
+        once = dict.fromkeys((k if init == RANDOM else 0, init) for k, init in starts)
+        for place, (k, init) in enumerate(once):
+            name = f"{number}-{slug}-{FROZEN}-{place}"
             settings = {"init": init, "seed": common.seed + k}
             scored = EvaluateConfig(
                 backbone=common.backbone,
