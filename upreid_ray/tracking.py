@@ -378,7 +378,10 @@ def _is_better(new: ModelVersion, champion: ModelVersion | None) -> bool:
 
 
 def _commit() -> str:
-    """Return the commit of this code, with ``-dirty`` if it was changed, or ``unknown``."""
+    """Return the commit of this code, with ``-dirty`` if it was changed, or ``unknown``.
+
+    An image has no repository: it is built with its commit in ``UPREID_RAY_COMMIT``.
+    """
     command = [
         "git",
         "-C",
@@ -392,5 +395,5 @@ def _commit() -> str:
         # A fixed command line, but for the place of this file.
         done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("UPREID_RAY_COMMIT", "unknown")
     return done.stdout.strip()
