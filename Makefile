@@ -37,11 +37,12 @@ compare: $(READY)  ## that champion against random weights, frozen and fine-tune
 	$(BIN)/python jobs/compare.py demo --init models:/upreid-resnet18@champion \
 	  --splits 0.1 1.0 --seeds 1 --min_steps 40
 
-check: $(READY)  ## format, lint, types, layers
+check: $(READY)  ## format, lint, types, layers, manifests
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest --quiet tests/cluster/test_manifests.py
 
 format: $(READY)  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
