@@ -100,13 +100,12 @@ def start_run(
         config: Its settings.
         parent_run_id: Run under which MLflow shows this one; None for a run of its own.
     """
-    found = client.get_experiment_by_name(experiment)
-    if found is not None:
-        experiment_id = found.experiment_id
-    else:
+    if client.get_experiment_by_name(experiment) is None:
         embedded = tracking_uri().startswith("sqlite:")
         location = Path("mlartifacts").absolute().as_uri() if embedded else None
-        experiment_id = client.create_experiment(experiment, artifact_location=location)
+        with _unless_it_exists():
+            client.create_experiment(experiment, artifact_location=location)
+    experiment_id = client.get_experiment_by_name(experiment).experiment_id
     tags = environment() | ({PARENT_TAG: parent_run_id} if parent_run_id else {})
     run = client.create_run(experiment_id, run_name=name, tags=tags)
     run_id: str = run.info.run_id
@@ -288,7 +287,8 @@ def register_backbone(
         The URI ``models:/name/version``.
     """
     if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
+        with _unless_it_exists():
+            client.create_registered_model(name)
     versions = client.search_model_versions(f"name = '{name}'")
     new = next((version for version in versions if version.run_id == run_id), None)
     if new is None:
@@ -296,9 +296,9 @@ def register_backbone(
         source = f"runs:/{run_id}/{BACKBONE_FOLDER}"
         new = client.create_model_version(name, source, run_id, tags=dict(tags))
     if all(int(version.version) <= int(new.version) for version in versions):
-        client.set_registered_model_alias(name, CHALLENGER, new.version)
+        _set_alias(client, CHALLENGER, new)
     if _is_better(new, _version_by_alias(client, name, CHAMPION)):
-        client.set_registered_model_alias(name, CHAMPION, new.version)
+        _set_alias(client, CHAMPION, new)
     return f"models:/{name}/{new.version}"
 
 
@@ -359,6 +359,23 @@ def download(client: MlflowClient, version: ModelVersion) -> Path:
         msg = f"{uri}: its files cannot be had ({first_line(error)})"
         raise InputError(msg) from error
     return Path(folder)
+
+
+@contextmanager
+def _unless_it_exists() -> Iterator[None]:
+    """Let pass that another job has just made the same."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _set_alias(client: MlflowClient, alias: str, version: ModelVersion) -> None:
+    try:
+        client.set_registered_model_alias(version.name, alias, version.version)
+    except MlflowException:  # so it is when another job makes the same alias at this moment
+        client.set_registered_model_alias(version.name, alias, version.version)
 
 
 def _version_by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
