@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 UV_VERSION := 0.13.9
+IMAGE ?= registry.example.com/upreid-ray:0.1.0
 
-.PHONY: help setup pretrain sweep finetune compare check format test test-fast bench up down status lock clean
+.PHONY: help setup pretrain sweep finetune compare check format test test-fast bench up down \
+  status secrets image lock clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -40,11 +42,12 @@ compare: $(READY)  ## that champion against random weights, frozen and fine-tune
 	$(BIN)/python jobs/compare.py demo --init models:/upreid-resnet18@champion \
 	  --splits 0.1 1.0 --seeds 1 --min_steps 40
 
-check: $(READY)  ## format, lint, types, layers
+check: $(READY)  ## format, lint, types, layers, manifests
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest --quiet tests/cluster/test_manifests.py
 
 format: $(READY)  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
@@ -71,9 +74,16 @@ down: $(READY)  ## end what `make up` started
 status: $(READY)  ## show what `make up` started
 	$(BIN)/python cluster/local.py status $(ARGS)
 
+secrets:  ## make the passwords of the compose file and of the Kubernetes manifests
+	$(PYTHON) cluster/make_secrets.py
+
+image:  ## build the image of head, workers, jobs and MLflow (ARGS="--build-arg VARIANT=cpu")
+	docker build -f cluster/Dockerfile -t $(IMAGE) $(ARGS) \
+	  --build-arg COMMIT=$$(git describe --always --abbrev=40 --dirty) .
+
 lock: $(READY)  ## resolve the newest versions into requirements.lock
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
-	  --upgrade --quiet pyproject.toml --group dev -o requirements.lock
+	  --upgrade --quiet pyproject.toml --group dev --group server -o requirements.lock
 
 clean:  ## remove the environment and the caches, not the runs
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -92,6 +92,13 @@ def test_a_run_has_its_environment_as_tags(client, run_id):
     assert {name: tags[name] for name in tracking.environment()} == tracking.environment()
 
 
+def test_without_a_repository_the_commit_is_the_one_that_the_image_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git there
+    monkeypatch.setenv("UPREID_RAY_COMMIT", "an-id")
+
+    assert tracking.environment()["mlflow.source.git.commit"] == "an-id"
+
+
 def test_a_run_has_its_configuration_as_a_file(client, run_id, tmp_path):
     file = client.download_artifacts(run_id, "config.json", str(tmp_path))
 

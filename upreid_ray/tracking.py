@@ -100,13 +100,12 @@ def start_run(
         config: Its settings.
         parent_run_id: Run under which MLflow shows this one; None for a run of its own.
     """
-    found = client.get_experiment_by_name(experiment)
-    if found is not None:
-        experiment_id = found.experiment_id
-    else:
+    if client.get_experiment_by_name(experiment) is None:
         embedded = tracking_uri().startswith("sqlite:")
         location = Path("mlartifacts").absolute().as_uri() if embedded else None
-        experiment_id = client.create_experiment(experiment, artifact_location=location)
+        with _unless_it_exists():
+            client.create_experiment(experiment, artifact_location=location)
+    experiment_id = client.get_experiment_by_name(experiment).experiment_id
     tags = environment() | ({PARENT_TAG: parent_run_id} if parent_run_id else {})
     run = client.create_run(experiment_id, run_name=name, tags=tags)
     run_id: str = run.info.run_id
@@ -298,7 +297,8 @@ def register_backbone(
         The URI ``models:/name/version``.
     """
     if not client.search_registered_models(f"name = '{name}'"):
-        client.create_registered_model(name)
+        with _unless_it_exists():
+            client.create_registered_model(name)
     versions = client.search_model_versions(f"name = '{name}'")
     new = next((version for version in versions if version.run_id == run_id), None)
     if new is None:
@@ -306,9 +306,9 @@ def register_backbone(
         source = f"runs:/{run_id}/{BACKBONE_FOLDER}"
         new = client.create_model_version(name, source, run_id, tags=dict(tags))
     if all(int(version.version) <= int(new.version) for version in versions):
-        client.set_registered_model_alias(name, CHALLENGER, new.version)
+        _set_alias(client, CHALLENGER, new)
     if _is_better(new, _version_by_alias(client, name, CHAMPION)):
-        client.set_registered_model_alias(name, CHAMPION, new.version)
+        _set_alias(client, CHAMPION, new)
     return f"models:/{name}/{new.version}"
 
 
@@ -371,6 +371,23 @@ def download(client: MlflowClient, version: ModelVersion) -> Path:
     return Path(folder)
 
 
+@contextmanager
+def _unless_it_exists() -> Iterator[None]:
+    """Let pass that another job has just made the same."""
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _set_alias(client: MlflowClient, alias: str, version: ModelVersion) -> None:
+    try:
+        client.set_registered_model_alias(version.name, alias, version.version)
+    except MlflowException:  # so it is when another job makes the same alias at this moment
+        client.set_registered_model_alias(version.name, alias, version.version)
+
+
 def _version_by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     model = client.get_registered_model(name)
     if alias not in model.aliases:
@@ -388,7 +405,10 @@ def _is_better(new: ModelVersion, champion: ModelVersion | None) -> bool:
 
 
 def _commit() -> str:
-    """Return the commit of this code, with ``-dirty`` if it was changed, or ``unknown``."""
+    """Return the commit of this code, with ``-dirty`` if it was changed, or ``unknown``.
+
+    An image has no repository: it is built with its commit in ``UPREID_RAY_COMMIT``.
+    """
     command = [
         "git",
         "-C",
@@ -402,5 +422,5 @@ def _commit() -> str:
         # A fixed command line, but for the place of this file.
         done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("UPREID_RAY_COMMIT", "unknown")
     return done.stdout.strip()

@@ -7,7 +7,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
+from ray.util.metrics import Gauge
 from torch import Tensor
 
 from upreid_ray.config import (
@@ -134,6 +135,7 @@ class Worker(ABC):
         self.known_checkpoints: set[str] = set()
         self.meter = Meter(self.run.training.batch_size)
         self.log: RunLog | None = None
+        self.gauges = Gauges(ray.train.get_context().get_experiment_name())
         if distributed.rank() == 0:
             self.log = RunLog(
                 settings.run_id, settings.tracking_uri, settings.folder.local_path()
@@ -234,14 +236,10 @@ class Worker(ABC):
         metrics = self.meter.read()
         if self.log is None:
             return
-        self.log.metrics(
-            state.step,
-            {
-                **metrics,
-                "train/epoch": state.step / state.steps_per_epoch,
-                "train/lr": state.optimizer.param_groups[0]["lr"],
-            },
-        )
+        metrics["train/epoch"] = state.step / state.steps_per_epoch
+        metrics["train/lr"] = state.optimizer.param_groups[0]["lr"]
+        self.log.metrics(state.step, metrics)
+        self.gauges.set(metrics)
         speed = metrics["train/images_per_second"]
         seconds_left = (state.num_steps - state.step) * self.run.training.batch_size / speed
         logger.info(
@@ -267,6 +265,7 @@ class Worker(ABC):
         if self.log is not None:
             named = {f"eval/{name}": value for name, value in scores.items()}
             self.log.metrics(self.state.step, named)
+            self.gauges.set(named)
         logger.info(
             "step %d/%d  retrieval  mAP %.4f  rank-1 %.4f",
             self.state.step,
@@ -342,6 +341,26 @@ def _newest_whole(checkpoints: Sequence[Checkpoint]) -> int | None:
 def _is_preempted() -> bool:
     """Tell, on every worker alike, whether a node of this run is about to be taken away."""
     return ray.train.get_preemption_info() is not None
+
+
+class Gauges:
+    """The newest values of a run, which Prometheus scrapes from Ray's own metrics.
+
+    Args:
+        run: Its name, the tag of every value.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._gauges: dict[str, Gauge] = {}
+
+    def set(self, values: Mapping[str, float]) -> None:
+        """Set values: ``section/name`` is ``ray_upreid_section_name`` in Prometheus."""
+        for name, value in values.items():
+            if name not in self._gauges:
+                metric = f"upreid_{name.replace('/', '_')}"
+                self._gauges[name] = Gauge(metric, tag_keys=("run",))
+            self._gauges[name].set(value, tags={"run": self._run})
 
 
 class Meter:
