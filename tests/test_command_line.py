@@ -281,13 +281,16 @@ REFUSED = {
     "empty folder": (PREPARE, "empty", "--out", "out"),
     "missing folder": (PREPARE, "missing", "--out", "out"),
     "no images": (PREPARE, "texts", "--out", "out"),
-    "no folder to write": (PREPARE, "images"),
     "no init to score": (EVALUATE, "--data.root", "images"),
     "no init to fine-tune": (FINETUNE, "demo"),
     "unknown method": (FINETUNE, "demo", "--init", "random", "--method", "guess"),
     "no init to compare": (COMPARE, "demo", "--splits", "0.5"),
     "bad share": (COMPARE, "demo", "--init", "random", "--splits", "0.5", "3"),
     "bad groups": (FINETUNE, "demo", "--init", "random", "--training.num_groups", "3"),
+    "source but nowhere to go": (PREPARE, "images"),
+    "nothing to check": (PREPARE, "--check", "images"),
+    "unknown column": (PREPARE, "images", "--out", "out", "--columns", "person=pid"),
+    "distance too far": (PREPARE, "images", "--out", "out", "--max-distance", "30"),
     "negative seed": (PREPARE, "synthetic", "--out", "out", "--seed", "-1"),
 }
 

@@ -27,7 +27,8 @@ from PIL import Image
 from ray.data import DataIterator
 
 from upreid_ray.config import InputError, PretrainConfig
-from upreid_ray.data.shards import Manifest, open_folder
+from upreid_ray.data.folders import open_folder
+from upreid_ray.data.shards import Manifest
 
 TRAIN_SPLITS = ("train", "unlabeled")
 EVALUATION_SPLITS = ("query", "gallery")
