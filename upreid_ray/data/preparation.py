@@ -41,6 +41,7 @@ from upreid_ray.data.shards import (
     MANIFEST_FILE,
     REFUSED_FILE,
     SCHEMA,
+    TRAIN_SPLITS,
     Manifest,
     Shard,
     read_manifest,
@@ -51,7 +52,6 @@ SHARD_BYTES = 128 * 2**20
 # Small sets are cut finer, so that several cores prepare them.
 SMALL_SHARD_IMAGES = 512
 NUM_SMALL_SHARDS = 8
-TRAIN_SPLITS = ("train", "unlabeled")
 # Column of a task's records: the place of an image in the source, by which it is read.
 PLACE = "place"
 
@@ -320,13 +320,15 @@ class ShardWriter:
     ) -> None:
         metadata = {"plan": self.plan, "refused": json.dumps(refused)}
         buffer = io.BytesIO()
+        small = [name for name in _leaves(table.schema) if name != "image"]
         pq.write_table(
             table.replace_schema_metadata(metadata),
             buffer,
             row_group_size=ROW_GROUP_IMAGES,
-            compression={
-                name: "none" if name == "image" else "zstd" for name in _leaves(table.schema)
-            },
+            # Images do not get smaller, nor would anybody look for the least of them.
+            compression={"image": "none"} | dict.fromkeys(small, "zstd"),
+            use_dictionary=small,
+            write_statistics=small,
             write_page_checksum=True,
         )
         write_whole(filesystem, file, buffer.getvalue())

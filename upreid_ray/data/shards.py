@@ -19,6 +19,7 @@ from upreid_ray.data.records import Refused
 MANIFEST_FILE = "manifest.json"
 REFUSED_FILE = "refused.jsonl"
 FORMAT_VERSION = 2
+TRAIN_SPLITS = ("train", "unlabeled")
 
 SCHEMA = pa.schema(
     [
