@@ -6,8 +6,8 @@ READY := $(VENV)/ready
 UV_VERSION := 0.13.9
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
 
-.PHONY: help setup pretrain sweep finetune compare check format test test-fast bench up down \
-  status secrets image lock clean
+.PHONY: help setup pretrain sweep finetune compare check format test test-fast bench bench-data \
+  up down status secrets image lock clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -64,6 +64,10 @@ bench: $(READY)  ## the numbers of BENCHMARKS.md
 	$(BIN)/python benchmarks/ray_overhead.py
 	$(BIN)/python benchmarks/retrieval.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/data.py
+
+bench-data: $(READY)  ## how fast images arrive, beside torch's DataLoader
+	$(BIN)/python benchmarks/data.py $(ARGS)
 
 up: $(READY)  ## start a local Ray head and an MLflow server
 	$(BIN)/python cluster/local.py up $(ARGS)

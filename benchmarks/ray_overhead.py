@@ -27,8 +27,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from upreid_ray.config import PretrainConfig
 from upreid_ray.core.training import TrainState, train, train_step
-from upreid_ray.data.layouts import synthetic_records
-from upreid_ray.data.shards import read_manifest, write_shards
+from upreid_ray.data.images import ImageRules
+from upreid_ray.data.preparation import write_shards
+from upreid_ray.data.shards import read_manifest
+from upreid_ray.data.sources import synthetic_records
 from upreid_ray.data.stream import Block, Columns, TrainingImages
 from upreid_ray.presets import PRESETS
 from upreid_ray.pretrain import fit
@@ -163,7 +165,7 @@ def _shards(folder: Path) -> str:
         str(folder / "shards"),
         source="synthetic",
         seed=0,
-        max_height=None,
+        rules=ImageRules(),
         on_progress=lambda _: None,
     )
     ray.shutdown()

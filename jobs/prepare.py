@@ -1,82 +1,179 @@
-"""Turn images into shards: checked, shuffled Parquet files with a manifest.
+"""Turn images into shards: checked, measured, shuffled Parquet files with a manifest.
 
-SOURCE is a folder of images of any depth, a labelled set as it is distributed (Market-1501,
-MSMT17, CUHK03-NP, PersonX), or the word synthetic.
+SOURCE is a folder or file, or a URI of one (s3://, gs://, hdfs://, file://):
+  a folder of images of any depth, or of tracklets; their paths become the keys
+  a labelled set as it is distributed: Market-1501, MSMT17, CUHK03-NP, PersonX, MARS
+  an LMDB such as LUPerson's, with its keys.pkl in or beside it
+  tar files or a folder of them, such as WebDataset's shards
+  Parquet files or a folder of them
+  a list of paths (.txt, or a pickled list .pkl) of images, of tar or of Parquet files
+  the word synthetic
+
+Images that do not go in are listed with their reasons in DIR/refused.jsonl; DIR/samples.html
+shows some of them and some of what is in. A killed run continues with the same command.
+The bounds hold for training images; query and gallery images stay as their protocol has them.
 
 Examples:
   python jobs/prepare.py CROPS --out shards
-  python jobs/prepare.py market1501 --out s3://bucket/market --max-height 384
+  python jobs/prepare.py lup_lmdb --out s3://bucket/luperson --max-height 384 --duplicates near
+  python jobs/prepare.py CROPS --out shards --min-height 64 --min-aspect 1 --min-sharpness 50
+  python jobs/prepare.py crops.parquet --columns image=jpg.bytes,key=path --out shards
   python jobs/prepare.py synthetic --out people
+  python jobs/prepare.py --check shards --decode
 """
 
 import argparse
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from upreid_ray.command_line import JobParser, connect_to_ray, run_job
-from upreid_ray.config import SyntheticConfig
-from upreid_ray.data.layouts import folder_records, label_warnings, synthetic_records
-from upreid_ray.data.shards import Manifest, write_shards
+from upreid_ray.config import InputError, RunFailed, SyntheticConfig
+from upreid_ray.data.archives import PARQUET_COLUMNS
+from upreid_ray.data.audit import audit
+from upreid_ray.data.duplicates import MAX_DISTANCE
+from upreid_ray.data.images import ImageRules
+from upreid_ray.data.page import write_page
+from upreid_ray.data.preparation import write_shards
+from upreid_ray.data.progress import image_progress
+from upreid_ray.data.shards import Manifest, read_manifest
+from upreid_ray.data.sources import source_records, synthetic_records
 
 logger = logging.getLogger("upreid_ray")
 
+NUM_NAMED = 10
+# Flag, least value, unit, meaning.
+BOUNDS: tuple[tuple[str, float, str, str], ...] = (
+    ("--max-height", 1, "PIXELS", "shrink higher images to this height"),
+    ("--min-width", 1, "PIXELS", "refuse narrower images"),
+    ("--min-height", 1, "PIXELS", "refuse lower images"),
+    ("--min-aspect", 0.0, "RATIO", "refuse images whose height by width is less"),
+    ("--max-aspect", 0.0, "RATIO", "refuse images whose height by width is more"),
+    (
+        "--min-sharpness",
+        0.0,
+        "VARIANCE",
+        "refuse images whose Laplacian, of grey levels 0..255 at 64x128 pixels, varies less; "
+        "samples.html shows the values of some images",
+    ),
+)
+
+NumberT = TypeVar("NumberT", int, float)
+
 
 def main() -> dict[str, Any]:
-    """Parse, write the shards, and return what the JSON line says."""
+    """Parse, write or check the shards, and return what the JSON line says."""
+    arguments = _parser().parse(sys.argv[1:])
+    if arguments.check is not None:
+        return _check(arguments)
+    for name, value in (("SOURCE", arguments.source), ("--out", arguments.out)):
+        if value is None:
+            msg = f"{name}: required; see --help"
+            raise InputError(msg)
+    return _prepare(arguments)
+
+
+def _parser() -> JobParser:
     parser = JobParser(__doc__)
-    parser.add_argument("source", metavar="SOURCE", help="folder of images, or synthetic")
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", help="folder or URI of the shards"
+    add = parser.add_argument
+    add("source", metavar="SOURCE", nargs="?", help="what to read: see above")
+    add("--out", metavar="DIR", help="folder or URI of the shards")
+    add("--seed", type=_at_least(0), default=0, help="of the order of the images")
+    add(
+        "--columns",
+        type=_columns,
+        default={},
+        metavar="OURS=THEIRS,...",
+        help="columns of Parquet files for image, key, pid, camid and split",
     )
-    parser.add_argument(
-        "--seed", type=_at_least(0), default=0, help="of the order of the images"
+    bounds = parser.add_argument_group("images")
+    for flag, least, unit, meaning in BOUNDS:
+        bounds.add_argument(flag, type=_at_least(least), metavar=unit, help=meaning)
+    add = bounds.add_argument
+    add(
+        "--duplicates",
+        choices=("keep", "exact", "near"),
+        default="keep",
+        help="keep all; or once those with equal pixels; or once those that look the same "
+        "(64 bits of rising and falling grey, of which few differ)",
     )
-    parser.add_argument(
-        "--max-height",
-        type=_at_least(1),
-        metavar="PIXELS",
-        help="shrink higher images to this height",
+    add(
+        "--max-distance",
+        type=_at_least(0),
+        default=ImageRules.max_distance,
+        metavar="BITS",
+        help="bits in which near duplicates may differ (default: %(default)s; at most 6)",
     )
-    arguments = parser.parse(sys.argv[1:])
+    check = parser.add_argument_group("check")
+    check.add_argument(
+        "--check", metavar="DIR", help="compare a set with its manifest instead; 1 if damaged"
+    )
+    check.add_argument("--decode", action="store_true", help="decode every image too")
+    return parser
+
+
+def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = vars(arguments)
+    rules = ImageRules(**{name: given[name] for name in vars(ImageRules())})
+    if rules.max_distance > MAX_DISTANCE:
+        msg = f"--max-distance {rules.max_distance}: images that far apart are no duplicates"
+        raise InputError(msg)
     if arguments.source == "synthetic":
         records = synthetic_records(SyntheticConfig(seed=arguments.seed))
     else:
-        records = folder_records(arguments.source)
-        for warning in label_warnings(records):
-            logger.warning("%s: %s", arguments.source, warning)
+        records = source_records(arguments.source, arguments.columns)
     connect_to_ray()
-    console = Console(stderr=True)
-    with Progress(console=console) as progress:
-        task = progress.add_task("preparing", total=len(records))
+    with image_progress("preparing", len(records)) as advance:
         manifest = write_shards(
             records,
             arguments.out,
             source=arguments.source,
             seed=arguments.seed,
-            max_height=arguments.max_height,
-            on_progress=lambda done: progress.advance(task, done),
+            rules=rules,
+            on_progress=advance,
         )
-    console.print(_table(manifest))
+    write_page(arguments.out, manifest, records, seed=arguments.seed)
+    Console(stderr=True).print(_table(manifest))
+    mean, std = (",".join(map(str, each or ())) for each in (manifest.mean, manifest.std))
+    logger.info("colours of this set: --augmentation.mean %s --augmentation.std %s", mean, std)
     return {
         "result_dir": arguments.out,
         "manifest": manifest.digest(),
         "images": manifest.counts(),
-        "refused": len(manifest.refused),
+        "refused": dict(manifest.num_refused),
+        "mean": manifest.mean,
+        "std": manifest.std,
     }
 
 
-def _at_least(least: int) -> Callable[[str], int]:
-    """Return what reads a whole number that is not less than this."""
+def _check(arguments: argparse.Namespace) -> dict[str, Any]:
+    manifest = read_manifest(arguments.check)
+    connect_to_ray()
+    with image_progress("checking", sum(manifest.counts().values())) as advance:
+        damaged = audit(arguments.check, manifest, decode=arguments.decode, on_progress=advance)
+    if damaged:
+        for name, wrong in list(damaged.items())[:NUM_NAMED]:
+            logger.error("%s/%s: %s", arguments.check, name, wrong)
+        msg = f"{arguments.check}: {len(damaged)} of {len(manifest.shards)} shards are damaged"
+        raise RunFailed(msg)
+    Console(stderr=True).print(_table(manifest))
+    return {
+        "result_dir": arguments.check,
+        "manifest": manifest.digest(),
+        "images": manifest.counts(),
+    }
 
-    def read(text: str) -> int:
-        number = int(text)
-        if number < least:
+
+def _at_least(least: NumberT) -> Callable[[str], NumberT]:
+    """Return what reads a number of the same type that is not less than this."""
+
+    def read(text: str) -> NumberT:
+        number = type(least)(text)
+        if not number >= least:
             msg = f"must be at least {least} (got {number})"
             raise argparse.ArgumentTypeError(msg)
         return number
@@ -84,16 +181,25 @@ def _at_least(least: int) -> Callable[[str], int]:
     return read
 
 
+def _columns(text: str) -> dict[str, str]:
+    """Read ``ours=theirs,...``."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    unknown = [ours for ours, _, theirs in pairs if ours not in PARQUET_COLUMNS or not theirs]
+    if unknown:
+        msg = f"{unknown[0]!r} must be one of {', '.join(PARQUET_COLUMNS)}, then =NAME"
+        raise argparse.ArgumentTypeError(msg)
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
 def _table(manifest: Manifest) -> Table:
-    """Show the images of each split, and the first of those that were refused."""
+    """Show the images of each split, and what was refused."""
     table = Table("split", "images", "shards", "MB")
     for split, count in manifest.counts().items():
         shards = [shard for shard in manifest.shards if shard.split == split]
         megabytes = sum(shard.num_bytes for shard in shards) / 1e6
         table.add_row(split, f"{count:,}", str(len(shards)), f"{megabytes:.1f}")
-    table.add_row("refused", f"{len(manifest.refused):,}", "", "")
-    if manifest.refused:
-        table.caption = "first refused: {0.key}: {0.reason}".format(manifest.refused[0])
+    for kind, count in manifest.num_refused.items():
+        table.add_row(f"refused: {kind}", f"{count:,}", "", "")
     return table
 
 

@@ -281,7 +281,6 @@ REFUSED = {
     "empty folder": (PREPARE, "empty", "--out", "out"),
     "missing folder": (PREPARE, "missing", "--out", "out"),
     "no images": (PREPARE, "texts", "--out", "out"),
-    "no folder to write": (PREPARE, "images"),
     "no init to score": (EVALUATE, "--data.root", "images"),
     "no init to fine-tune": (FINETUNE, "demo"),
     "unknown method": (FINETUNE, "demo", "--init", "random", "--method", "guess"),
@@ -294,6 +293,10 @@ REFUSED = {
     "nothing swept": (SWEEP, "own", "demo"),
     "no space": (SWEEP, "--num-trials", "2"),
     "settings of a resumed sweep": (SWEEP, "--resume", "s", "--num-trials", "2"),
+    "source but nowhere to go": (PREPARE, "images"),
+    "nothing to check": (PREPARE, "--check", "images"),
+    "unknown column": (PREPARE, "images", "--out", "out", "--columns", "person=pid"),
+    "distance too far": (PREPARE, "images", "--out", "out", "--max-distance", "30"),
     "negative seed": (PREPARE, "synthetic", "--out", "out", "--seed", "-1"),
 }
 

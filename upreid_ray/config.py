@@ -182,7 +182,7 @@ class DataConfig(Section):
     width: Pixels = 128
     """Width to which images are resized, in pixels."""
     max_undecodable: Probability = 0.01
-    """Share of images that may fail to decode before the run is stopped."""
+    """Share of images that may not decode, or lie in damaged shards, before the run stops."""
 
 
 class AugmentationConfig(Section):

@@ -13,7 +13,7 @@ from typing import Any, Self
 from pyarrow import fs
 
 from upreid_ray.config import InputError, JobConfig, Section
-from upreid_ray.data.shards import open_folder, write_whole
+from upreid_ray.data.folders import open_folder, write_whole
 
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"

@@ -1,23 +1,21 @@
-"""Folders and the synthetic set become records."""
+"""Folders become records."""
 
+import os
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
-from PIL import Image
+from pyarrow import fs
 
-from upreid_ray.config import InputError, SyntheticConfig
+from upreid_ray.config import InputError
+from upreid_ray.data import folders
 from upreid_ray.data.layouts import (
     KNOWN_SETS,
-    Record,
     folder_records,
     label_warnings,
-    synthetic_records,
-)
-
-PEOPLE = SyntheticConfig(
-    num_train_identities=1, num_test_identities=1, num_unlabeled_identities=1, height=64
+    num_readers,
 )
 
 
@@ -28,6 +26,11 @@ def put(root: Path, *names: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(name.encode())
     return root
+
+
+def rows(root: Path) -> list[SimpleNamespace]:
+    """Return the records of a folder, each as an object."""
+    return [SimpleNamespace(**row) for row in folder_records(str(root)).table.to_pylist()]
 
 
 def market(root: Path) -> Path:
@@ -45,7 +48,7 @@ def market(root: Path) -> Path:
 
 
 def test_market_names_give_person_camera_and_split(tmp_path):
-    records = {record.key: record for record in folder_records(str(market(tmp_path)))}
+    records = {record.key: record for record in rows(market(tmp_path))}
 
     train = records["bounding_box_train/0002_c1s1_000451_03.jpg"]
     query = records["query/0010_c2s1_000001_00.jpg"]
@@ -55,7 +58,7 @@ def test_market_names_give_person_camera_and_split(tmp_path):
 
 
 def test_market_junk_is_left_out_and_distractors_are_kept(tmp_path):
-    records = folder_records(str(market(tmp_path)))
+    records = rows(market(tmp_path))
 
     gallery = [record.pid for record in records if record.split == "gallery"]
     assert gallery == [0, 10]
@@ -64,7 +67,7 @@ def test_market_junk_is_left_out_and_distractors_are_kept(tmp_path):
 def test_market_needs_no_query(tmp_path):
     put(tmp_path, "bounding_box_train/0002_c1s1_000451_03.jpg")
 
-    records = folder_records(str(tmp_path))
+    records = rows(tmp_path)
 
     assert [record.split for record in records] == ["train"]
 
@@ -72,7 +75,7 @@ def test_market_needs_no_query(tmp_path):
 def test_images_beside_the_folders_of_market_are_left_out(tmp_path):
     put(market(tmp_path), "gt_bbox/0001_c1s1_001051_00.jpg", "poster.png")
 
-    keys = [record.key for record in folder_records(str(tmp_path))]
+    keys = [record.key for record in rows(tmp_path)]
 
     assert not {key for key in keys if key.startswith(("gt_bbox", "poster"))}
 
@@ -85,7 +88,7 @@ def test_a_name_that_is_not_of_market_is_refused(tmp_path, name):
         folder_records(str(tmp_path))
 
 
-def labels(records: list[Record]) -> set[tuple[str, int | None, int | None, str]]:
+def labels(records: list[SimpleNamespace]) -> set[tuple[str, int | None, int | None, str]]:
     return {(each.key, each.pid, each.camid, each.split) for each in records}
 
 
@@ -104,7 +107,7 @@ def test_msmt17_takes_persons_from_its_lists_and_cameras_from_names(tmp_path, fo
         (tmp_path / name).write_text(line + "\n")
 
     # Person 0 is a person, and person 0 of the test part is another one.
-    assert labels(folder_records(str(tmp_path))) == {
+    assert labels(rows(tmp_path)) == {
         (f"{train}/0000/0000_000_01_0303morning_0015_0.jpg", 0, 1, "train"),
         (f"{train}/0001/0001_015_14_0113noon_1056_1.jpg", 1, 14, "train"),
         (f"{test}/0000/0000_003_05_0303noon_0100_0.jpg", 2, 5, "query"),
@@ -115,7 +118,7 @@ def test_msmt17_takes_persons_from_its_lists_and_cameras_from_names(tmp_path, fo
 def test_the_market_style_copy_of_msmt17_keeps_person_0(tmp_path):
     put(tmp_path, "bounding_box_train/0000_c15_0001.jpg", "bounding_box_test/0000_c2_0001.jpg")
 
-    assert {(each.pid, each.camid) for each in folder_records(str(tmp_path))} == {
+    assert {(each.pid, each.camid) for each in rows(tmp_path)} == {
         (0, 15),
         (0, 2),
     }
@@ -126,9 +129,11 @@ def test_cuhk03_np_is_read_in_either_version(tmp_path):
     put(tmp_path / "labeled", *names, "bounding_box_test/0001_c1_401.png")
     put(tmp_path / "detected", *names)
 
-    assert {
-        (each.pid, each.camid, each.split) for each in folder_records(str(tmp_path / "labeled"))
-    } == {(3, 1, "train"), (1, 2, "query"), (1, 1, "gallery")}
+    assert {(each.pid, each.camid, each.split) for each in rows(tmp_path / "labeled")} == {
+        (3, 1, "train"),
+        (1, 2, "query"),
+        (1, 1, "gallery"),
+    }
     with pytest.raises(InputError, match=r"several versions .* such as \S+/labeled$"):
         folder_records(str(tmp_path))
 
@@ -141,7 +146,7 @@ def test_personx_names_give_person_and_camera(tmp_path):
         "bounding_box_test/0411_c8_02.jpg",
     )
 
-    found = {(each.pid, each.camid) for each in folder_records(str(tmp_path))}
+    found = {(each.pid, each.camid) for each in rows(tmp_path)}
     assert found == {(5, 12), (411, 3), (411, 8)}
 
 
@@ -168,21 +173,13 @@ def test_lists_of_msmt17_without_its_folders_are_refused(tmp_path):
         folder_records(str(tmp_path))
 
 
-@dataclass(frozen=True)
-class Label:
-    """A record of which only the labels count."""
-
-    split: str
-    pid: int
-    camid: int
-    key: str = ""
-    num_bytes: int = 0
-
-    def read(self) -> bytes:
-        return b""
+def table(*labels: tuple[str, int, int]) -> pa.Table:
+    """Make a table of split, person and camera."""
+    splits, pids, camids = zip(*labels, strict=True)
+    return pa.table({"split": splits, "pid": pids, "camid": camids})
 
 
-def records_of(name: str) -> list[Label]:
+def table_of(name: str) -> pa.Table:
     """Make labels with the counts of a known set."""
     counts = KNOWN_SETS[name]
     sizes = {
@@ -190,35 +187,37 @@ def records_of(name: str) -> list[Label]:
         "query": counts.query_images,
         "gallery": counts.gallery_images,
     }
-    return [
-        Label(split, 1 + i % counts.train_persons + 10_000 * (split != "train"), camid)
-        for split, size in sizes.items()
-        for i in range(size)
-        for camid in [i % counts.cameras]
-    ]
+    return table(
+        *(
+            (split, 1 + i % counts.train_persons + 10_000 * (split != "train"), camid)
+            for split, size in sizes.items()
+            for i in range(size)
+            for camid in [i % counts.cameras]
+        )
+    )
 
 
 @pytest.mark.parametrize("name", ["Market-1501", "CUHK03-NP labeled", "CUHK03-NP detected"])
 def test_a_whole_known_set_brings_no_warning(name):
-    assert label_warnings(records_of(name)) == []
+    assert label_warnings(table_of(name)) == []
 
 
 def test_a_known_set_that_is_not_whole_is_named_with_its_counts():
-    records = records_of("CUHK03-NP detected")[1:]
+    labels = table_of("CUHK03-NP detected")[1:]
 
-    assert label_warnings(records) == [
+    assert label_warnings(labels) == [
         "not the whole CUHK03-NP detected: 7364 train images instead of 7365"
     ]
 
 
 def test_an_unknown_set_brings_no_warning():
-    assert label_warnings([Label("train", 1, 1), Label("query", 2, 1)]) == []
+    assert label_warnings(table(("train", 1, 1), ("query", 2, 1))) == []
 
 
 def test_persons_in_train_and_test_are_counted():
-    records = [Label("train", 7, 1), Label("query", 7, 1), Label("gallery", 7, 2)]
+    labels = table(("train", 7, 1), ("query", 7, 1), ("gallery", 7, 2))
 
-    assert label_warnings(records) == [
+    assert label_warnings(labels) == [
         "1 persons are in train and in query or gallery, such as 7"
     ]
 
@@ -226,7 +225,7 @@ def test_persons_in_train_and_test_are_counted():
 def test_a_plain_tree_gives_unlabeled_images_of_every_depth_and_case(tmp_path):
     put(tmp_path, "b.JPG", "a/c.Png", "a/deep/er/d.jpeg", "a/notes.txt", "a/jpg")
 
-    records = folder_records(str(tmp_path))
+    records = rows(tmp_path)
 
     described = [(each.key, each.pid, each.camid, each.split) for each in records]
     assert described == [
@@ -237,15 +236,16 @@ def test_a_plain_tree_gives_unlabeled_images_of_every_depth_and_case(tmp_path):
 
 
 def test_a_record_reads_the_bytes_of_its_file(tmp_path):
-    (record,) = folder_records(str(put(tmp_path, "a/b.jpg")))
+    records = folder_records(str(put(tmp_path, "a/b.jpg")))
 
-    assert (record.read(), record.num_bytes) == (b"a/b.jpg", len(b"a/b.jpg"))
+    (row,) = records.table.to_pylist()
+    assert (records.read(row), row["num_bytes"]) == (b"a/b.jpg", len(b"a/b.jpg"))
 
 
 def test_the_order_of_records_is_that_of_their_keys(tmp_path):
     put(tmp_path, *(f"{name}/{name}.jpg" for name in "qwertyuiop"))
 
-    keys = [record.key for record in folder_records(str(tmp_path))]
+    keys = [record.key for record in rows(tmp_path)]
 
     assert keys == [f"{name}/{name}.jpg" for name in sorted("qwertyuiop")]
 
@@ -269,28 +269,78 @@ def test_a_source_without_images_is_refused_in_one_line_that_names_it(tmp_path, 
     assert (message.count("\n"), message.startswith(f"{source}: ")) == (0, True)
 
 
-def test_records_of_files_survive_pickling(tmp_path):
+def test_readers_of_files_survive_pickling(tmp_path):
     records = folder_records(str(market(tmp_path)))
 
-    assert pickle.loads(pickle.dumps(records)) == records
+    read = pickle.loads(pickle.dumps(records.read))
+
+    keys = records.table.column("key").to_pylist()
+    assert [read(row) for row in records.table.to_pylist()] == [key.encode() for key in keys]
 
 
-def test_records_of_drawings_survive_pickling():
-    records = synthetic_records(PEOPLE)
+def test_folders_behind_links_are_not_walked_and_linked_files_are_images(tmp_path):
+    put(tmp_path, "a/b.jpg")
+    (tmp_path / "a/circle").symlink_to(tmp_path / "a")
+    (tmp_path / "c.jpg").symlink_to(tmp_path / "a/b.jpg")
 
-    assert pickle.loads(pickle.dumps(records)) == records
-
-
-def test_the_synthetic_set_has_every_split():
-    records = synthetic_records(PEOPLE)
-
-    splits = {record.split for record in records}
-    assert splits == {"train", "query", "gallery", "unlabeled"}
+    assert [record.key for record in rows(tmp_path)] == ["a/b.jpg", "c.jpg"]
 
 
-def test_a_drawing_reads_as_a_jpeg_of_the_size_asked_for(tmp_path):
-    record = synthetic_records(PEOPLE)[0]
-    (tmp_path / "drawing").write_bytes(record.read())
+def test_a_name_that_is_not_text_is_refused_and_the_others_are_not(tmp_path):
+    put(tmp_path, "a.jpg")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")).write_bytes(b"1")
 
-    with Image.open(tmp_path / "drawing") as image:
-        assert (image.format, image.size) == ("JPEG", (64, 64))
+    records = folder_records(str(tmp_path))
+
+    refused = [(one.key, one.kind) for one in records.refused]
+    assert (len(records), refused) == (1, [("caf\\udce9.jpg", "unreadable")])
+
+
+def test_mars_names_give_person_and_camera_and_its_test_part_is_left_out(tmp_path):
+    put(
+        tmp_path,
+        "bbox_train/0001/0001C1T0001F001.jpg",
+        "bbox_train/0003/0003C6T0012F100.jpg",
+        "bbox_test/0002/0002C1T0001F001.jpg",
+    )
+
+    assert labels(rows(tmp_path)) == {
+        ("bbox_train/0001/0001C1T0001F001.jpg", 1, 1, "train"),
+        ("bbox_train/0003/0003C6T0012F100.jpg", 3, 6, "train"),
+    }
+
+
+def test_tracklets_of_a_plain_tree_are_unlabeled_and_in_the_keys(tmp_path):
+    put(tmp_path, "12/tracklet3/0001.jpg", "12/tracklet4/0001.jpg")
+
+    assert labels(rows(tmp_path)) == {
+        ("12/tracklet3/0001.jpg", None, None, "unlabeled"),
+        ("12/tracklet4/0001.jpg", None, None, "unlabeled"),
+    }
+
+
+@pytest.mark.parametrize("make", [market, lambda root: put(root, "x/y.jpg", "z.png")])
+def test_a_folder_behind_a_uri_gives_the_records_of_the_local_one(tmp_path, make):
+    make(tmp_path)
+
+    behind = folder_records(f"file://{tmp_path}")
+
+    assert behind.table == folder_records(str(tmp_path)).table
+    assert [behind.read(row) for row in behind.table.to_pylist()] == [
+        row["key"].encode() for row in behind.table.to_pylist()
+    ]
+
+
+def test_files_of_any_filesystem_are_listed_like_local_ones(tmp_path):
+    put(tmp_path, "crops/a/b.jpg", "crops/c.png", "others/d.jpg")
+    remote = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+
+    listed = sorted(folders.files_below(remote, "crops"))
+
+    assert listed == sorted(folders.files_below(fs.LocalFileSystem(), str(tmp_path / "crops")))
+
+
+def test_files_of_any_filesystem_are_read_many_at_a_time(tmp_path):
+    remote = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+
+    assert num_readers(remote) > num_readers(fs.LocalFileSystem()) == 1

@@ -63,7 +63,15 @@ def write_set(
             name = f"{split}-{part}.parquet"
             folder.mkdir(parents=True, exist_ok=True)
             table = pa.Table.from_pylist(rows, schema=shards.SCHEMA)
-            pq.write_table(table, folder / name, row_group_size=row_group)
+            pq.write_table(
+                table,
+                folder / name,
+                row_group_size=row_group,
+                compression="none",
+                use_dictionary=False,
+                write_statistics=False,
+                write_page_checksum=True,
+            )
             content = (folder / name).read_bytes()
             described.append(
                 Shard(
@@ -382,6 +390,103 @@ def test_as_many_images_as_allowed_may_fail_to_decode(tmp_path):
     images = training_images(tmp_path, broken, config(undecodable=0.25))
 
     assert len(batches(images, 0, images.steps_per_epoch)) == images.steps_per_epoch
+
+
+def damage(folder: Path, kind: str, split: str = "unlabeled") -> str:
+    """Damage one of the two shards of a split; return its name."""
+    file = folder / f"{split}-1.parquet"
+    content = file.read_bytes()
+    if kind == "missing":
+        file.unlink()
+    elif kind == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif kind == "another":
+        file.write_bytes((folder / f"{split}-0.parquet").read_bytes() + b"PAR1")
+    else:
+        # In the pixels of the last image of the shard.
+        at = content.rindex(b"IEND") - 20
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    return file.name
+
+
+DAMAGES = ["missing", "cut", "another", "one bit"]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_images_of_a_damaged_shard_leave_the_others_in_their_places(tmp_path, kind):
+    whole = training_images(tmp_path, [flat(i) for i in range(80)], config())
+    expected = epoch(whole, 0)
+    images = training_images(tmp_path, [flat(i) for i in range(80)], config(undecodable=1))
+
+    damage(sorted(tmp_path.iterdir())[-1], kind)
+
+    seen = epoch(images, 0)
+    changed = {was for was, now in zip(expected, seen, strict=True) if was != now}
+    assert changed <= set(range(60, 80))
+    assert len(changed) >= (4 if kind == "one bit" else 19)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_shard_beyond_the_limit_is_named(tmp_path, kind):
+    images = training_images(tmp_path, [flat(i) for i in range(80)], config(undecodable=0.04))
+
+    name = damage(sorted(tmp_path.iterdir())[-1], kind)
+
+    with pytest.raises(InputError, match=rf"max_undecodable 0\.04 [^\n]+ in {name}$"):
+        batches(images, 0, images.steps_per_epoch)
+
+
+def test_a_block_of_which_nothing_can_be_read_is_an_error_and_no_black_images(tmp_path):
+    images = training_images(tmp_path, [BROKEN] * 80, config(undecodable=1))
+
+    with pytest.raises(InputError, match=r"^\S+\.parquet: its images do not decode"):
+        batches(images, 0, 1)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_labelled_images_of_a_damaged_shard_are_an_error_that_names_it(tmp_path, kind):
+    manifest = write_set(tmp_path, {"query": [flat(i) for i in range(9)]})
+    labelled = LabelledImages(str(tmp_path), manifest, **SIZE)
+
+    damage(tmp_path, kind, "query")
+
+    with pytest.raises(InputError, match=r"^\S+/query-1\.parquet: is damaged \([^\n]+\)$"):
+        labelled.read(0)
+
+
+@small
+@given(shape=shapes, data=st.data())
+def test_a_run_resumed_with_other_workers_in_an_epoch_sees_each_image_once(
+    tmp_path, shape, data
+):
+    images = shaped(tmp_path, shape)
+    stop = images.steps_per_epoch
+    start = data.draw(st.integers(0, stop))
+    counts = [n for n in range(1, shape["num_groups"] + 1) if shape["num_groups"] % n == 0]
+    before, after = data.draw(st.sampled_from(counts)), data.draw(st.sampled_from(counts))
+
+    seen = [
+        number
+        for first, last, num_workers in ((0, start, before), (start, stop, after))
+        for rank in range(num_workers)
+        for step in order(images, first, last, rank=rank, num_workers=num_workers)
+        for number in step
+    ]
+
+    assert sorted(seen) == sorted(epoch(images, 0))
+    assert len(set(seen)) == len(seen)
+
+
+def test_an_epoch_opens_a_bounded_number_of_files(tmp_path):
+    folder = tmp_path / "set"
+    manifest = write_set(folder, {"unlabeled": [flat(i) for i in range(300)]}, num_shards=100)
+    images = TrainingImages(str(folder), manifest, config())
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    seen = epoch(images, 0)
+    opened = len(list(Path("/proc/self/fd").iterdir())) - before
+
+    assert (len(seen), opened <= stream.MAX_OPEN_SHARDS) == (296, True)
 
 
 def test_fewer_images_than_a_batch_are_refused(tmp_path):

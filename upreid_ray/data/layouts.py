@@ -1,35 +1,53 @@
-"""Where images come from: folder layouts and the synthetic set -> records.
-
-A record says what an image is, without its pixels; `read` brings the encoded bytes.
+"""Folders of images -> records.
 
 Layouts of labelled sets (Market-1501, Zheng et al. 2015; MSMT17, Wei et al. 2018,
 https://arxiv.org/abs/1711.08565; CUHK03-NP, Zhong et al. 2017,
 https://arxiv.org/abs/1701.08398; PersonX, Sun and Zheng 2019,
-https://arxiv.org/abs/1812.02162) are told apart by their folders.
+https://arxiv.org/abs/1812.02162; MARS, Zheng et al. 2016) are told apart by their folders.
 """
 
-import io
-import os
+import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
 
-from PIL import Image
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow import fs
 
-from upreid_ray.config import InputError, SyntheticConfig
-from upreid_ray.data import synthetic
+from upreid_ray.config import InputError
+from upreid_ray.data.folders import (
+    files_below,
+    is_file,
+    is_folder,
+    is_local,
+    open_folder,
+    opened_folder,
+    read_file,
+    reading,
+)
+from upreid_ray.data.records import (
+    Records,
+    Refused,
+    Row,
+    Split,
+    is_image_name,
+    make_records,
+    not_text,
+)
 
-Split = Literal["train", "query", "gallery", "unlabeled"]
+logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+# Requests that a process has on their way where files are not local.
+NUM_REMOTE_READERS = 16
 MARKET_FOLDERS: dict[str, Split] = {
     "bounding_box_train": "train",
     "query": "query",
     "bounding_box_test": "gallery",
 }
 MARKET_NAME = re.compile(r"(-?\d+)_c(-?\d+)")
+MARS_NAME = re.compile(r"(\d{4})C(\d+)T(\d+)F(\d+)")
 JUNK_PID = -1
 DISTRACTOR_PID = 0
 # First and second version of MSMT17: folder of training images, folder of test images.
@@ -45,106 +63,56 @@ MSMT17_CAMERA = 2  # place of the camera among the parts of a file name
 VERSIONS = ("labeled", "detected", "MSMT17_V1", "MSMT17_V2")
 
 
-class Record(Protocol):
-    """One image of a source."""
-
-    @property
-    def key(self) -> str:
-        """Name of the image, unique in its source."""
-
-    @property
-    def pid(self) -> int | None:
-        """Person, where known."""
-
-    @property
-    def camid(self) -> int | None:
-        """Camera, where known."""
-
-    @property
-    def split(self) -> str:
-        """Part of the data set."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the encoded image; may be an estimate."""
-
-    def read(self) -> bytes:
-        """Return the encoded image."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ImageFile:
-    """An image that is a file."""
+    """An image that is a file, and what its layout says of it."""
 
-    path: Path
     key: str
     split: Split
     pid: int | None
     camid: int | None
     num_bytes: int
 
-    def read(self) -> bytes:
-        """Return the bytes of the file."""
-        return self.path.read_bytes()
+
+@dataclass(frozen=True)
+class FileReader:
+    """Reads images that are files; their keys are paths below a folder."""
+
+    uri: str
+
+    def __call__(self, row: Row) -> bytes:
+        """Return the bytes of a file."""
+        filesystem, path = opened_folder(self.uri)
+        return read_file(filesystem, f"{path}/{row['key']}")
 
 
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """An image that is drawn when it is read."""
+class Folder:
+    """A folder that may have a layout."""
 
-    portrait: synthetic.Portrait
-    seed: int
-    height: int
-    width: int
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.filesystem, self.path = open_folder(source)
 
-    @property
-    def key(self) -> str:
-        """Name of the portrait."""
-        return self.portrait.key
+    def has_folder(self, name: str) -> bool:
+        """Tell whether there is a folder of this name."""
+        return is_folder(self.filesystem, f"{self.path}/{name}")
 
-    @property
-    def pid(self) -> int | None:
-        """Person, None if unlabeled."""
-        return self.portrait.pid
+    def has_file(self, name: str) -> bool:
+        """Tell whether there is a file of this name."""
+        return is_file(self.filesystem, f"{self.path}/{name}")
 
-    @property
-    def camid(self) -> int | None:
-        """Camera, None if unlabeled."""
-        return self.portrait.camid
+    def lines(self, name: str) -> list[str]:
+        """Return the lines of a file."""
+        return read_file(self.filesystem, f"{self.path}/{name}").decode().splitlines()
 
-    @property
-    def split(self) -> str:
-        """Part of the synthetic set."""
-        return self.portrait.split
-
-    @property
-    def num_bytes(self) -> int:
-        """An estimate: about 3 bits a pixel."""
-        return self.height * self.width * 3 // 8
-
-    def read(self) -> bytes:
-        """Draw the image and return it as JPEG."""
-        pixels = synthetic.draw(
-            self.portrait, seed=self.seed, height=self.height, width=self.width
-        )
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-        return buffer.getvalue()
+    def images(self, below: str = "") -> Iterator[tuple[str, int]]:
+        """Yield key and size of every image at any depth."""
+        for name, num_bytes in files_below(self.filesystem, f"{self.path}/{below}".rstrip("/")):
+            if is_image_name(name):
+                yield f"{below}/{name}" if below else name, num_bytes
 
 
-def synthetic_records(config: SyntheticConfig) -> list[Record]:
-    """Return the records of the synthetic people that ``config`` describes."""
-    portraits = synthetic.portraits(
-        num_train_identities=config.num_train_identities,
-        num_test_identities=config.num_test_identities,
-        num_unlabeled_identities=config.num_unlabeled_identities,
-        num_cameras=config.num_cameras,
-        images_per_camera=config.images_per_camera,
-    )
-    return [Drawing(p, config.seed, config.height, config.width) for p in portraits]
-
-
-def folder_records(source: str) -> list[Record]:
+def folder_records(source: str) -> Records:
     """Return the records of a folder: a labelled layout if it has one, else a plain tree.
 
     - ``bounding_box_train`` or ``bounding_box_test``: Market-1501's layout, in which PersonX,
@@ -153,30 +121,27 @@ def folder_records(source: str) -> list[Record]:
     - ``list_query.txt`` or ``list_train.txt``: MSMT17, both versions. The validation images
       belong to the train split, as in its paper's counts; test persons, whose numbers begin at
       0 again, follow the train persons.
-    - Anything else: a plain tree of any depth, in which all images are unlabeled.
+    - ``bbox_train``: MARS, the tracklets of persons. Its test part is left out: which of it is
+      query and which is gallery stands in a file of Matlab's.
+    - Anything else: a plain tree of any depth, in which all images are unlabeled. Tracklets in
+      folders of their own stay recognizable in the keys, which are paths.
 
     Raises:
         InputError: The folder cannot be read, has no images, or breaks the rules of its layout.
     """
-    root = Path(source)
-    if not root.is_dir():
-        kind = "is not a folder" if root.exists() else "does not exist"
-        msg = f"{source}: {kind}; give a folder of images or 'synthetic'"
-        raise InputError(msg)
-    versions = [root / name for name in VERSIONS if _layout(root / name) is not _tree_files]
-    if versions:
-        msg = f"{source}: holds several versions of a set; give one, such as {versions[0]}"
-        raise InputError(msg)
-    try:
-        records = list(_layout(root)(root))
-    except OSError as error:
-        msg = f"{error.filename}: cannot be read ({error.strerror})"
-        raise InputError(msg) from error
-    if not records:
-        endings = " ".join(sorted(IMAGE_SUFFIXES))
-        msg = f"{source}: no images found (files that end in {endings})"
-        raise InputError(msg)
-    return sorted(records, key=lambda record: record.key)
+    folder = Folder(source)
+    with reading(source):
+        if not is_folder(folder.filesystem, folder.path):
+            kind = "is not a folder" if is_file(folder.filesystem, folder.path) else "missing"
+            msg = f"{source}: {kind}; give a folder of images or 'synthetic'"
+            raise InputError(msg)
+        versions = [name for name in VERSIONS if _layout(Folder(f"{source}/{name}"))]
+        if versions:
+            first = f"{source}/{versions[0]}"
+            msg = f"{source}: holds several versions of a set; give one, such as {first}"
+            raise InputError(msg)
+        layout = _layout(folder)
+        return _labelled(folder, layout(folder)) if layout else _tree(folder)
 
 
 @dataclass(frozen=True)
@@ -200,19 +165,19 @@ KNOWN_SETS = {
 NUM_COUNTS_TO_KNOW = 2  # equal counts that tell which set it is
 
 
-def label_warnings(records: Sequence[Record]) -> list[str]:
-    """Return what is odd about the labels of a set, a line each.
+def label_warnings(table: pa.Table) -> list[str]:
+    """Return what is odd about the labels of a table of records, a line each.
 
     A set that has some counts of a known one, but not all, is incomplete or changed. A person
     in both train and test makes scores too good.
     """
     warnings = []
     of_split = {
-        split: [record for record in records if record.split == split]
+        split: table.filter(pc.equal(table.column("split"), split))
         for split in ("train", "query", "gallery")
     }
     persons = {
-        split: {record.pid for record in members if record.pid is not None}
+        split: set(pc.unique(pc.drop_null(members.column("pid"))).to_pylist())
         for split, members in of_split.items()
     }
     counts = SetCounts(
@@ -220,7 +185,7 @@ def label_warnings(records: Sequence[Record]) -> list[str]:
         train_images=len(of_split["train"]),
         query_images=len(of_split["query"]),
         gallery_images=len(of_split["gallery"]),
-        cameras=len({record.camid for record in records if record.camid is not None}),
+        cameras=pc.count_distinct(table.column("camid")).as_py(),
     )
     differing = {
         name: [
@@ -241,78 +206,115 @@ def label_warnings(records: Sequence[Record]) -> list[str]:
     return warnings
 
 
-def _layout(root: Path) -> Callable[[Path], Iterator[ImageFile]]:
-    """Return what reads a folder."""
-    if any((root / name).is_dir() for name in ("bounding_box_train", "bounding_box_test")):
+def _layout(folder: Folder) -> Callable[[Folder], Iterator[ImageFile]] | None:
+    """Return what reads a labelled set, or None if the folder is none."""
+    if folder.has_folder("bounding_box_train") or folder.has_folder("bounding_box_test"):
         return _market_files
-    if any((root / name).is_file() for name in ("list_train.txt", "list_query.txt")):
+    if folder.has_file("list_train.txt") or folder.has_file("list_query.txt"):
         return _msmt17_files
-    return _tree_files
+    if folder.has_folder("bbox_train"):
+        return _mars_files
+    return None
 
 
-def _market_files(root: Path) -> Iterator[ImageFile]:
-    for folder, split in MARKET_FOLDERS.items():
-        if not (root / folder).is_dir():
+def _market_files(folder: Folder) -> Iterator[ImageFile]:
+    for name, split in MARKET_FOLDERS.items():
+        if not folder.has_folder(name):
             continue
-        for path in _images(root / folder):
-            match = MARKET_NAME.match(path.name)
+        for key, num_bytes in folder.images(name):
+            match = MARKET_NAME.match(key.rpartition("/")[2])
             if match is None:
                 msg = (
-                    f"{path}: no person and camera in its name, such as 0002_c1s1_000451_03.jpg"
+                    f"{folder.source}/{key}: no person and camera in its name, such as "
+                    "0002_c1s1_000451_03.jpg"
                 )
                 raise InputError(msg)
             pid, camid = int(match[1]), int(match[2])
             if pid != JUNK_PID:
-                yield _image_file(path, root, split, pid, camid)
+                yield ImageFile(key, split, pid, camid, num_bytes)
 
 
-def _msmt17_files(root: Path) -> Iterator[ImageFile]:
-    folders = [pair for pair in MSMT17_FOLDERS if (root / pair[0]).is_dir()]
+def _msmt17_files(folder: Folder) -> Iterator[ImageFile]:
+    folders = [pair for pair in MSMT17_FOLDERS if folder.has_folder(pair[0])]
     if not folders:
         expected = " or ".join(f"{train}/ and {test}/" for train, test in MSMT17_FOLDERS)
-        msg = f"{root}: has lists of MSMT17 but neither {expected}"
+        msg = f"{folder.source}: has lists of MSMT17 but neither {expected}"
         raise InputError(msg)
     train_folder, test_folder = folders[0]
     num_train_persons = 0
     for name, split in MSMT17_LISTS.items():
-        if not (root / name).is_file():
+        if not folder.has_file(name):
             continue
-        folder = root / (train_folder if split == "train" else test_folder)
-        for line in (root / name).read_text().splitlines():
+        part = train_folder if split == "train" else test_folder
+        sizes = dict(folder.images(part))
+        for line in folder.lines(name):
             image, _, number = line.strip().rpartition(" ")
-            parts = Path(image).name.split("_")
+            parts = image.rpartition("/")[2].split("_")
             if (
                 not number.isdigit()
                 or len(parts) <= MSMT17_CAMERA
                 or not parts[MSMT17_CAMERA].isdigit()
             ):
-                msg = f"{root / name}: not a line of MSMT17: {line[:80]!r}"
+                msg = f"{folder.source}/{name}: not a line of MSMT17: {line[:80]!r}"
+                raise InputError(msg)
+            key = f"{part}/{image}"
+            if key not in sizes:
+                msg = f"{folder.source}/{key}: cannot be read (it is in {name} but not there)"
                 raise InputError(msg)
             pid = int(number)
             if split == "train":
                 num_train_persons = max(num_train_persons, pid + 1)
             else:
                 pid += num_train_persons
-            yield _image_file(folder / image, root, split, pid, int(parts[MSMT17_CAMERA]))
+            yield ImageFile(key, split, pid, int(parts[MSMT17_CAMERA]), sizes[key])
 
 
-def _tree_files(root: Path) -> Iterator[ImageFile]:
-    for path in _images(root):
-        yield _image_file(path, root, "unlabeled", None, None)
+def _mars_files(folder: Folder) -> Iterator[ImageFile]:
+    if folder.has_folder("bbox_test"):
+        logger.warning("%s: bbox_test is left out, only bbox_train is read", folder.source)
+    for key, num_bytes in folder.images("bbox_train"):
+        match = MARS_NAME.match(key.rpartition("/")[2])
+        if match is None:
+            msg = (
+                f"{folder.source}/{key}: no person, camera and tracklet in its name, such as "
+                "0001C1T0001F001.jpg"
+            )
+            raise InputError(msg)
+        yield ImageFile(key, "train", int(match[1]), int(match[2]), num_bytes)
 
 
-def _images(root: Path) -> Iterator[Path]:
-    def stop(error: OSError) -> None:
-        raise error
+def _labelled(folder: Folder, files: Iterator[ImageFile]) -> Records:
+    rows = list(files)
+    names = ("key", "split", "pid", "camid", "num_bytes")
+    columns = {name: [getattr(each, name) for each in rows] for name in names}
+    return make_records(
+        folder.source,
+        columns,
+        FileReader(folder.source),
+        num_readers=num_readers(folder.filesystem),
+    )
 
-    for folder, _, names in os.walk(root, onerror=stop):
-        for name in names:
-            if Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield Path(folder, name)
+
+def _tree(folder: Folder) -> Records:
+    keys: list[str] = []
+    sizes: list[int] = []
+    refused: list[Refused] = []
+    for key, num_bytes in folder.images():
+        refusal = not_text(key)
+        if refusal:
+            refused.append(refusal)
+        else:
+            keys.append(key)
+            sizes.append(num_bytes)
+    return make_records(
+        folder.source,
+        {"key": keys, "num_bytes": np.array(sizes, np.int64)},
+        FileReader(folder.source),
+        num_readers=num_readers(folder.filesystem),
+        refused=refused,
+    )
 
 
-def _image_file(
-    path: Path, root: Path, split: Split, pid: int | None, camid: int | None
-) -> ImageFile:
-    key = path.relative_to(root).as_posix()
-    return ImageFile(path, key, split, pid, camid, path.stat().st_size)
+def num_readers(filesystem: fs.FileSystem) -> int:
+    """Return how many images of a filesystem a process reads at a time."""
+    return 1 if is_local(filesystem) else NUM_REMOTE_READERS

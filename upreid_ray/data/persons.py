@@ -19,10 +19,9 @@ from upreid_ray.config import (
     InputError,
     PersonTrainingConfig,
 )
-from upreid_ray.data.shards import Manifest
+from upreid_ray.data.shards import TRAIN_SPLITS, Manifest
 from upreid_ray.data.stream import (
     MIN_BLOCK_IMAGES,
-    TRAIN_SPLITS,
     Columns,
     RowGroups,
     RowRange,

@@ -1,58 +1,179 @@
-"""Data sets as shards: those that a run names, and those that it makes first."""
+"""What a user names as a source -> records; data sets that a job makes into shards first."""
 
+import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+from PIL import Image
 from pyarrow import fs
-from rich.console import Console
-from rich.progress import Progress
 
-from upreid_ray.config import LabelledDataConfig, SyntheticConfig
-from upreid_ray.data.layouts import Record, folder_records, label_warnings, synthetic_records
-from upreid_ray.data.shards import MANIFEST_FILE, open_folder, plan_digest, write_shards
+from upreid_ray.config import InputError, LabelledDataConfig, SyntheticConfig
+from upreid_ray.data import synthetic
+from upreid_ray.data.archives import LMDB_FILE, lmdb_records, parquet_records, tar_records
+from upreid_ray.data.folders import is_file, names_in, open_folder, reading
+from upreid_ray.data.images import ImageRules
+from upreid_ray.data.layouts import folder_records, label_warnings
+from upreid_ray.data.listings import listed_paths, listed_records
+from upreid_ray.data.preparation import write_shards
+from upreid_ray.data.progress import image_progress
+from upreid_ray.data.records import Records, Row
+from upreid_ray.data.shards import MANIFEST_FILE
 
 logger = logging.getLogger(__name__)
 
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+LIST_SUFFIXES = (".txt", ".lst", ".list", ".pkl", ".pickle")
 
-def synthetic_shards(synthetic: SyntheticConfig, storage: str) -> str:
+
+def source_records(source: str, columns: Mapping[str, str]) -> Records:
+    """Return the records of what a user names.
+
+    - A folder: labelled or a plain tree (`folder_records`); with ``data.mdb``, an LMDB; with
+      tar or Parquet files at its top, these.
+    - A file: an LMDB (``.mdb``, ``.lmdb``), a tar file, a Parquet file, or a list of paths
+      (``.txt``, ``.lst``, ``.list``, ``.pkl``) of images or of tar or Parquet files.
+
+    Args:
+        source: Path or URI.
+        columns: Of Parquet files, as in `parquet_records`.
+
+    Raises:
+        InputError: It cannot be used.
+    """
+    filesystem, path = open_folder(source)
+    with reading(source):
+        kind = filesystem.get_file_info(path).type
+        if kind == fs.FileType.NotFound:
+            msg = f"{source}: does not exist; give a folder or file of images or 'synthetic'"
+            raise InputError(msg)
+        if kind == fs.FileType.File:
+            records = _file_records(source, columns)
+        else:
+            records = _folder_records(source, columns)
+    if columns and not records.table.column_names.count("row_group"):
+        msg = f"--columns: {source} is not Parquet"
+        raise InputError(msg)
+    for warning in label_warnings(records.table):
+        logger.warning("%s: %s", source, warning)
+    return records
+
+
+def _file_records(source: str, columns: Mapping[str, str]) -> Records:
+    name = source.lower()
+    if name.endswith((".mdb", ".lmdb")):
+        return lmdb_records(source)
+    if name.endswith(LIST_SUFFIXES):
+        paths = listed_paths(source)
+        return _archives(source, paths, columns) or listed_records(source, paths)
+    archives = _archives(source, [source], columns)
+    if archives is None:
+        msg = (
+            f"{source}: is no source; give a folder, an LMDB, tar or Parquet files, or a list "
+            f"of paths that ends in {' '.join(LIST_SUFFIXES)}"
+        )
+        raise InputError(msg)
+    return archives
+
+
+def _folder_records(source: str, columns: Mapping[str, str]) -> Records:
+    filesystem, path = open_folder(source)
+    names = names_in(filesystem, path)
+    if LMDB_FILE in names:
+        return lmdb_records(source)
+    for suffixes in (TAR_SUFFIXES, (".parquet",)):
+        found = [f"{source.rstrip('/')}/{name}" for name in names if name.endswith(suffixes)]
+        archives = _archives(source, found, columns)
+        if archives is not None:
+            return archives
+    return folder_records(source)
+
+
+def _archives(source: str, files: list[str], columns: Mapping[str, str]) -> Records | None:
+    """Return the records of tar or Parquet files, or None if the files are neither."""
+    if files and all(file.endswith(".parquet") for file in files):
+        return parquet_records(source, files, columns)
+    if files and all(file.endswith(TAR_SUFFIXES) for file in files):
+        packed = [file for file in files if not file.endswith(".tar")]
+        if packed:
+            msg = f"{packed[0]}: is compressed; images in it cannot be found without unpacking"
+            raise InputError(msg)
+        return tar_records(source, files)
+    return None
+
+
+def synthetic_records(config: SyntheticConfig) -> Records:
+    """Return the records of the synthetic people that ``config`` describes."""
+    portraits = synthetic.portraits(
+        num_train_identities=config.num_train_identities,
+        num_test_identities=config.num_test_identities,
+        num_unlabeled_identities=config.num_unlabeled_identities,
+        num_cameras=config.num_cameras,
+        images_per_camera=config.images_per_camera,
+    )
+    num_bytes = config.height * config.width * 3 // 8  # an estimate: about 3 bits a pixel
+    table = pa.table(
+        {
+            "key": pa.array([p.key for p in portraits], pa.large_string()),
+            "split": [p.split for p in portraits],
+            "pid": pa.array([p.pid for p in portraits], pa.int32()),
+            "camid": pa.array([p.camid for p in portraits], pa.int32()),
+            "num_bytes": [num_bytes] * len(portraits),
+            **{
+                name: [getattr(p, name) for p in portraits]
+                for name in ("identity", "camera", "index")
+            },
+        }
+    )
+    return Records(table, Drawings(config.seed, config.height, config.width), 1, ())
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """Draws the synthetic people when they are read."""
+
+    seed: int
+    height: int
+    width: int
+
+    def __call__(self, row: Row) -> bytes:
+        """Draw an image and return it as JPEG."""
+        portrait = synthetic.Portrait(
+            row["key"], row["identity"], row["camera"], row["index"], row["split"]
+        )
+        pixels = synthetic.draw(portrait, seed=self.seed, height=self.height, width=self.width)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+        return buffer.getvalue()
+
+
+def synthetic_shards(config: SyntheticConfig, storage: str) -> str:
     """Draw the synthetic set unless it is there; return its folder."""
-    records = synthetic_records(synthetic)
-    source = f"synthetic {synthetic.model_dump_json()}"
-    return _shards(records, storage, "synthetic", source, seed=synthetic.seed)
+    source = f"synthetic {config.model_dump_json()}"
+    return _shards(synthetic_records(config), storage, "synthetic", source, seed=config.seed)
 
 
 def labelled_shards(data: LabelledDataConfig, storage: str) -> str:
     """Return the shards of a labelled set, made first if they are not there.
 
     Raises:
-        InputError: The folder cannot be used.
+        InputError: The source cannot be used.
     """
     if data.root is None:
         return synthetic_shards(data.synthetic, storage)
     filesystem, path = open_folder(data.root)
-    if filesystem.get_file_info(f"{path}/{MANIFEST_FILE}").type == fs.FileType.File:
+    if is_file(filesystem, f"{path}/{MANIFEST_FILE}"):
         return data.root
-    records = folder_records(data.root)
-    for warning in label_warnings(records):
-        logger.warning("%s: %s", data.root, warning)
+    records = source_records(data.root, {})
     return _shards(records, storage, Path(data.root).absolute().name, data.root, seed=0)
 
 
-def _shards(
-    records: Sequence[Record], storage: str, name: str, source: str, *, seed: int
-) -> str:
+def _shards(records: Records, storage: str, name: str, source: str, *, seed: int) -> str:
     """Write the records once, to a folder that their digest names."""
-    digest = plan_digest(records, seed=seed, max_height=None)
-    uri = f"{storage}/data/{name}-{digest[:12]}"
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"preparing {name}", total=len(records))
-        write_shards(
-            records,
-            uri,
-            source=source,
-            seed=seed,
-            max_height=None,
-            on_progress=lambda done: progress.advance(task, done),
-        )
+    rules = ImageRules()
+    uri = f"{storage}/data/{name}-{records.digest(seed, rules)[:12]}"
+    with image_progress(f"preparing {name}", len(records)) as advance:
+        write_shards(records, uri, source=source, seed=seed, rules=rules, on_progress=advance)
     return uri

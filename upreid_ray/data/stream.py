@@ -11,6 +11,8 @@ Dimensions: B images of a batch, W workers, b = B / W images of a worker's batch
 """
 
 import io
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,15 +28,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from ray.data import DataIterator
 
-from upreid_ray.config import InputError, PretrainConfig
-from upreid_ray.data.shards import Manifest, open_folder
+from upreid_ray.config import InputError, PretrainConfig, first_line
+from upreid_ray.data.folders import opened_folder
+from upreid_ray.data.shards import TRAIN_SPLITS, Manifest
 
-TRAIN_SPLITS = ("train", "unlabeled")
+logger = logging.getLogger(__name__)
+
 EVALUATION_SPLITS = ("query", "gallery")
 # A task of Ray costs milliseconds: it should decode at least this many images.
 MIN_BLOCK_IMAGES = 256
 # Each block of a dataset is known to its executor from the start: longer runs take several.
 MAX_DATASET_BLOCKS = 1024
+
+# Of each process that decodes.
+MAX_OPEN_SHARDS = 64
+STORED_FORMATS = ("JPEG", "PNG")
 
 NUMBER = "block"
 
@@ -44,44 +52,60 @@ Columns = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class RowRange:
-    """Rows ``start`` to ``stop`` of one row group of one shard."""
+    """Rows ``start`` to ``stop`` of one row group of one shard.
+
+    Attributes:
+        shard: Name of the shard.
+        num_bytes: Of the whole shard.
+        number: Place of the shard in the manifest.
+        row_group: In the shard.
+        start: First row of the row group.
+        stop: Row after the last.
+    """
 
     shard: str
+    num_bytes: int
+    number: int
     row_group: int
     start: int
     stop: int
 
 
 class RowGroups:
-    """The row groups of some splits of a set of shards, in the manifest's order."""
+    """The row groups of some splits of a set of shards, in the manifest's order.
+
+    Every task gets a copy, so they are arrays and not objects.
+    """
 
     def __init__(self, manifest: Manifest, splits: Sequence[str]) -> None:
         size = manifest.row_group_images
-        self._groups = [
-            (shard.name, number, min(size, shard.num_images - number * size))
-            for shard in manifest.shards
-            if shard.split in splits
-            for number in range(-(-shard.num_images // size))
-        ]
-        self._sizes = np.array([size for _, _, size in self._groups], dtype=np.int64)
-        self.num_images = int(self._sizes.sum())
+        self._shards = [(shard.name, shard.num_bytes) for shard in manifest.shards]
+        images = np.array(
+            [shard.num_images * (shard.split in splits) for shard in manifest.shards], np.int64
+        )
+        counts = -(-images // size)
+        self._shard = np.repeat(np.arange(len(images)), counts)
+        self._row_group = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        self._sizes = np.minimum(size, images[self._shard] - self._row_group * size)
+        self.num_images = int(images.sum())
 
     def __len__(self) -> int:
         """Count the row groups."""
-        return len(self._groups)
+        return len(self._sizes)
 
     def ranges(self, order: NDArray[np.int64], start: int, stop: int) -> list[RowRange]:
         """Return what rows ``start`` to ``stop`` are when the row groups stand in ``order``."""
         ends = self._sizes[order].cumsum()
         ranges = []
         for place in range(int(np.searchsorted(ends, start, "right")), len(order)):
-            shard, row_group, size = self._groups[order[place]]
+            group = order[place]
+            size, number = int(self._sizes[group]), int(self._shard[group])
             begin = int(ends[place]) - size
             if begin >= stop:
                 break
-            ranges.append(
-                RowRange(shard, row_group, max(start - begin, 0), min(stop - begin, size))
-            )
+            first, last = max(start - begin, 0), min(stop - begin, size)
+            row_group = int(self._row_group[group])
+            ranges.append(RowRange(*self._shards[number], number, row_group, first, last))
         return ranges
 
 
@@ -140,6 +164,7 @@ class TrainingImages:
     def __init__(self, uri: str, manifest: Manifest, config: PretrainConfig) -> None:
         self._uri = uri
         self._groups = RowGroups(manifest, TRAIN_SPLITS)
+        self._names = [shard.name for shard in manifest.shards]
         self._config = config
         self._steps_per_block = -(-MIN_BLOCK_IMAGES // config.training.group_size)
         self.num_images = self._groups.num_images
@@ -173,32 +198,66 @@ class TrainingImages:
         """Return the names of the images of a step's batch, in order."""
         this = next(self.rounds(step, step + 1))
         size = self._config.training.group_size
-        return [
-            key
-            for block in this.blocks
-            for key in self._shuffled(block, "key").slice(block.skip, size).to_pylist()
-        ]
+        names: list[str] = []
+        for block in this.blocks:
+            keys, _ = self._shuffled(block, "key", pa.string())
+            names += pc.fill_null(keys.slice(block.skip, size), "(damaged)").to_pylist()
+        return names
+
+    def rows(self, block: Block) -> tuple[list[RowRange], NDArray[np.int64]]:
+        """Return where the images of a block lie, and the order in which they are seen."""
+        seed, epoch = self._config.seed, block.epoch
+        order = np.random.default_rng((seed, epoch)).permutation(len(self._groups))
+        shuffle = np.random.default_rng((seed, epoch, block.start))
+        return (
+            self._groups.ranges(order, block.start, block.stop),
+            shuffle.permutation(block.stop - block.start),
+        )
 
     def read(self, block: Block) -> Columns:
         """Read, shuffle and decode the images of one block.
 
         Returns:
-            ``image``, uint8 ``[n, 3, H, W]``, and ``decoded``, bool ``[n]``. What does not
-            decode is replaced by another image, so that all others keep their place.
+            ``image``, uint8 ``[n, 3, H, W]``, ``decoded``, bool ``[n]``, and ``shard``, int
+            ``[n]``, its place in the manifest. What does not decode, or lies in a shard that
+            cannot be read, is replaced by another image, so that all others keep their place.
+
+        Raises:
+            InputError: There is no other image.
         """
-        data = self._config.data
-        columns = decode(self._shuffled(block, "image"), data.height, data.width)
+        encoded, shards = self._shuffled(block, "image", pa.binary())
+        columns = decode(encoded, self._config.data.height, self._config.data.width)
+        columns["shard"] = shards
+        if not columns["decoded"].any():
+            columns["image"] = self._others(block, self._names[int(shards[0])])
         # What was seen is decoded too: a later image may be replaced by one of these.
         return {name: column[block.skip :] for name, column in columns.items()}
 
-    def _shuffled(self, block: Block, column: str) -> pa.ChunkedArray:
-        """Return a column of the rows of one block, in the order of training."""
-        seed = self._config.seed
-        order = np.random.default_rng((seed, block.epoch)).permutation(len(self._groups))
-        ranges = self._groups.ranges(order, block.start, block.stop)
-        values = read_rows(self._uri, ranges, [column]).column(column)
-        shuffle = np.random.default_rng((seed, block.epoch, block.start))
-        return values.take(pa.array(shuffle.permutation(len(values))))
+    def _shuffled(
+        self, block: Block, column: str, kind: pa.DataType
+    ) -> tuple[pa.Array, NDArray[np.int64]]:
+        """Return a column of the rows of one block and their shards, in the order of training.
+
+        What cannot be read is null.
+        """
+        ranges, order = self.rows(block)
+        values = []
+        for part in ranges:
+            try:
+                values += read_rows(self._uri, [part], [column]).column(column).chunks
+            except InputError as error:
+                logger.warning("left out: %s", error)
+                values.append(pa.nulls(part.stop - part.start, kind))
+        shards = np.repeat([p.number for p in ranges], [p.stop - p.start for p in ranges])
+        return pa.concat_arrays(values).take(pa.array(order)), shards[order]
+
+    def _others(self, block: Block, shard: str) -> NDArray[np.uint8]:
+        """Return images of the epoch's beginning instead of those of a block."""
+        if block.start == 0:
+            msg = f"{self._uri}/{shard}: its images do not decode, nor others of the set"
+            raise InputError(msg)
+        begin = self.read(Block(block.epoch, 0, min(block.start, MIN_BLOCK_IMAGES), 0))["image"]
+        return begin[np.arange(block.stop - block.start) % len(begin)]
 
     def batches(
         self, rounds: Iterable[Round], blocks: Iterator[Columns], num_workers: int
@@ -217,15 +276,19 @@ class TrainingImages:
             InputError: More images fail to decode than --data.max_undecodable allows.
         """
         group_size, limit = self._config.training.group_size, self._config.data.max_undecodable
-        num_seen = num_undecodable = 0
+        num_seen = 0
+        undecodable: Counter[int] = Counter()  # by shard
         for this in rounds:
             mine = list(islice(blocks, len(this.blocks) // num_workers))
             num_seen += sum(len(block["decoded"]) for block in mine)
-            num_undecodable += sum(int((~block["decoded"]).sum()) for block in mine)
-            if num_undecodable > limit * max(num_seen, self.num_images / num_workers):
+            for block in mine:
+                undecodable.update(block["shard"][~block["decoded"]].tolist())
+            if undecodable.total() > limit * max(num_seen, self.num_images / num_workers):
+                (number, count), *_ = undecodable.most_common(1)
                 msg = (
-                    f"{self._uri}: {num_undecodable} of {num_seen} images do not decode, more "
-                    f"than --data.max_undecodable {limit} allows"
+                    f"{self._uri}: {undecodable.total()} of {num_seen} images do not decode, "
+                    f"more than --data.max_undecodable {limit} allows; {count} of them in "
+                    f"{self._names[number]}"
                 )
                 raise InputError(msg)
             for start in range(0, this.num_steps * group_size, group_size):
@@ -338,28 +401,41 @@ def read_stream(iterator: DataIterator, *, rank: int, num_workers: int) -> Itera
 
 
 def read_rows(uri: str, ranges: Sequence[RowRange], columns: list[str]) -> pa.Table:
-    """Read some columns of some rows, in this order."""
-    return pa.concat_tables(
-        _open_shard(uri, part.shard)
-        .read_row_group(part.row_group, columns=columns)
-        .slice(part.start, part.stop - part.start)
-        for part in ranges
-    ).combine_chunks()
+    """Read some columns of some rows, in this order.
+
+    Raises:
+        InputError: A shard is missing or damaged: its size, or the checksum of what is read, is
+            not that of the manifest.
+    """
+    tables = []
+    for part in ranges:
+        try:
+            file = _open_shard(uri, part.shard, part.num_bytes)
+            group = file.read_row_group(part.row_group, columns=columns)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            msg = f"{uri}/{part.shard}: is damaged ({first_line(error)})"
+            raise InputError(msg) from error
+        tables.append(group.slice(part.start, part.stop - part.start))
+    return pa.concat_tables(tables).combine_chunks()
 
 
-@lru_cache(maxsize=64)
-def _open_shard(uri: str, name: str) -> pq.ParquetFile:
-    filesystem, path = open_folder(uri)
-    return pq.ParquetFile(filesystem.open_input_file(f"{path}/{name}"))
+@lru_cache(maxsize=MAX_OPEN_SHARDS)
+def _open_shard(uri: str, name: str, num_bytes: int) -> pq.ParquetFile:
+    filesystem, path = opened_folder(uri)
+    file = filesystem.open_input_file(f"{path}/{name}")
+    if file.size() != num_bytes:
+        msg = f"it has {file.size()} bytes instead of {num_bytes}"
+        raise ValueError(msg)
+    return pq.ParquetFile(file, page_checksum_verification=True)
 
 
-def decode(encoded: pa.ChunkedArray, height: int, width: int) -> Columns:
+def decode(encoded: pa.Array | pa.ChunkedArray, height: int, width: int) -> Columns:
     """Decode and resize images; what does not decode repeats one that does."""
     images = np.zeros((len(encoded), 3, height, width), np.uint8)
     decoded = np.zeros(len(encoded), bool)
     for row, content in enumerate(encoded):
         try:
-            image = Image.open(io.BytesIO(content.as_buffer()))
+            image = Image.open(io.BytesIO(content.as_buffer()), formats=STORED_FORMATS)
             image.draft("RGB", (width, height))  # JPEG decodes at half the size for less
             pixels = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
         except (OSError, SyntaxError, ValueError):  # what Pillow's decoders raise
