@@ -445,7 +445,7 @@ def test_a_run_without_finite_gradients_fails_once_and_names_the_images(finished
         {"run.name": "diverging", "optimizer.lr": 1e20, "run.max_skipped_steps": 1}
     )
 
-    with pytest.raises(RunFailed, match=r"--run.max_skipped_steps 1 steps in a row") as failed:
+    with pytest.raises(RunFailed, match=r"--run.max_skipped_steps 1\); ") as failed:
         fit(config)
 
     noted = json.loads(

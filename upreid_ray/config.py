@@ -349,7 +349,7 @@ class RunConfig(JobConfig):
     max_failures: NonNegativeInt = 3
     """Times that training starts again from its last checkpoint after a worker was lost."""
     max_skipped_steps: NonNegativeInt = 10
-    """Steps in a row without a finite gradient, which change nothing, before the run fails."""
+    """Steps in a row without a finite gradient, which change nothing, that a run survives."""
     register_as: Name | None = None
     """Name of the registered model; none makes it from the backbone (upreid-resnet50)."""
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -177,7 +178,9 @@ class Worker(ABC):
             checkpoint_due = scores_due or state.step % self.run.checkpoint.every_steps == 0
             if is_last or state.step % self.run.training.log_every_steps == 0:
                 self._log_progress()
-                if self.meter.most_skipped > self.run.run.max_skipped_steps:
+                if self.meter.most_skipped > self.run.run.max_skipped_steps or (
+                    is_last and state.step in self.meter.skipped_steps
+                ):
                     failure = self._without_gradients()
                     break
                 if self._is_asked_to_stop() and not is_last:
@@ -224,8 +227,8 @@ class Worker(ABC):
             steps = {step: self.keys(step - 1) for step in self.meter.skipped_steps}
             self.folder.write(NOT_FINITE_FILE, json.dumps(steps, indent=1))
         return RunFailed(
-            f"run {self.folder.name}: more than --run.max_skipped_steps "
-            f"{self.run.run.max_skipped_steps} steps in a row had no finite gradient; "
+            f"run {self.folder.name}: {self.meter.most_skipped} steps in a row had no finite "
+            f"gradient (--run.max_skipped_steps {self.run.run.max_skipped_steps}); "
             f"{self.folder.uri}/{NOT_FINITE_FILE} names their images; try a lower "
             "--optimizer.lr, or --optimizer.clip_norm"
         )
@@ -238,8 +241,10 @@ class Worker(ABC):
             return
         metrics["train/epoch"] = state.step / state.steps_per_epoch
         metrics["train/lr"] = state.optimizer.param_groups[0]["lr"]
-        self.log.metrics(state.step, metrics)
-        self.gauges.set(metrics)
+        # Means are NaN where every step was skipped.
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        self.log.metrics(state.step, finite)
+        self.gauges.set(finite)
         speed = metrics["train/images_per_second"]
         seconds_left = (state.num_steps - state.step) * self.run.training.batch_size / speed
         logger.info(
