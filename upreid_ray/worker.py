@@ -177,6 +177,8 @@ class Worker(ABC):
             )
             checkpoint_due = scores_due or state.step % self.run.checkpoint.every_steps == 0
             if is_last or state.step % self.run.training.log_every_steps == 0:
+                # A run may end here, and goes on as if it had not.
+                state.average_running_statistics()
                 self._log_progress()
                 if self.meter.most_skipped > self.run.run.max_skipped_steps or (
                     is_last and state.step in self.meter.skipped_steps
