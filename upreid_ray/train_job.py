@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 # What each worker does with its settings; what it returns, the driver raises.
 WorkerFunction = Callable[[dict[str, Any]], RunFailed | InputError | None]
 
-# What a resumed run may change: it changes the weights that come out no more than rounding does.
+# What a resumed run may change: the weights that come out differ by rounding at most.
 FREE_SETTINGS = ("run.", "scaling.", "checkpoint.", "training.log_every_steps")
 
 
