@@ -112,6 +112,13 @@ def test_what_is_no_whole_image_is_refused_in_one_line(encoded, reason):
         usable_image(encoded, max_height=None)
 
 
+def test_the_reason_of_a_refusal_is_the_same_each_time():
+    with pytest.raises(RefusedImageError) as refusal:
+        usable_image(b"<html>", max_height=None)
+
+    assert "0x" not in str(refusal.value)  # no address in memory
+
+
 @pytest.mark.parametrize("limit", [100, 60], ids=["warned about", "refused by Pillow"])
 def test_a_decompression_bomb_is_refused_in_one_line(monkeypatch, limit):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)

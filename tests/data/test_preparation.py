@@ -3,6 +3,10 @@
 import hashlib
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -419,6 +423,42 @@ def test_a_preparation_killed_while_it_removes_duplicates_is_completed(
 
     completed = write(film, tmp_path, **ASKED)
 
+    assert (completed, contents(tmp_path)) == (manifest, contents(out))
+
+
+# What the tasks of a preparation do, in a process that can be killed without a cluster.
+WRITE = """
+import sys
+from upreid_ray.data import preparation
+from upreid_ray.data.images import ImageRules
+from upreid_ray.data.layouts import folder_records
+
+source, out, plan = sys.argv[1:]
+preparation.SMALL_SHARD_IMAGES = 4
+records = folder_records(source)
+rules = ImageRules(min_width=16, min_aspect=1.0, duplicates="near")
+writer = preparation.ShardWriter(out, plan, rules, records.read, 1)
+for part in preparation.plan_shards(records.table, seed=0):
+    writer.write(part)
+"""
+
+
+@pytest.mark.ray
+def test_a_preparation_killed_again_and_again_ends_like_one_that_was_not(
+    filtered, film, tmp_path
+):
+    out, manifest = filtered
+
+    for num_files in (1, 4, 9):
+        words = [sys.executable, "-c", WRITE, str(film), str(tmp_path), manifest.plan]
+        with subprocess.Popen(words) as process:
+            while process.poll() is None and len(list(tmp_path.iterdir())) < num_files:
+                time.sleep(0.001)
+            process.kill()
+        assert not (tmp_path / "manifest.json").exists()
+    completed = write(film, tmp_path, **ASKED)
+
+    assert process.returncode == -signal.SIGKILL
     assert (completed, contents(tmp_path)) == (manifest, contents(out))
 
 

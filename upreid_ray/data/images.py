@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from upreid_ray.config import first_line
 
@@ -123,6 +123,10 @@ def usable_image(encoded: bytes, *, max_height: int | None) -> UsableImage:
             image: Image.Image = Image.open(io.BytesIO(encoded), formats=READ_FORMATS)
             image.load()
             num_frames = getattr(image, "n_frames", 1)
+    except UnidentifiedImageError as error:
+        # Its own words hold an address in memory: equal sets would differ by them.
+        reason = "does not decode: is no JPEG, PNG or other known image"
+        raise RefusedImageError("undecodable", reason) from error
     except Exception as error:
         raise RefusedImageError(
             "undecodable", f"does not decode: {first_line(error)}"
