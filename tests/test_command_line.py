@@ -246,9 +246,10 @@ def test_words_of_a_job_are_parsed_beside_the_settings():
 
 @pytest.mark.parametrize("number", range(4))
 def test_the_examples_of_a_sweep_are_plans(number):
-    text = str(sweep_job.__doc__).replace("\\\n", " ")
     lines = [
-        line for line in text.splitlines() if "sweep.py" in line and "--resume" not in line
+        line
+        for line in str(sweep_job.__doc__).splitlines()
+        if "sweep.py" in line and "--resume" not in line
     ]
     words = shlex.split(lines[number])[2:]
 
