@@ -107,6 +107,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="upreid-bench-") as name:
         folder = Path(name)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        os.environ["RAY_ADDRESS"] = "local"  # whatever else runs on the machine
         base = _base(arguments.people, arguments.epochs, folder)
         grid_seconds = swept(base, "grid", space, search)
         asha_seconds = swept(base, "asha", space, search.override({"scheduler": "asha"}))

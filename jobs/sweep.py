@@ -10,7 +10,7 @@ registered; runs/NAME/report.html shows all.
 Examples:
   python jobs/sweep.py i2 demo --num_trials 8
   python jobs/sweep.py all laptop --data.shards DIR --searcher tpe --num_seeds 2
-  python jobs/sweep.py patches laptop --data.shards DIR --trial_epochs 5 --retrain true
+  python jobs/sweep.py patches laptop --data.shards DIR --trial_epochs 6 --retrain true
   python jobs/sweep.py own demo --space.optimizer.lr "loguniform(1e-3,1)"
   python jobs/sweep.py --resume SWEEP_NAME
 """

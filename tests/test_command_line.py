@@ -1,5 +1,6 @@
 """What the user types becomes a configuration, or one line that says what is wrong."""
 
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import sweep as sweep_job
 from upreid_ray.command_line import (
     JobParser,
     add_finetune_settings,
@@ -240,6 +242,18 @@ def test_words_of_a_job_are_parsed_beside_the_settings():
     arguments = job.parse(["laptop", "--resume", "a-run", "--seed", "3"])
 
     assert (arguments.resume, read_pretrain_settings(arguments).seed) == ("a-run", 3)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_examples_of_a_sweep_are_plans(number):
+    lines = [
+        line
+        for line in str(sweep_job.__doc__).splitlines()
+        if "sweep.py" in line and "--resume" not in line
+    ]
+    words = shlex.split(lines[number])[2:]
+
+    assert sweep_job._plan(sweep_job._parser().parse(words)).axes()
 
 
 # Whole processes: what they print, and how they exit.

@@ -197,17 +197,21 @@ def test_as_many_trials_run_at_a_time_as_the_cluster_holds(
 
 
 @pytest.fixture(scope="module")
-def troubled(finished, base) -> SimpleNamespace:
+def troubled(ray_cluster, base) -> SimpleNamespace:
     """Sweep points that lose their numbers, do not fit in memory, or are good."""
     result = start(
-        base.override({"training.epochs": 3, "run.max_skipped_steps": 1}),
+        base.override(
+            {"training.epochs": 3, "run.max_skipped_steps": 1, "run.max_failures": 0}
+        ),
         "troubled",
         {"optimizer.lr": "grid(0.02,1e30)", "model.queue_size": "grid(32,1000000000000)"},
         scheduler="none",
         trial_epochs=1,
         retrain=True,
     )
-    return SimpleNamespace(result=result, records=records(base, "troubled"))
+    return SimpleNamespace(
+        result=result, client=tracking.connect(), records=records(base, "troubled")
+    )
 
 
 def test_a_sweep_goes_on_where_trials_diverge_or_fail(troubled):
@@ -223,19 +227,26 @@ def test_trials_that_did_not_finish_say_why(troubled):
     assert "memory" in reasons[1]
 
 
-def test_a_diverged_trial_is_not_repeated(finished, troubled):
-    parent = troubled.result.run_id
-    experiment = finished.parent.info.experiment_id
-    runs = finished.client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
-    diverged = [run for run in runs if run.data.tags.get("trial.state") == "diverged"]
+def test_trials_that_did_not_finish_are_marked_in_mlflow(troubled):
+    parent = troubled.client.get_run(troubled.result.run_id)
+    runs = troubled.client.search_runs(
+        [parent.info.experiment_id],
+        f"tags.`mlflow.parentRunId` = '{troubled.result.run_id}'",
+        order_by=["tags.trial"],
+    )
 
-    assert [run.info.status for run in diverged] == ["FAILED"]
+    assert [(run.info.status, run.data.tags["trial.state"]) for run in runs] == [
+        ("FINISHED", "finished"),
+        ("FAILED", "failed"),
+        ("FAILED", "diverged"),
+        ("FAILED", "failed"),
+    ]
 
 
-def test_the_winner_is_trained_again_at_full_length_and_registered(finished, troubled):
+def test_the_winner_is_trained_again_at_full_length_and_registered(troubled):
     name, number = troubled.result.model_uri.removeprefix("models:/").split("/")
-    version = finished.client.get_model_version(name, number)
-    run = finished.client.get_run(version.run_id)
+    version = troubled.client.get_model_version(name, number)
+    run = troubled.client.get_run(version.run_id)
 
     assert (run.data.tags["sweep"], run.data.params["training.epochs"]) == (
         troubled.result.run_id,
