@@ -72,8 +72,8 @@ def postgres() -> Iterator[tuple[Path, int]]:
         subprocess.run(command, check=True, **quiet, **user)
         words = ["-h", "127.0.0.1", "-p", str(port), "-k", str(folder), "-c", "fsync=off"]
         command = [str(programs / "postgres"), "-D", str(folder / "data"), *words]
-        log = subprocess.DEVNULL
-        with ending(subprocess.Popen(command, stderr=log, **quiet, **user)):
+        server = subprocess.Popen(command, stderr=subprocess.DEVNULL, **quiet, **user)
+        with ending(server):
             deadline = time.monotonic() + 30
             ready = [str(programs / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)]
             while subprocess.run(ready, check=False, **quiet).returncode:
