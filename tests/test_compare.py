@@ -1,11 +1,9 @@
 """Comparing initializations: rows and statistics, and a whole comparison on a real Ray."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import mlflow
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -119,18 +117,6 @@ def test_the_settings_of_the_runs_have_their_own_names():
 
 
 # From here on on a real Ray.
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Iterator[Path]:
-    """Make a folder for runs and MLflow, and let all processes of the tests use it."""
-    root = tmp_path_factory.mktemp("compare")
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-        yield root
-        mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")

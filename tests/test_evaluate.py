@@ -1,11 +1,9 @@
 """Scoring a frozen backbone on a real Ray: the same scores as in one process, and refusals."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import mlflow
 import numpy as np
 import pytest
 import torch
@@ -20,18 +18,6 @@ from upreid_ray.data.stream import LabelledImages
 from upreid_ray.evaluate import evaluate
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Iterator[Path]:
-    """Make a folder for runs and MLflow, and let all processes of the tests use it."""
-    root = tmp_path_factory.mktemp("evaluate")
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-        yield root
-        mlflow.set_tracking_uri(before)
 
 
 def person(seed: int, pid: int) -> Image.Image:

@@ -1,10 +1,7 @@
 """Fine-tuning on a real Ray, from a registered version to its descendant."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
-import mlflow
 import pytest
 
 from tests.core.tiny import TINY as PRETRAINING
@@ -23,18 +20,6 @@ from upreid_ray.initialization import resolve
 from upreid_ray.presets import CLUSTER_CONTRAST_PRESETS, FINETUNE_PRESETS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Iterator[Path]:
-    """Make a folder for runs and MLflow, and let all processes of the tests use it."""
-    root = tmp_path_factory.mktemp("finetune")
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-        yield root
-        mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")

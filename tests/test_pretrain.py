@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,21 +57,6 @@ TINY = PRESETS["demo"].override(
 NUM_STEPS = 21
 SECOND_CHECKPOINT = 8
 SIGNAL_SECONDS = 2.0  # from the line that says that a run begins until it listens to signals
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Iterator[Path]:
-    """Make a folder for runs and MLflow, and let all processes of the tests use it."""
-    root = tmp_path_factory.mktemp("pretrain")
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        for name, value in tracking.HTTP_DEFAULTS.items():
-            patch.setenv(name, value)
-        yield root
-        mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,9 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import mlflow
 import pytest
 
 from tests.test_pretrain import TINY, Job, kill, train_workers
@@ -23,20 +21,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
 WEIGHT = "loss.intrinsic_weight"
 NUM_STEPS = 14
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Iterator[Path]:
-    """Make a folder for runs and MLflow, and let all processes of the tests use it."""
-    root = tmp_path_factory.mktemp("sweep")
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-        for name, value in tracking.HTTP_DEFAULTS.items():
-            patch.setenv(name, value)
-        yield root
-        mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")

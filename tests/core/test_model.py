@@ -212,7 +212,7 @@ def test_terms_of_weight_0_cost_no_pass(term, query, key):
     counts, terms = passes(tiny(ALONE[term]))
 
     assert counts == {"query": 2 * query, "key": 2 * key}
-    assert terms.keys() == {"loss", "info_nce", term}
+    assert terms.keys() == {"loss", "info_nce", term, "grad_norm", "skipped"}
 
 
 def test_embeddings_and_losses_stay_fp32_under_bf16():
