@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.cluster.processes import ROOT, free_ports, run, tree
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-ROOT = Path(__file__).parents[2]
 LOOPBACK = {"0100007F", "0" * 24 + "01000000", "0" * 16 + "FFFF00000100007F"}
 LISTENING = "0A"
 
@@ -44,52 +45,11 @@ print("SEEN", json.dumps({"entrypoint": seen(), "task": task, "run": run.info.ru
 """
 
 
-def run(
-    *words: str | Path, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a command from the repository root and keep what it prints."""
-    return subprocess.run(
-        [str(word) for word in words],
-        cwd=ROOT,
-        env=dict(os.environ) | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-
-
 def local(
     command: str, *words: str | Path, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the script under test."""
     return run(sys.executable, "cluster/local.py", command, *words, env=env)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return distinct free ports."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(server.getsockname()[1]) for server in sockets]
-    for server in sockets:
-        server.close()
-    return ports
-
-
-def tree(root: int) -> set[int]:
-    """Return a living process and all its living descendants."""
-    children: dict[int, set[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            fields = stat.read_bytes().rpartition(b")")[2].split()
-            if fields[0] != b"Z":
-                pid = int(stat.parent.name)
-                children.setdefault(int(fields[1]), set()).add(pid)
-                children.setdefault(pid, set())
-    found, new = set[int](), {root} & children.keys()
-    while new:
-        found |= new
-        new = set[int]().union(*(children[pid] for pid in new)) - found
-    return found
 
 
 def listening(pids: set[int]) -> set[tuple[str, int]]:
