@@ -7,6 +7,7 @@ reports the mAP of the frozen backbone at each rung, and what is behind there is
 
 import logging
 import os
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ BEST_FILE = "best.json"
 REPORT_FILE = "report.html"
 TUNE_FOLDER = "tune"
 DELIVERY_SECONDS = 20.0
+LOG_WIDTH = 160
 # A trial's own process only waits for Ray Train. A part of a CPU, if it took one, would be
 # missing to the tasks that decode, and on two cores all would wait for each other for ever.
 TRIAL_RESOURCES = {"CPU": 0, "memory": 1}
@@ -139,7 +141,8 @@ def _run(settings: TrialSettings, client: tracking.Client) -> SweepResult:
                 _deliver(settings, record)
         states = dict(Counter(str(record.state) for record in records))
         ranked = rank(records)
-        console = Console(stderr=True)
+        # A log has no width of its own; a row of the table should stay one line.
+        console = Console(stderr=True, width=None if sys.stderr.isatty() else LOG_WIDTH)
         if not ranked:
             console.print(trial_table(records, plan.num_epochs))
             reasons = [record.reason for record in records if record.reason]
