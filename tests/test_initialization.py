@@ -14,7 +14,6 @@ from upreid_ray import initialization, tracking
 from upreid_ray.config import InputError, LabelledDataConfig
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.checkpoint import (
-    BEST_FILE,
     BestBackbone,
     export_backbone,
     save_checkpoint,
@@ -187,9 +186,8 @@ def test_a_description_that_describes_nothing_is_refused(tmp_path, exported, tex
     assert "its description cannot be read" in refusal(str(tmp_path))
 
 
-def test_weights_of_another_architecture_than_described_are_refused(tmp_path, checkpoint):
-    state = json.loads((checkpoint / "state.json").read_text())
-    (tmp_path / "state.json").write_text(json.dumps(state))
-    save_file(build_backbone("resnet34").state_dict(), tmp_path / BEST_FILE)
+def test_weights_of_another_architecture_than_described_are_refused(tmp_path, exported):
+    os.link(exported / "backbone.json", tmp_path / "backbone.json")
+    save_file(build_backbone("resnet34").state_dict(), tmp_path / "backbone.safetensors")
 
     assert refusal(str(tmp_path)).endswith("describes a resnet18, but holds a resnet34")
