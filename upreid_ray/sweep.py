@@ -41,14 +41,13 @@ from upreid_ray.sweep_trial import (
     TrialSettings,
     run_trial,
 )
-from upreid_ray.train_job import evaluation_shards, register
+from upreid_ray.train_job import deliver_metrics, evaluation_shards, register
 
 logger = logging.getLogger(__name__)
 
 BEST_FILE = "best.json"
 REPORT_FILE = "report.html"
 TUNE_FOLDER = "tune"
-DELIVERY_SECONDS = 20.0
 LOG_WIDTH = 160
 # A trial's own process only waits for Ray Train. A part of a CPU, if it took one, would be
 # missing to the tasks that decode, and on two cores all would wait for each other for ever.
@@ -138,7 +137,9 @@ def _run(settings: TrialSettings, client: tracking.Client) -> SweepResult:
         for record in records:
             mark_run(client, settings, record)
             if record.state == "stopped":
-                _deliver(settings, record)
+                stopped = settings.folder(record.candidate.number)
+                if stopped.exists():
+                    deliver_metrics(stopped, stopped.recorded()[0])
         states = dict(Counter(str(record.state) for record in records))
         ranked = rank(records)
         # A log has no width of its own; a row of the table should stay one line.
@@ -237,15 +238,6 @@ def _register(
             },
         )
     return model_uri, position.best_scores, position.images_per_second
-
-
-def _deliver(settings: TrialSettings, record: TrialRecord) -> None:
-    """Deliver what a trial that was stopped had not told MLflow yet, if it ran here."""
-    folder = settings.folder(record.candidate.number)
-    if folder.exists() and folder.local_path().exists():
-        run_id, _ = folder.recorded()
-        log = tracking.RunLog(run_id, tracking.tracking_uri(), folder.local_path())
-        log.close(DELIVERY_SECONDS)
 
 
 def _retrain(

@@ -38,7 +38,7 @@ from upreid_ray.data.persons import ClusterImages, PersonImages
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.stream import EVALUATION_SPLITS, TrainingImages, check_labels
 from upreid_ray.run_folder import RESULT_FILE, STOP_FILE, RunFolder
-from upreid_ray.worker import WorkerSettings
+from upreid_ray.worker import DELIVERY_SECONDS, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,9 @@ class TrainJob:
         """
         config, folder, client = self.config, self.folder, self.client
         done = folder.read(RESULT_FILE)
-        if done is not None:
+        if self.run_id is not None and done is not None:
             logger.info("run %s is done already", folder.name)
+            deliver_metrics(folder, self.run_id)
             return TrainResult(**json.loads(done))
         folder.remove(STOP_FILE)
         evaluation = evaluation_shards(config.evaluation.shards, shards)
@@ -185,6 +186,7 @@ class TrainJob:
         )
         with tracking.running(client, run_id), _stopped_by_sigterm(folder):
             trained = _train(worker, settings, folder, callbacks)
+            deliver_metrics(folder, run_id)
             with trained.as_directory() as directory:
                 position = read_position(Path(directory))
                 model_uri = None
@@ -203,6 +205,13 @@ class TrainJob:
         )
         folder.write(RESULT_FILE, json.dumps(asdict(result), indent=1))
         return result
+
+
+def deliver_metrics(folder: RunFolder, run_id: str) -> None:
+    """Deliver what workers of this machine could not deliver to MLflow before they ended."""
+    if folder.local_path().exists():
+        log = tracking.RunLog(run_id, tracking.tracking_uri(), folder.local_path())
+        log.close(DELIVERY_SECONDS)
 
 
 @contextmanager

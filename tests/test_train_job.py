@@ -1,0 +1,50 @@
+"""What the driver does around training, without any."""
+
+import os
+import signal
+
+import pytest
+
+from upreid_ray import tracking
+from upreid_ray.presets import PRESETS
+from upreid_ray.run_folder import STOP_FILE, RunFolder
+from upreid_ray.train_job import _stopped_by_sigterm, deliver_metrics
+
+NOWHERE = "http://127.0.0.1:9"  # nothing answers there
+
+
+@pytest.fixture
+def run(folder) -> RunFolder:
+    return RunFolder(str(folder), "a-run")
+
+
+def test_metrics_that_a_worker_could_not_deliver_are_delivered_at_the_end(run):
+    client = tracking.connect()
+    run_id = tracking.start_run(client, experiment="late", name="a", config=PRESETS["demo"])
+    worker = tracking.RunLog(run_id, NOWHERE, run.local_path())
+    worker.metrics(3, {"train/loss": 4.5})
+    worker.close(0.1)
+
+    deliver_metrics(run, run_id)
+
+    history = client.get_metric_history(run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(3, 4.5)]
+
+
+def test_a_folder_that_was_on_another_machine_has_nothing_to_deliver(run):
+    elsewhere = RunFolder(run.storage, "elsewhere")
+
+    deliver_metrics(elsewhere, "no-run")
+
+    assert not elsewhere.local_path().exists()
+
+
+def test_the_first_sigterm_asks_the_run_to_stop_and_the_next_one_is_not_caught(run):
+    before = signal.getsignal(signal.SIGTERM)
+
+    with _stopped_by_sigterm(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        asked, then = run.read(STOP_FILE), signal.getsignal(signal.SIGTERM)
+
+    assert (asked, then) == ("", before)
+    assert signal.getsignal(signal.SIGTERM) == before
