@@ -108,7 +108,7 @@ def plain(config: PretrainConfig, shards: str, folder: Path) -> float:
 
 def on_ray(config: PretrainConfig) -> float:
     """Return images/s of the whole job."""
-    ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    ray.init("local", logging_level=logging.ERROR, log_to_driver=False)
     try:
         return fit(config).images_per_second
     finally:
@@ -159,7 +159,7 @@ def main() -> None:
 def _shards(folder: Path) -> str:
     """Draw the synthetic set of the demo."""
     synthetic = PRESETS["demo"].data.synthetic
-    ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    ray.init("local", logging_level=logging.ERROR, log_to_driver=False)
     write_shards(
         synthetic_records(synthetic),
         str(folder / "shards"),

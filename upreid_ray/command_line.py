@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
@@ -199,7 +200,10 @@ def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
 
 
 def connect_to_ray(*, show_workers: bool = True) -> None:
-    """Connect to the running Ray cluster, or start a local one for this job.
+    """Connect to the Ray cluster of ``RAY_ADDRESS``, or start a local one for this job.
+
+    Ray itself would also look for a cluster that was once started on this machine, and wait for
+    minutes if it is gone.
 
     Args:
         show_workers: Whether to show what workers log.
@@ -207,7 +211,8 @@ def connect_to_ray(*, show_workers: bool = True) -> None:
     # They warn that a local cluster asks for a token, and that Ray Data draws no bars.
     for talkative in ("ray._private.authentication", "ray.data._internal.progress"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
-    ray.init(logging_level=logging.WARNING, log_to_driver=show_workers)
+    address = None if "RAY_ADDRESS" in os.environ else "local"
+    ray.init(address, logging_level=logging.WARNING, log_to_driver=show_workers)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
