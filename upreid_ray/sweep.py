@@ -350,7 +350,8 @@ def _run_trials(settings: TrialSettings) -> None:
             scheduler=_scheduler(plan),
             num_samples=1 if is_random else num_trials,
             max_concurrent_trials=at_a_time,
-            reuse_actors=True,  # a new process takes seconds to import what it needs
+            # Else a trial that ASHA stops trains on to its end, and no other one begins.
+            reuse_actors=False,
             trial_dirname_creator=_short_name,
         ),
         run_config=tune.RunConfig(
