@@ -42,6 +42,11 @@ def start(base: PretrainConfig, name: str, space: dict[str, str], **search):
     return sweep.start(plan, RunFolder(str(base.run.storage_path), name))
 
 
+def test_a_name_that_leaves_no_room_for_those_of_trials_is_refused(ray_cluster, base):
+    with pytest.raises(InputError, match=r"^--run.name nnn.*: must be shorter than 96 "):
+        start(base, "n" * 96, {WEIGHT: "choice(0.1)"})
+
+
 def records(base: PretrainConfig, name: str) -> list[TrialRecord]:
     """Return what the folders of a sweep say of its trials."""
     files = sorted(Path(str(base.run.storage_path), name).glob("*/trial.json"))
@@ -236,6 +241,26 @@ def test_the_winner_is_trained_again_at_full_length_and_registered(troubled):
         troubled.result.run_id,
         "3",
     )
+
+
+@pytest.fixture(scope="module")
+def halved(ray_cluster, base) -> SimpleNamespace:
+    """Sweep three points, one after the other, of which the first is the best at its rung."""
+    result = start(
+        base,
+        "halved",
+        {"optimizer.lr": "grid(1e-9,0.02,0.03)"},
+        scheduler="asha",
+        grace_epochs=1,
+        reduction_factor=2,
+        max_concurrent=1,
+    )
+    return SimpleNamespace(result=result, records=records(base, "halved"))
+
+
+def test_a_trial_that_is_behind_at_its_rung_is_stopped_there_and_the_next_begins(halved):
+    assert [record.state for record in halved.records] == ["finished", "stopped", "stopped"]
+    assert [list(record.rungs) for record in halved.records] == [[1, 2], [1], [1]]
 
 
 # From here on the job runs in a process with a Ray of its own, parts of which are killed.

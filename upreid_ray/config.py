@@ -84,7 +84,8 @@ Deviation = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Jitter = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=32, le=1024)]
 BackboneName = Literal["resnet18", "resnet34", "resnet50"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+MAX_NAME = 100
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MAX_NAME)]
 
 
 class Section(BaseModel):

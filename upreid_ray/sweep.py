@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from upreid_ray import tracking
-from upreid_ray.config import InputError, PretrainConfig, RunFailed, RunStopped
+from upreid_ray.config import MAX_NAME, InputError, PretrainConfig, RunFailed, RunStopped
 from upreid_ray.core.checkpoint import read_position
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.sources import synthetic_shards
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 BEST_FILE = "best.json"
 REPORT_FILE = "report.html"
+RETRAINED = "-best"  # what the name of the retrained run ends with
 TUNE_FOLDER = "tune"
 LOG_WIDTH = 160
 # A trial's own process only waits for Ray Train. A part of a CPU, if it took one, would be
@@ -97,6 +98,12 @@ def start(plan: SweepPlan, folder: RunFolder) -> SweepResult:
     if folder.exists():
         msg = (
             f"--run.name {folder.name}: exists already; continue it with --resume {folder.name}"
+        )
+        raise InputError(msg)
+    if len(folder.name) > MAX_NAME - len(RETRAINED):
+        msg = (
+            f"--run.name {folder.name}: must be shorter than {MAX_NAME + 1 - len(RETRAINED)} "
+            "characters, for runs of trials are named after it"
         )
         raise InputError(msg)
     num_concurrent(plan)
@@ -244,7 +251,7 @@ def _retrain(
     settings: TrialSettings, client: tracking.Client, winner: PretrainConfig
 ) -> tuple[str | None, dict[str, float], float]:
     """Train the best point at full length; return its URI, its scores and the speed."""
-    config = winner.override({"run.name": f"{settings.sweep.name}-best"})
+    config = winner.override({"run.name": settings.sweep.name + RETRAINED})
     folder = RunFolder.of(config.run, config.model.backbone)
     result = fit(config, resume=folder.exists())
     tracking.set_tags(client, result.run_id, {"sweep": settings.run_id})

@@ -1,0 +1,136 @@
+"""A Ray cluster of several nodes on this machine, any of which can be lost."""
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+from tests.cluster.processes import free_ports, tree
+
+HOST = "127.0.0.1"
+RAY = str(Path(sys.executable).parent / "ray")
+START_SECONDS = 90.0
+
+
+class Nodes:
+    """A head without CPUs, and the nodes that joined it; ends them all on exit.
+
+    Args:
+        folder: For logs, the token and Ray's own files; its path must be short, for sockets.
+        settings: Environment variables of all processes of the cluster.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, str] | None = None) -> None:
+        self._folder = folder
+        self._processes: list[subprocess.Popen[bytes]] = []
+        token = folder / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        self.port, self._dashboard_port, self._client_port = free_ports(3)
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # stay on loopback
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "GLOO_SOCKET_IFNAME": "lo",
+            **(settings or {}),
+        }
+        self.head = self._start(
+            "head",
+            "--head",
+            f"--port={self.port}",
+            f"--dashboard-host={HOST}",
+            f"--dashboard-port={self._dashboard_port}",
+            f"--ray-client-server-port={self._client_port}",
+            "--num-cpus=0",
+        )
+        self._wait()
+
+    def __enter__(self) -> Self:
+        """Return the cluster."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all nodes."""
+        for node in self._processes:
+            self.lose(node)
+
+    @property
+    def address(self) -> str:
+        """What ``RAY_ADDRESS`` has to be for a driver."""
+        return f"{HOST}:{self.port}"
+
+    @property
+    def dashboard(self) -> str:
+        """Where jobs are submitted."""
+        return f"http://{HOST}:{self._dashboard_port}"
+
+    def add(self, *options: str) -> subprocess.Popen[bytes]:
+        """Let a node join, without waiting for it; return its first process."""
+        return self._start(
+            f"node-{len(self._processes)}", f"--address={self.address}", *options
+        )
+
+    def lose(self, node: subprocess.Popen[bytes]) -> None:
+        """Kill all processes of a node at once."""
+        for pid in tree(node.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        node.wait()
+
+    def num_alive(self) -> int:
+        """Count the nodes of which the head knows that they are there, itself included."""
+        script = (
+            "import ray; ray.init('auto', logging_level='ERROR', log_to_driver=False);"
+            "print(sum(node['Alive'] for node in ray.nodes()))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**self.environment, "RAY_ADDRESS": self.address},
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
+            check=False,
+        )
+        return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+
+    def _start(self, name: str, *options: str) -> subprocess.Popen[bytes]:
+        with (self._folder / f"{name}.log").open("wb") as log:
+            node = subprocess.Popen(
+                [
+                    *(
+                        RAY,
+                        "start",
+                        "--block",
+                        "--log-color=false",
+                        f"--node-ip-address={HOST}",
+                    ),
+                    *("--min-worker-port=0", "--max-worker-port=0"),
+                    *("--dashboard-agent-listen-port=0", "--object-store-memory=300000000"),
+                    # Of its own, or nodes would unpack the code of a job over each other.
+                    f"--temp-dir={self._folder / name}",
+                    *options,
+                ],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._processes.append(node)
+        return node
+
+    def _wait(self) -> None:
+        """Wait until the head answers."""
+        deadline = time.monotonic() + START_SECONDS
+        while not self.num_alive():
+            if self.head.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError((self._folder / "head.log").read_text())
+            time.sleep(0.5)

@@ -1,0 +1,178 @@
+"""Jobs submitted from outside to a cluster of several nodes, one of which is lost."""
+
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.cluster.nodes import Nodes
+from tests.cluster.processes import ROOT, tree
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+# Each worker fills a node for training, so that tasks that decode run on the other one.
+TRAIN_NODE, DATA_NODE = "--num-cpus=2", "--num-cpus=1"
+SETTINGS = {
+    "data.synthetic.num_train_identities": 8,
+    "data.synthetic.num_test_identities": 4,
+    "data.synthetic.num_unlabeled_identities": 20,
+    "data.synthetic.height": 64,
+    "data.synthetic.width": 32,
+    "model.queue_size": 32,
+    "training.precision": "fp32",
+    "training.epochs": 2,
+    "training.batch_size": 16,
+    "training.group_size": 8,
+    "training.log_every_steps": 1,
+    "checkpoint.every_steps": 4,
+    "scaling.cpus_per_worker": 2,
+    "scaling.use_gpu": False,
+}
+SECONDS = 240.0
+
+
+class Submission:
+    """A job that was submitted from a folder of its own, and what it has said."""
+
+    def __init__(self, nodes: Nodes, folder: Path, *words: str, **environment: str) -> None:
+        work = Path(tempfile.mkdtemp(dir=folder))
+        for part in ("upreid_ray", "jobs"):
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / part, work / part, ignore=ignore)
+        flags = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+        address = (f"--address={nodes.dashboard}", f"--working-dir={work}")
+        self._log = folder / f"{work.name}.log"
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                ["ray", "job", "submit", *address, "--", "python", *words, *flags],
+                env={**nodes.environment, **environment},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def wait(self) -> int:
+        """Wait for its end; return the exit status."""
+        try:
+            return self._process.wait(SECONDS)
+        finally:
+            self._process.kill()
+            self._process.wait()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until something is so while it runs."""
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert self._process.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
+            time.sleep(0.1)
+
+    def result(self) -> dict[str, Any]:
+        """Wait for its end; return what its last line says."""
+        assert self.wait() == 0, self.log
+        line = next(line for line in self.log.splitlines() if line.startswith('{"run_id"'))
+        return json.loads(line)
+
+
+@dataclass
+class Cluster:
+    """Nodes with separate duties, and the folder of all that they leave."""
+
+    nodes: Nodes
+    folder: Path
+    train_nodes: list[subprocess.Popen[bytes]]
+    data_node: subprocess.Popen[bytes]
+
+
+def processes(node: subprocess.Popen[bytes], title: str) -> set[int]:
+    """Return the processes of a node whose title begins like this."""
+    found = set()
+    for pid in tree(node.pid):
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title.encode()):
+                found.add(pid)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # Sockets need a short path, which pytest's folders do not have.
+    folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))
+    settings = {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        "UPREID_RAY_STORAGE": str(folder / "runs"),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    }
+    try:
+        with Nodes(folder, settings) as nodes:
+            train_nodes = [nodes.add(TRAIN_NODE) for _ in range(2)]
+            yield Cluster(nodes, folder, train_nodes, nodes.add(DATA_NODE))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def node_lost(cluster: Cluster) -> SimpleNamespace:
+    """Submit a pre-training, and take one of its nodes away after the first checkpoint."""
+    words = ("jobs/pretrain.py", "demo", "--run.name", "lost", "--scaling.num_workers", "2")
+    job = Submission(cluster.nodes, cluster.folder, *words)
+    run = cluster.folder / "runs/lost"
+    job.wait_for(lambda: any(run.glob("step-*/sha256.json")))
+    workers = [processes(node, "ray::RayTrainWorker") for node in cluster.train_nodes]
+    decoding = processes(cluster.data_node, "ray::")
+    cluster.nodes.lose(cluster.train_nodes.pop())
+    cluster.train_nodes.append(cluster.nodes.add(TRAIN_NODE))
+    return SimpleNamespace(result=job.result(), log=job.log, workers=workers, decoding=decoding)
+
+
+@pytest.mark.parametrize("token", [None, "0" * 64], ids=["none", "another"])
+def test_a_job_without_the_token_is_refused(cluster, token):
+    other = cluster.folder / "other"
+    if token is not None:
+        other.write_text(token)
+    environment = (
+        {"RAY_AUTH_TOKEN_PATH": str(other)} if token else {"RAY_AUTH_MODE": "disabled"}
+    )
+    job = Submission(cluster.nodes, cluster.folder, "jobs/pretrain.py", "demo", **environment)
+
+    assert job.wait() != 0
+    assert "auth" in job.log.lower()
+    assert "submitted successfully" not in job.log
+
+
+def test_each_node_has_the_work_that_is_meant_for_it(node_lost):
+    assert [len(workers) for workers in node_lost.workers] == [1, 1]
+    assert node_lost.decoding
+
+
+def test_a_run_that_loses_a_node_goes_on_when_another_one_has_come(cluster, node_lost):
+    begun = re.findall(r"step (\d+)/14 +loss", node_lost.log)
+    steps = [int(step) for step in begun]
+
+    assert steps[-1] == 14
+    assert len(steps) > len(set(steps)), "no step was taken again"
+    assert node_lost.result["model_uri"] == "models:/upreid-resnet18/1"
+
+
+def test_a_sweep_that_is_submitted_registers_its_best_backbone(cluster, node_lost):
+    words = ("jobs/sweep.py", "own", "demo", "--run.name", "swept", "--scheduler", "none")
+    space = ("--space.loss.intrinsic_weight", "grid(0,0.1)", "--scaling.num_workers", "1")
+    job = Submission(cluster.nodes, cluster.folder, *words, *space)
+
+    result = job.result()
+
+    assert result["trials"] == {"finished": 2}
+    assert result["model_uri"] == "models:/upreid-resnet18/2"
