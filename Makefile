@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 UV_VERSION := 0.13.9
+PIP_AUDIT_VERSION := 2.10.1
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
 
 .PHONY: help setup pretrain sweep finetune compare check format test test-fast bench bench-data \
-  up down status secrets image lock clean
+  chaos audit up down status secrets image lock clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -68,6 +69,13 @@ bench: $(READY)  ## the numbers of BENCHMARKS.md
 
 bench-data: $(READY)  ## how fast images arrive, beside torch's DataLoader
 	$(BIN)/python benchmarks/data.py $(ARGS)
+
+chaos: $(READY)  ## kill processes of a run at random; its weights must not differ (40 minutes)
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
+
+audit: $(READY)  ## look for known vulnerabilities of the locked requirements
+	$(BIN)/uv tool run pip-audit@$(PIP_AUDIT_VERSION) --strict --require-hashes --disable-pip \
+	  -r requirements.lock
 
 up: $(READY)  ## start a local Ray head and an MLflow server
 	$(BIN)/python cluster/local.py up $(ARGS)
