@@ -143,16 +143,15 @@ def from_shards(
     loader = DataLoader(
         Blocks(images, blocks), batch_size=None, num_workers=num_cores, collate_fn=_keep
     )
-    yield from islice(images.batches(rounds, iter(loader), 1), num_steps)
+    yield from islice(images.batches(rounds, iter(loader)), num_steps)
 
 
 def from_stream(images: TrainingImages, num_steps: int) -> Iterator[NDArray[np.uint8]]:
     """Yield the batches of this package."""
     rounds = list(images.rounds(0, num_steps))
-    blocks = [block for each in rounds for block in each.by_worker(1)]
-    (iterator,) = stream_blocks(images.read, blocks, num_workers=1)
+    (iterator,) = stream_blocks(images.read, [each.by_worker(1) for each in rounds])
     decoded = read_stream(iterator, rank=0, num_workers=1)
-    yield from islice(images.batches(rounds, decoded, 1), num_steps)
+    yield from islice(images.batches(rounds, decoded), num_steps)
 
 
 def companions(config: PretrainConfig, num_images: int) -> tuple[float, float]:

@@ -96,7 +96,9 @@ class Consumer:
         """Take the batches of some rounds; return the seconds spent waiting for them."""
         blocks = read_stream(iterator, rank=self._rank, num_workers=NUM_WORKERS)
         waited = 0.0
-        batches = self._images.batches(rounds, self._noted(blocks), NUM_WORKERS)
+        batches = self._images.batches(
+            rounds, self._noted(blocks), rank=self._rank, num_workers=NUM_WORKERS
+        )
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
@@ -245,15 +247,14 @@ def run_epoch(
     waited = seconds_paused = 0.0
     for first in range(0, len(rounds), num_rounds):
         part = rounds[first : first + num_rounds]
-        blocks = [block for each in part for block in each.by_worker(NUM_WORKERS)]
-        iterators = stream_blocks(reader, blocks, num_workers=NUM_WORKERS)
+        iterators = stream_blocks(reader, [each.by_worker(NUM_WORKERS) for each in part])
         running = [
             consumer.consume.remote(iterator, part)
             for consumer, iterator in zip(consumers, iterators, strict=True)
         ]
         while ray.wait(running, num_returns=NUM_WORKERS, timeout=SAMPLE_SECONDS)[1]:
             memory.sample()
-            if not seconds_paused and _taken(consumers) > len(blocks) / 2:
+            if not seconds_paused and _taken(consumers) > len(part) * len(part[0].blocks) / 2:
                 seconds_paused = _pause(reader, consumers, memory, console)
         waited += sum(ray.get(running)) / NUM_WORKERS
     return time.perf_counter() - began - seconds_paused, waited

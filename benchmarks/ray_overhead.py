@@ -74,14 +74,14 @@ def plain_worker(
         config, steps_per_epoch=images.steps_per_epoch, device=torch.device("cpu")
     )
     rounds = list(images.rounds(0, state.num_steps))
-    blocks = [block for each in rounds for block in each.by_worker(num_workers)]
+    blocks = [block for each in rounds for block in each.by_worker(num_workers)[rank]]
     loader = DataLoader(
-        Blocks(images, blocks[rank::num_workers]),
+        Blocks(images, blocks),
         batch_size=None,
         num_workers=1,
         collate_fn=_keep,
     )
-    batches = images.batches(rounds, iter(loader), num_workers)
+    batches = images.batches(rounds, iter(loader), rank=rank, num_workers=num_workers)
     skipped = state.num_steps // 4
     started = 0.0
     tensors = (torch.from_numpy(batch) for batch in batches)

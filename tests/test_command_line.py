@@ -164,7 +164,7 @@ def test_an_unknown_flag_is_answered_with_the_nearest(typed, meant, preset):
         ["--augmentation.crop_area", "0.9"],
         ["--patches.rows", "1"],
         ["--patches.rows", "64"],
-        ["--scaling.num_workers", "3"],
+        ["--scaling.num_workers", "500"],
         ["--run.name", "../elsewhere"],
         ["--data.synthetic.num_cameras", "1"],
     ],

@@ -210,7 +210,12 @@ def test_a_refusal_says_what_was_given():
             {"training.group_size": 48},
             ["--training.group_size 48", "--training.batch_size 128"],
         ),
-        ({"scaling.num_workers": 3}, ["--scaling.num_workers 3", "--training.batch_size 128"]),
+        (
+            {"scaling.num_workers": 200},
+            ["--scaling.num_workers 200", "--training.batch_size 128"],
+        ),
+        ({"scaling.max_workers": 200}, ["--scaling.max_workers 200", "groups of a batch"]),
+        ({"scaling.min_workers": 2}, ["--scaling.num_workers 1", "--scaling.min_workers 2"]),
         ({"patches.rows": 1}, ["--patches.rows 1", "--patches.mining symmetry"]),
         (
             {"patches.rows": 1, "patches.columns": 1, "patches.mining": "none"},

@@ -322,7 +322,13 @@ class ScalingConfig(Section):
     """The processes that compute."""
 
     num_workers: PositiveInt = 8
-    """Processes; to train, they must divide the groups of a batch (batch_size / group_size)."""
+    """Processes; to train, at most the groups of a batch (batch_size / group_size)."""
+    min_workers: PositiveInt | None = None
+    """Training goes on with this many where a node is lost; none waits for num_workers."""
+    max_workers: PositiveInt | None = None
+    """Training takes this many where nodes are there; none takes num_workers at most."""
+    resize_seconds: PositiveFloat = 60.0
+    """How often a run of fewer than max_workers looks whether more of them fit."""
     use_gpu: bool = True
     """Processes compute on GPUs (and NCCL); false computes on CPUs (with Gloo)."""
     gpus_per_worker: Share = 1.0
@@ -331,6 +337,36 @@ class ScalingConfig(Section):
     """CPUs that each process reserves; what it leaves free decodes images."""
     threads_per_worker: PositiveInt | None = None
     """Threads of each process on CPUs; none shares the cores of a machine among them."""
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        least, most = self.bounds
+        if not least <= self.num_workers <= most:
+            msg = (
+                f"--scaling.num_workers {self.num_workers} must be from --scaling.min_workers "
+                f"{least} to --scaling.max_workers {most}"
+            )
+            raise ValueError(msg)
+        return self
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The least and the greatest number of processes that train."""
+        return self.min_workers or self.num_workers, self.max_workers or self.num_workers
+
+    def check_workers(self, num_groups: int, source: str) -> None:
+        """Refuse more processes than the groups of a batch, which ``source`` decides.
+
+        Raises:
+            ValueError: Of one line.
+        """
+        flag = "max" if self.max_workers else "num"
+        if self.bounds[1] > num_groups:
+            msg = (
+                f"--scaling.{flag}_workers {self.bounds[1]} exceeds the {num_groups} groups of "
+                f"a batch ({source})"
+            )
+            raise ValueError(msg)
 
 
 class JobConfig(Section):
@@ -402,13 +438,10 @@ class PretrainConfig(Section):
                 f"{batch_size}"
             )
             raise ValueError(msg)
-        if self.num_groups % self.scaling.num_workers:
-            msg = (
-                f"--scaling.num_workers {self.scaling.num_workers} must divide the "
-                f"{self.num_groups} groups of a batch (--training.batch_size {batch_size} / "
-                f"--training.group_size {group_size})"
-            )
-            raise ValueError(msg)
+        self.scaling.check_workers(
+            self.num_groups,
+            f"--training.batch_size {batch_size} / --training.group_size {group_size}",
+        )
         return self
 
     @model_validator(mode="after")
@@ -643,12 +676,7 @@ class DownstreamConfig(Section):
                 f"{persons} into equal groups of two or more"
             )
             raise ValueError(msg)
-        if groups % self.scaling.num_workers:
-            msg = (
-                f"--scaling.num_workers {self.scaling.num_workers} must divide "
-                f"--training.num_groups {groups}"
-            )
-            raise ValueError(msg)
+        self.scaling.check_workers(groups, "--training.num_groups")
         return self
 
 

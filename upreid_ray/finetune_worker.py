@@ -245,11 +245,12 @@ def stream_batches(
         stop = min(start + num_steps, stop_step)
         iterators: list[DataIterator] = []
         if rank == 0:
-            blocks = batches.blocks(start, stop, num_workers)
-            iterators = stream_blocks(read, blocks, num_workers=num_workers)
+            iterators = stream_blocks(read, batches.rounds(start, stop, num_workers))
         mine = distributed.share_from_first(iterators)[rank]
         decoded = read_stream(mine, rank=rank, num_workers=num_workers)
-        for columns in batches.batches(start, stop, decoded, num_workers):
+        for columns in batches.batches(
+            start, stop, decoded, rank=rank, num_workers=num_workers
+        ):
             yield PersonBatch(
                 torch.from_numpy(columns["image"]), torch.from_numpy(columns["label"])
             )

@@ -59,11 +59,13 @@ class PretrainWorker(Worker):
             step = rounds[-1].first_step + rounds[-1].num_steps
             iterators: list[DataIterator] = []
             if rank == 0:
-                blocks = [block for each in rounds for block in each.by_worker(num_workers)]
-                iterators = stream_blocks(self.images.read, blocks, num_workers=num_workers)
+                blocks = [each.by_worker(num_workers) for each in rounds]
+                iterators = stream_blocks(self.images.read, blocks)
             mine = distributed.share_from_first(iterators)[rank]
             decoded = read_stream(mine, rank=rank, num_workers=num_workers)
-            for images in self.images.batches(rounds, decoded, num_workers):
+            for images in self.images.batches(
+                rounds, decoded, rank=rank, num_workers=num_workers
+            ):
                 batch = torch.from_numpy(images)
                 if self.state.step == 0:
                     self._log_views(batch)

@@ -238,17 +238,19 @@ def check_resources(scaling: ScalingConfig) -> None:
     if len(ray.nodes()) > 1 or "RAY_ADDRESS" in os.environ:
         return
     has = ray.cluster_resources()
-    if scaling.use_gpu and has.get("GPU", 0) < scaling.num_workers * scaling.gpus_per_worker:
+    flag = "min_workers" if scaling.min_workers else "num_workers"
+    num_workers = scaling.bounds[0]
+    if scaling.use_gpu and has.get("GPU", 0) < num_workers * scaling.gpus_per_worker:
         msg = (
-            f"--scaling.num_workers {scaling.num_workers}: this machine has "
+            f"--scaling.{flag} {num_workers}: this machine has "
             f"{has.get('GPU', 0):g} GPUs; --scaling.use_gpu false trains on CPUs"
         )
         raise InputError(msg)
     # Less than a whole CPU left would keep the tasks that decode images waiting for ever.
-    needed = scaling.num_workers * scaling.cpus_per_worker + 1
+    needed = num_workers * scaling.cpus_per_worker + 1
     if has.get("CPU", 0) < needed:
         msg = (
-            f"--scaling.cpus_per_worker {scaling.cpus_per_worker:g}: {scaling.num_workers} "
+            f"--scaling.cpus_per_worker {scaling.cpus_per_worker:g}: {num_workers} "
             f"workers and one task that decodes need {needed:g} CPUs, this machine has "
             f"{has.get('CPU', 0):g}"
         )
@@ -274,6 +276,7 @@ def _train(
 ) -> Checkpoint:
     """Train on Ray Train to the end; return the last checkpoint."""
     config = settings.config
+    least, most = config.scaling.bounds
     packed = cloudpickle.dumps((worker, settings))
 
     def run(_: dict[str, Any]) -> RunFailed | InputError | None:
@@ -285,7 +288,8 @@ def _train(
         run,
         train_loop_config={},
         scaling_config=RayScalingConfig(
-            num_workers=config.scaling.num_workers,
+            num_workers=least if least == most else (least, most),
+            elastic_resize_monitor_interval_s=config.scaling.resize_seconds,
             use_gpu=config.scaling.use_gpu,
             resources_per_worker={"CPU": config.scaling.cpus_per_worker}
             | ({"GPU": config.scaling.gpus_per_worker} if config.scaling.use_gpu else {}),

@@ -49,7 +49,8 @@ class Submission:
         for part in ("upreid_ray", "jobs"):
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / part, work / part, ignore=ignore)
-        flags = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+        settings = {f"--{name}": str(value) for name, value in SETTINGS.items()}
+        flags = [w for flag in settings.keys() - set(words) for w in (flag, settings[flag])]
         address = (f"--address={nodes.dashboard}", f"--working-dir={work}")
         self._log = folder / f"{work.name}.log"
         with self._log.open("w") as log:
@@ -79,6 +80,11 @@ class Submission:
             assert self._process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
             time.sleep(0.1)
+
+    def stop(self, run: Path) -> None:
+        """Ask the run to end with a checkpoint, and wait for it."""
+        (run / "stop").touch()
+        self.wait()
 
     def result(self) -> dict[str, Any]:
         """Wait for its end; return what its last line says."""
@@ -165,6 +171,40 @@ def test_a_run_that_loses_a_node_goes_on_when_another_one_has_come(cluster, node
     assert steps[-1] == 14
     assert len(steps) > len(set(steps)), "no step was taken again"
     assert node_lost.result["model_uri"] == "models:/upreid-resnet18/1"
+
+
+@pytest.fixture(scope="module")
+def resized(cluster: Cluster, node_lost: SimpleNamespace) -> SimpleNamespace:
+    """Take a node away from an elastic run, and bring another one when it has gone on."""
+    words = ("jobs/pretrain.py", "demo", "--run.name", "resized", "--scaling.num_workers", "2")
+    elastic = ("--scaling.min_workers", "1", "--scaling.resize_seconds", "5")
+    job = Submission(cluster.nodes, cluster.folder, *words, *elastic, "--training.epochs", "60")
+    run = cluster.folder / "runs/resized"
+
+    def num_workers() -> int:
+        return sum(len(processes(n, "ray::RayTrainWorker")) for n in cluster.train_nodes)
+
+    job.wait_for(lambda: any(run.glob("step-*/sha256.json")))
+    numbers, before = [num_workers()], newest_step(job)
+    cluster.nodes.lose(cluster.train_nodes.pop())
+    job.wait_for(lambda: newest_step(job) > before + 4)
+    numbers.append(num_workers())
+    cluster.train_nodes.append(cluster.nodes.add(TRAIN_NODE))
+    job.wait_for(lambda: num_workers() == 2)
+    before = newest_step(job)
+    job.wait_for(lambda: newest_step(job) > before + 4)
+    numbers.append(num_workers())
+    job.stop(run)
+    return SimpleNamespace(numbers=numbers, log=job.log)
+
+
+def newest_step(job: Submission) -> int:
+    steps = re.findall(r"step (\d+)/\d+ +loss", job.log)
+    return int(steps[-1]) if steps else 0
+
+
+def test_an_elastic_run_goes_on_with_the_workers_that_there_are(resized):
+    assert resized.numbers == [2, 1, 2]
 
 
 def test_a_sweep_that_is_submitted_registers_its_best_backbone(cluster, node_lost):

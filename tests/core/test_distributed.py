@@ -1,11 +1,16 @@
 """Rows, values and means over two processes, against the same on the joined rows."""
 
+from itertools import chain
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
 from upreid_ray.core import distributed
+from upreid_ray.core.groups import shares
 
 NUM_ROWS = 5  # of each process
 SEEDS = range(6)
@@ -24,24 +29,51 @@ def permutation(seed: int) -> Tensor:
 
 
 def permute_own_rows(seeds: list[int]) -> list[Tensor]:
-    return [distributed.permute_rows(own_rows(), permutation(seed)) for seed in seeds]
+    return [
+        distributed.permute_rows(own_rows(), permutation(seed), num_groups=2) for seed in seeds
+    ]
 
 
 def exchange_halves() -> Tensor:
     order = torch.arange(2 * NUM_ROWS).roll(NUM_ROWS)
-    return distributed.permute_rows(own_rows(), order)
+    return distributed.permute_rows(own_rows(), order, num_groups=2)
 
 
 def keep_order() -> Tensor:
-    return distributed.permute_rows(own_rows(), torch.arange(2 * NUM_ROWS))
+    return distributed.permute_rows(own_rows(), torch.arange(2 * NUM_ROWS), num_groups=2)
 
 
 def gather_own_rows() -> Tensor:
-    return distributed.gather_rows(own_rows())
+    return distributed.gather_rows(own_rows(), num_groups=2)
 
 
 def gather_rows_of_a_transposed_tensor() -> Tensor:
-    return distributed.gather_rows(own_rows().transpose(1, 2))
+    return distributed.gather_rows(own_rows().transpose(1, 2), num_groups=2)
+
+
+NUM_GROUPS = 5  # of two rows each: the second process has three
+
+
+def own_part() -> Tensor:
+    groups = distributed.own_groups(NUM_GROUPS)
+    return joined_rows()[2 * groups.start : 2 * groups.stop]
+
+
+def permute_unequal_parts(seeds: list[int]) -> list[Tensor]:
+    return [
+        distributed.permute_rows(own_part(), permutation(seed), num_groups=NUM_GROUPS)
+        for seed in seeds
+    ]
+
+
+def gather_unequal_parts() -> Tensor:
+    return distributed.gather_rows(own_part(), num_groups=NUM_GROUPS)
+
+
+def average_weighted_ranks() -> Tensor:
+    rank = torch.tensor(float(distributed.rank()))
+    distributed.average_([rank], weight=[0.8, 1.2][distributed.rank()])
+    return rank
 
 
 def average_own_rows() -> Tensor:
@@ -90,6 +122,35 @@ def test_rows_of_any_memory_layout_can_be_gathered(run_in_pool):
         assert_close(rows, joined_rows().transpose(1, 2))
 
 
+def test_rows_of_unequal_parts_are_permuted(run_in_pool):
+    permuted = run_in_pool(permute_unequal_parts, list(SEEDS))
+
+    for seed, first, second in zip(SEEDS, *permuted, strict=True):
+        assert (len(first), len(second)) == (4, 6)
+        assert_close(torch.cat([first, second]), joined_rows()[permutation(seed)])
+
+
+def test_rows_of_unequal_parts_are_gathered(run_in_pool):
+    for rows in run_in_pool(gather_unequal_parts):
+        assert_close(rows, joined_rows())
+
+
+@given(num_groups=st.integers(1, 64), data=st.data())
+def test_workers_share_all_groups_in_order_and_differ_by_one_at_most(num_groups, data):
+    num_workers = data.draw(st.integers(1, num_groups))
+
+    parts = shares(num_groups, num_workers)
+
+    sizes = [len(part) for part in parts]
+    assert list(chain(*parts)) == list(range(num_groups))
+    assert (min(sizes) > 0, max(sizes) - min(sizes) <= 1) == (True, True)
+
+
+def test_averages_can_be_weighted(run_in_pool):
+    for rank in run_in_pool(average_weighted_ranks):
+        assert_close(rank, torch.tensor(0.6))
+
+
 def test_averages_are_the_means_over_the_processes(run_in_pool):
     halves = joined_rows().double().unflatten(0, (2, NUM_ROWS))
 
@@ -108,14 +169,9 @@ def test_values_are_gathered_at_the_first_process_alone(run_in_pool):
 def test_a_process_alone_permutes_its_own_rows():
     rows = torch.arange(6)
 
-    assert distributed.permute_rows(rows, torch.tensor([3, 1, 5, 0, 2, 4])).tolist() == [
-        3,
-        1,
-        5,
-        0,
-        2,
-        4,
-    ]
+    assert distributed.permute_rows(
+        rows, torch.tensor([3, 1, 5, 0, 2, 4]), num_groups=2
+    ).tolist() == [3, 1, 5, 0, 2, 4]
 
 
 def test_a_process_alone_keeps_what_it_has():
@@ -123,6 +179,6 @@ def test_a_process_alone_keeps_what_it_has():
 
     distributed.average_([rows])
 
-    assert distributed.gather_rows(rows).tolist() == [0, 1, 2, 3, 4, 5]
+    assert distributed.gather_rows(rows, num_groups=2).tolist() == [0, 1, 2, 3, 4, 5]
     assert distributed.share_from_first("a") == "a"
     assert distributed.gather_at_first("a") == ["a"]

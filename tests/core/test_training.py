@@ -460,7 +460,11 @@ def test_a_damaged_checkpoint_is_no_initialization(whole, tmp_path):
 
 # Two processes -------------------------------------------------------------------------------
 
-PAIR = {"training.batch_size": 8, "training.group_size": 2}
+# Four groups, or three, of which the second process has two.
+PAIRS = [
+    {"training.batch_size": 8, "training.group_size": 2},
+    {"training.batch_size": 6, "training.group_size": 2},
+]
 
 
 def thinned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -479,22 +483,27 @@ def steps_of_this_process(settings: dict[str, Any], number: int) -> tuple[list, 
     """
     config = tiny({**settings, "scaling.num_workers": distributed.world_size()})
     state = float64_state(config)
-    share = config.training.batch_size // distributed.world_size()
-    own = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    size, groups = config.training.group_size, distributed.own_groups(config.num_groups)
+    own = slice(groups.start * size, groups.stop * size)
     losses = [train_step(state, batch(step, config)[own]) for step in range(number)]
     before = thinned(tensors_of(state))
     state.average_running_statistics()
     return losses, before, thinned(tensors_of(state))
 
 
-@pytest.fixture(scope="module")
-def alone() -> tuple[list, dict, dict]:
-    return steps_of_this_process(PAIR, 2)
+@pytest.fixture(scope="module", params=PAIRS, ids=["equal parts", "unequal parts"])
+def settings_of_both(request) -> dict[str, Any]:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def pair(run_in_pool) -> list[tuple[list, dict, dict]]:
-    return run_in_pool(steps_of_this_process, PAIR, 2)
+def alone(settings_of_both) -> tuple[list, dict, dict]:
+    return steps_of_this_process(settings_of_both, 2)
+
+
+@pytest.fixture(scope="module")
+def pair(run_in_pool, settings_of_both) -> list[tuple[list, dict, dict]]:
+    return run_in_pool(steps_of_this_process, settings_of_both, 2)
 
 
 def without_statistics(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -544,7 +553,7 @@ def test_running_statistics_differ_before_they_are_averaged(pair):
 
 
 def test_two_processes_train_with_the_first_term_alone(run_in_pool):
-    settings = {**PAIR, "loss.consistency_weight": 0, "loss.intrinsic_weight": 0}
+    settings = {**PAIRS[0], "loss.consistency_weight": 0, "loss.intrinsic_weight": 0}
 
     pair = run_in_pool(steps_of_this_process, settings, 1)
 

@@ -123,9 +123,11 @@ def batches(
 ) -> list[np.ndarray]:
     """Return one worker's batches of these steps."""
     rounds = list(images.rounds(start, stop))
-    blocks = [block for each in rounds for block in each.by_worker(num_workers)]
-    mine = (images.read(block) for block in blocks[rank::num_workers])
-    return list(images.batches(rounds, mine, num_workers))[: stop - start]
+    blocks = [block for each in rounds for block in each.by_worker(num_workers)[rank]]
+    mine = map(images.read, blocks)
+    return list(images.batches(rounds, mine, rank=rank, num_workers=num_workers))[
+        : stop - start
+    ]
 
 
 def order(images: TrainingImages, start: int, stop: int, **worker: int) -> list[list[int]]:
@@ -240,7 +242,7 @@ def test_neighbours_on_disk_are_spread_over_an_epoch(tmp_path):
     assert np.mean(steps == 1) < 0.1
 
 
-@pytest.mark.parametrize("num_workers", [1, 2, 4])
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 4])
 def test_the_order_does_not_depend_on_the_number_of_workers(tmp_path, num_workers):
     described = config(batch=16, group=4)
     images = training_images(tmp_path, [flat(i) for i in range(70)], described)
@@ -530,13 +532,12 @@ def test_labelled_images_that_do_not_decode_are_left_out(tmp_path):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_ray_delivers_what_reading_gives_and_in_its_order(ray_cluster, tmp_path, num_workers):
-    images = training_images(tmp_path, [flat(i) for i in range(70)], config(batch=16))
-    rounds = list(images.rounds(2, 8))
-    blocks = [block for each in rounds for block in each.by_worker(num_workers)]
+    images = training_images(tmp_path, [flat(i) for i in range(70)], config(batch=16, group=4))
+    rounds = [each.by_worker(num_workers) for each in images.rounds(2, 8)]
 
-    iterators = stream_blocks(images.read, blocks, num_workers=num_workers)
+    iterators = stream_blocks(images.read, rounds)
 
     def delivered(rank: int) -> list[list[int]]:
         columns = read_stream(iterators[rank], rank=rank, num_workers=num_workers)
@@ -544,16 +545,20 @@ def test_ray_delivers_what_reading_gives_and_in_its_order(ray_cluster, tmp_path,
 
     with ThreadPoolExecutor(num_workers) as pool:
         by_rank = list(pool.map(delivered, range(num_workers)))
-    expected = [numbers(images.read(block)["image"]) for block in blocks]
-    assert by_rank == [expected[rank::num_workers] for rank in range(num_workers)]
+    expected = [
+        [numbers(images.read(block)["image"]) for each in rounds for block in each[rank]]
+        for rank in range(num_workers)
+    ]
+    assert by_rank == expected
 
 
 @pytest.mark.ray
 def test_a_stream_in_another_order_than_due_is_noticed(ray_cluster, tmp_path):
     images = training_images(tmp_path, [flat(i) for i in range(70)], config(batch=16))
-    blocks = [block for each in images.rounds(0, 4) for block in each.blocks]
 
-    (iterator,) = stream_blocks(images.read, blocks, num_workers=1)
+    (iterator,) = stream_blocks(
+        images.read, [each.by_worker(1) for each in images.rounds(0, 4)]
+    )
 
     with pytest.raises(RuntimeError, match="delivered block 0 where block 1 was due"):
         list(read_stream(iterator, rank=1, num_workers=2))

@@ -210,8 +210,8 @@ def cluster_contrast_step(state: ClusterContrastState, batch: PersonBatch) -> di
     terms = person_step(state, batch, objective)
     labels = batch.labels.to(state.device, non_blocking=True)
     memory.update(
-        distributed.gather_rows(torch.cat(seen)),
-        distributed.gather_rows(labels),
+        distributed.gather_rows(torch.cat(seen), num_groups=state.config.num_groups),
+        distributed.gather_rows(labels, num_groups=state.config.num_groups),
         momentum=training.memory_momentum,
     )
     return terms

@@ -1,4 +1,8 @@
-"""The only place that asks for a process group; every function is the identity when alone."""
+"""The only place that asks for a process group; every function is the identity when alone.
+
+A batch is made of groups, of which process ``r`` has the part ``shares(...)[r]``; parts may
+differ by one group.
+"""
 
 from collections.abc import Iterable
 from typing import TypeVar
@@ -7,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from upreid_ray.core.groups import shares
 
 T = TypeVar("T")
 
@@ -30,32 +36,58 @@ def data_parallel(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """Concatenate the equally shaped ``rows [n, ...]`` of all processes, in rank order."""
+def own_groups(num_groups: int) -> range:
+    """Return the groups of a batch that this process has."""
+    return shares(num_groups, world_size())[rank()]
+
+
+def gather_rows(rows: Tensor, *, num_groups: int) -> Tensor:
+    """Concatenate the rows of all processes, in rank order.
+
+    Args:
+        rows: ``[n, ...]``, the same number for each group of this process.
+        num_groups: Of all processes.
+    """
     if world_size() == 1:
         return rows
-    gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
-    return gathered
+    parts = shares(num_groups, world_size())
+    counts = [len(part) * len(rows) // len(parts[rank()]) for part in parts]
+    most = max(counts)
+    # Collectives want equal shapes: parts that have a group less are filled up.
+    filled = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    gathered = rows.new_empty(world_size() * most, *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, filled)
+    if most * world_size() == sum(counts):
+        return gathered
+    by_process = torch.split(gathered, most)
+    return torch.cat([part[:count] for part, count in zip(by_process, counts, strict=True)])
 
 
-def permute_rows(rows: Tensor, permutation: Tensor) -> Tensor:
+def permute_rows(rows: Tensor, permutation: Tensor, *, num_groups: int) -> Tensor:
     """Shuffle rows over all processes, each sending only what another one needs.
 
     Args:
-        rows: ``[n, ...]``, rows ``rank * n`` to ``(rank + 1) * n`` of the joined rows.
-        permutation: ``[world_size * n]``, int64 on the CPU, equal on all processes.
+        rows: ``[n, ...]``, those of this process of the joined rows.
+        permutation: ``[N]``, int64 on the CPU, equal on all processes; N is the number of
+            joined rows.
+        num_groups: Of all processes; they have N / num_groups rows each.
 
     Returns:
         ``[n, ...]``: row ``i`` of the joined result is row ``permutation[i]`` of the joined
         input.
     """
-    n, here = len(rows), rank()
     if world_size() == 1:
         return rows[permutation.to(rows.device)]
-    wanted_by = permutation.view(world_size(), n)
-    sent = [wanted[wanted // n == here] - here * n for wanted in wanted_by]
-    source = wanted_by[here] // n
+    size = len(permutation) // num_groups
+    parts = [range(p.start * size, p.stop * size) for p in shares(num_groups, world_size())]
+    here = parts[rank()]
+    wanted_by = torch.split(permutation, [len(part) for part in parts])
+    sent = [
+        wanted[(wanted >= here.start) & (wanted < here.stop)] - here.start
+        for wanted in wanted_by
+    ]
+    ends = torch.tensor([part.stop for part in parts])
+    source = torch.bucketize(wanted_by[rank()], ends, right=True)
     received = torch.empty_like(rows)
     dist.all_to_all_single(
         received,
@@ -86,10 +118,16 @@ def gather_at_first(value: T) -> list[T] | None:
 
 
 @torch.no_grad()
-def average_(tensors: Iterable[Tensor]) -> None:
-    """Replace each floating-point tensor by its mean over the processes."""
+def average_(tensors: Iterable[Tensor], *, weight: float = 1.0) -> None:
+    """Replace each floating-point tensor by its mean over the processes.
+
+    Args:
+        tensors: Of this process, changed in place.
+        weight: Of this process; the mean of all weights is 1.
+    """
     if world_size() == 1:
         return
     for tensor in tensors:
+        tensor.mul_(weight)
         dist.all_reduce(tensor)
         tensor.div_(world_size())

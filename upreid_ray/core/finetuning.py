@@ -183,38 +183,37 @@ def person_step(
 
     Args:
         state: Changed in place.
-        batch: Of this worker, rows ``rank * b`` to ``(rank + 1) * b`` of the whole batch.
+        batch: Of this worker's groups, in the order of the whole batch.
         objective: What the model returns for a group, and the group's labels -> ``loss`` and
             its terms.
 
     Returns:
-        ``loss`` and its terms, means over this worker's images, and what `State.update`
-        returns, all on the device.
+        ``loss`` and its terms, whose means over the workers are those over the batch, and what
+        `State.update` returns, all on the device.
     """
     config = state.config
     images = batch.images.to(state.device, non_blocking=True)
     labels = batch.labels.to(state.device, non_blocking=True)
     parameters = draw_shifted_views(config, images.shape[2:], state.augmentation, state.step)
-    group_size = config.training.batch_size // config.training.num_groups
-    num_groups = len(images) // group_size
-    first = distributed.rank() * len(images)
+    size = config.training.batch_size // config.num_groups
+    groups = distributed.own_groups(config.num_groups)
 
     means: dict[str, Tensor] = {}
-    for group in range(num_groups):
-        rows = slice(group * group_size, (group + 1) * group_size)
-        of_batch = slice(first + rows.start, first + rows.stop)
-        views = render_view(
-            images[rows], parameters.rows(of_batch).to(state.device), state.augmentation
-        ).contiguous(memory_format=torch.channels_last)
-        momentum = group_momentum(group, num_groups)
+    for number, group in enumerate(groups):
+        rows = slice(number * size, (number + 1) * size)
+        of_batch = parameters.rows(slice(group * size, (group + 1) * size)).to(state.device)
+        views = render_view(images[rows], of_batch, state.augmentation).contiguous(
+            memory_format=torch.channels_last
+        )
+        momentum = group_momentum(number, len(groups))
         with (
-            state.local_gradients(unless=group == num_groups - 1),
+            state.local_gradients(unless=group == groups[-1]),
             running_statistics(state.model, momentum=momentum),
         ):
             terms = objective(state.parallel_model(views), labels[rows])
-            torch.autograd.backward(terms["loss"] / num_groups)
+            torch.autograd.backward(terms["loss"] / state.mean_groups)
         for name, term in terms.items():
-            means[name] = means.get(name, 0) + term.detach() / num_groups
+            means[name] = means.get(name, 0) + term.detach() / state.mean_groups
 
     epochs = config.optimizer.milestones
     lr = stepped_learning_rate(

@@ -86,10 +86,21 @@ class State(ABC):
     def average_running_statistics(self) -> None:
         """Make the batch-norm statistics of all workers equal, as export and scoring need."""
         distributed.average_(
-            buffer
-            for name, buffer in self.model.named_buffers()
-            if name.endswith(("running_mean", "running_var"))
+            (
+                buffer
+                for name, buffer in self.model.named_buffers()
+                if name.endswith(("running_mean", "running_var"))
+            ),
+            weight=len(distributed.own_groups(self.config.num_groups)) / self.mean_groups,
         )
+
+    @property
+    def mean_groups(self) -> float:
+        """Groups of a batch that a worker has in the mean.
+
+        Gradients and terms are averaged over the workers: a group counts one by this number.
+        """
+        return self.config.num_groups / distributed.world_size()
 
     def update(self, *, lr: float, clip_norm: float | None) -> dict[str, Tensor]:
         """Let the optimizer take a step unless the gradient is not finite; clear gradients.
@@ -250,33 +261,32 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
 
     Args:
         state: Changed in place.
-        images: uint8 ``[b, 3, H, W]``, rows ``rank * b`` to ``(rank + 1) * b`` of the batch.
+        images: uint8 ``[b, 3, H, W]``, of this worker's groups, in the order of the batch.
 
     Returns:
-        ``loss`` and its terms, means over this worker's images, and what `State.update`
-        returns, all on the device.
+        ``loss`` and its terms, whose means over the workers are those over the batch, and what
+        `State.update` returns, all on the device.
     """
     images = images.to(state.device, non_blocking=True)
-    config, group_size = state.config, state.config.training.group_size
+    config, size = state.config, state.config.training.group_size
     draw = StepDraw.of(config, state.step)
-    first = distributed.rank() * len(images)
-    num_groups = len(images) // group_size
+    groups = distributed.own_groups(config.num_groups)
 
     all_keys = encode_all_keys(state.model, images, draw, config)
     means: dict[str, Tensor] = {}
-    for group in range(num_groups):
-        rows = slice(group * group_size, (group + 1) * group_size)
-        of_batch = slice(first + rows.start, first + rows.stop)
-        views = render_views(images[rows], draw.query.rows(of_batch), config)
-        with state.local_gradients(unless=group == num_groups - 1):
+    for number, group in enumerate(groups):
+        of_batch = slice(group * size, (group + 1) * size)
+        own = images[number * size : (number + 1) * size]
+        views = render_views(own, draw.query.rows(of_batch), config)
+        with state.local_gradients(unless=group == groups[-1]):
             terms = state.parallel_model(
                 views,
                 all_keys[of_batch],
-                statistics_momentum=group_momentum(group, num_groups),
+                statistics_momentum=group_momentum(number, len(groups)),
             )
-            (terms["loss"] / num_groups).backward()
+            (terms["loss"] / state.mean_groups).backward()
         for name, term in terms.items():
-            means[name] = means.get(name, 0) + term.detach() / num_groups
+            means[name] = means.get(name, 0) + term.detach() / state.mean_groups
 
     lr = learning_rate(
         state.step,
@@ -310,19 +320,17 @@ def encode_all_keys(
     Returns:
         ``[B, E, D]``, in the order of the batch.
     """
-    group_size = config.training.group_size
-    shuffled = distributed.permute_rows(images, draw.shuffle)
-    first = distributed.rank() * len(images)
+    size, num_groups = config.training.group_size, config.num_groups
+    shuffled = distributed.permute_rows(images, draw.shuffle, num_groups=num_groups)
+    groups = distributed.own_groups(num_groups)
     keys = []
-    num_groups = len(images) // group_size
-    for group in range(num_groups):
-        start = group * group_size
-        here = slice(start, start + group_size)
-        sources = draw.shuffle[first + start : first + start + group_size]
-        views = render_views(shuffled[here], draw.key.rows(sources), config, for_keys=True)
-        momentum = group_momentum(group, num_groups)
+    for number, group in enumerate(groups):
+        own = shuffled[number * size : (number + 1) * size]
+        sources = draw.shuffle[group * size : (group + 1) * size]
+        views = render_views(own, draw.key.rows(sources), config, for_keys=True)
+        momentum = group_momentum(number, len(groups))
         keys.append(model.encode_keys(views, statistics_momentum=momentum))
-    gathered = distributed.gather_rows(torch.cat(keys))
+    gathered = distributed.gather_rows(torch.cat(keys), num_groups=num_groups)
     return gathered[draw.shuffle.argsort().to(gathered.device, non_blocking=True)]
 
 

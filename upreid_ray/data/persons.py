@@ -19,6 +19,7 @@ from upreid_ray.config import (
     InputError,
     PersonTrainingConfig,
 )
+from upreid_ray.core.groups import shares
 from upreid_ray.data.shards import TRAIN_SPLITS, Manifest
 from upreid_ray.data.stream import (
     MIN_BLOCK_IMAGES,
@@ -101,6 +102,11 @@ class PersonBlock:
     first_step: int
     num_steps: int
     group: int
+    num_images: int
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return self.num_images
 
 
 class PersonBatches:
@@ -143,14 +149,16 @@ class PersonBatches:
         """Return the rows ``[B]`` of the batch of a step."""
         return self._labelled[np.resize(self._sampler.rows(step), self._batch_size)]
 
-    def blocks(self, start_step: int, stop_step: int, num_workers: int) -> list[PersonBlock]:
-        """Return the blocks of these steps such that block ``i`` is of worker ``i % W``."""
-        each = self._num_groups // num_workers
+    def rounds(
+        self, start_step: int, stop_step: int, num_workers: int
+    ) -> list[list[list[PersonBlock]]]:
+        """Cut these steps into rounds; return of each the blocks of each worker."""
         return [
-            PersonBlock(step, num_steps, worker * each + place)
+            [
+                [PersonBlock(step, num_steps, g, num_steps * self._group_size) for g in part]
+                for part in shares(self._num_groups, num_workers)
+            ]
             for step, num_steps in self._cuts(start_step, stop_step)
-            for place in range(each)
-            for worker in range(num_workers)
         ]
 
     def read(self, encoded: pa.Table, block: PersonBlock) -> Columns:
@@ -158,7 +166,7 @@ class PersonBatches:
 
         Args:
             encoded: The images that take part.
-            block: From `blocks`.
+            block: From `rounds`.
 
         Returns:
             ``image``, uint8 ``[n, 3, H, W]``, and ``label`` ``[n]``.
@@ -174,12 +182,18 @@ class PersonBatches:
         return {"image": images, "label": self._labels[rows]}
 
     def batches(
-        self, start_step: int, stop_step: int, blocks: Iterator[Columns], num_workers: int
+        self,
+        start_step: int,
+        stop_step: int,
+        blocks: Iterator[Columns],
+        *,
+        rank: int = 0,
+        num_workers: int = 1,
     ) -> Iterator[Columns]:
         """Yield one worker's ``image`` and ``label`` of each step, from its blocks in order."""
-        each, size = self._num_groups // num_workers, self._group_size
+        groups, size = shares(self._num_groups, num_workers)[rank], self._group_size
         for _, num_steps in self._cuts(start_step, stop_step):
-            mine = [next(blocks) for _ in range(each)]
+            mine = [next(blocks) for _ in groups]
             for start in range(0, num_steps * size, size):
                 yield {
                     name: np.concatenate([block[name][start : start + size] for block in mine])

@@ -13,10 +13,10 @@ Dimensions: B images of a batch, W workers, b = B / W images of a worker's batch
 import io
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,6 +29,7 @@ from PIL import Image
 from ray.data import DataIterator
 
 from upreid_ray.config import InputError, PretrainConfig, first_line
+from upreid_ray.core.groups import shares
 from upreid_ray.data.folders import opened_folder
 from upreid_ray.data.shards import TRAIN_SPLITS, Manifest
 
@@ -46,7 +47,7 @@ STORED_FORMATS = ("JPEG", "PNG")
 
 NUMBER = "block"
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Sized)
 Columns = dict[str, NDArray[Any]]
 
 
@@ -125,6 +126,10 @@ class Block:
     stop: int
     skip: int
 
+    def __len__(self) -> int:
+        """Count the images that are still to be seen."""
+        return self.stop - self.start - self.skip
+
 
 @dataclass(frozen=True)
 class Round:
@@ -140,14 +145,10 @@ class Round:
     num_steps: int
     blocks: tuple[Block, ...]
 
-    def by_worker(self, num_workers: int) -> list[Block]:
-        """Return the blocks such that block ``i`` is of worker ``i % num_workers``.
-
-        Worker ``r`` has the r-th part of the groups, since its images are the r-th part of the
-        batch.
-        """
-        each = len(self.blocks) // num_workers
-        return [self.blocks[r * each + i] for i in range(each) for r in range(num_workers)]
+    def by_worker(self, num_workers: int) -> list[list[Block]]:
+        """Return the blocks of the groups of each worker."""
+        parts = shares(len(self.blocks), num_workers)
+        return [[self.blocks[group] for group in part] for part in parts]
 
 
 class TrainingImages:
@@ -260,13 +261,19 @@ class TrainingImages:
         return begin[np.arange(block.stop - block.start) % len(begin)]
 
     def batches(
-        self, rounds: Iterable[Round], blocks: Iterator[Columns], num_workers: int
+        self,
+        rounds: Iterable[Round],
+        blocks: Iterator[Columns],
+        *,
+        rank: int = 0,
+        num_workers: int = 1,
     ) -> Iterator[NDArray[np.uint8]]:
         """Yield one worker's batch of each step of the rounds.
 
         Args:
             rounds: From `rounds`.
             blocks: Decoded blocks of the worker's groups, in the order of the rounds.
+            rank: Of the worker.
             num_workers: W.
 
         Yields:
@@ -279,7 +286,7 @@ class TrainingImages:
         num_seen = 0
         undecodable: Counter[int] = Counter()  # by shard
         for this in rounds:
-            mine = list(islice(blocks, len(this.blocks) // num_workers))
+            mine = list(islice(blocks, len(this.by_worker(num_workers)[rank])))
             num_seen += sum(len(block["decoded"]) for block in mine)
             for block in mine:
                 undecodable.update(block["shard"][~block["decoded"]].tolist())
@@ -356,26 +363,30 @@ def check_labels(uri: str, manifest: Manifest) -> None:
 
 
 def stream_blocks(
-    read: Callable[[T], Columns],
-    blocks: Sequence[T],
-    *,
-    num_workers: int,
+    read: Callable[[T], Columns], rounds: Iterable[Sequence[Sequence[T]]]
 ) -> list[DataIterator]:
-    """Start a Ray Dataset whose tasks read the blocks; block ``i`` goes to worker ``i % W``.
+    """Start a Ray Dataset whose tasks read blocks, and hand each worker its own in order.
 
     Args:
-        read: Called with one block in a task.
-        blocks: In the order in which they are wanted.
-        num_workers: W.
+        read: Called with one block in a task; returns ``len(block)`` rows.
+        rounds: Of each round, the blocks of each worker in the order in which they are wanted.
+            Blocks of a round have the same length. A worker may have one less than another.
 
     Returns:
         An iterator for each worker, to be read with `read_stream`.
     """
+    turns = [turn for each in rounds for turn in zip_longest(*each)]
+    num_workers = len(turns[0])
+    blocks = [block for turn in turns for block in turn]
+    num_rows = [len(turn[0]) for turn in turns]
 
     def read_one(ids: Columns) -> Columns:
         number = int(ids["id"][0])
-        columns = read(blocks[number])
-        return {**columns, NUMBER: np.full(len(columns["image"]), number)}
+        block = blocks[number]
+        # Ray Data gives the worker with the fewest rows the next block, so who has no block in
+        # a turn gets rows without content.
+        columns = {} if block is None else read(block)
+        return {**columns, NUMBER: np.full(num_rows[number // num_workers], number)}
 
     dataset = ray.data.range(len(blocks), override_num_blocks=len(blocks)).map_batches(
         read_one, batch_size=None
@@ -397,7 +408,8 @@ def read_stream(iterator: DataIterator, *, rank: int, num_workers: int) -> Itera
             msg = f"Ray Data delivered block {columns[NUMBER][0]} where block {due} was due"
             raise RuntimeError(msg)
         due += num_workers
-        yield columns
+        if len(columns) > 1:  # else there is no block for this worker
+            yield columns
 
 
 def read_rows(uri: str, ranges: Sequence[RowRange], columns: list[str]) -> pa.Table:
