@@ -8,9 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
@@ -31,6 +34,7 @@ from upreid_ray.tracking import RunLog, load_backbone, register_backbone, start_
 
 NOWHERE = "http://127.0.0.1:9"  # nothing answers there
 DELIVERY_SECONDS = 60.0
+SLOW_SECONDS = 2.0
 CONFIG = PRESETS["demo"]
 
 
@@ -233,7 +237,58 @@ def outage(client, store, tmp_path_factory) -> SimpleNamespace:
     seconds = time.monotonic() - begun
     with mlflow_server(port, store, folder / "artifacts"):
         run_log.close(2 * DELIVERY_SECONDS)
-    return SimpleNamespace(run_id=run_id, seconds=seconds, artifacts=folder / "artifacts")
+        slow_run_id = client.create_run(experiment).info.run_id
+        with slowed(port) as (slow_port, calls):
+            log(
+                slow_run_id,
+                f"http://127.0.0.1:{slow_port}",
+                folder / "slow",
+                range(20),
+                wait=60,
+            )
+    return SimpleNamespace(
+        run_id=run_id,
+        seconds=seconds,
+        artifacts=folder / "artifacts",
+        slow_run_id=slow_run_id,
+        calls=calls,
+    )
+
+
+@contextmanager
+def slowed(port: int) -> Iterator[tuple[int, list[str]]]:
+    """Stand before a server, and let each call wait; yield the port, and what was called."""
+    calls = []
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            calls.append(self.path)
+            time.sleep(SLOW_SECONDS)
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            asked = urllib.request.Request(
+                f"http://127.0.0.1:{port}{self.path}",
+                data=body,
+                headers={"Content-Type": self.headers["Content-Type"]},
+            )
+            with urllib.request.urlopen(asked) as answer:
+                content = answer.read()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield server.server_address[1], calls
+        server.shutdown()
+
+
+def test_a_slow_server_gets_all_that_waits_at_once(client, outage):
+    assert len(outage.calls) <= 3
+    assert history(client, outage.slow_run_id, "train/loss") == values(range(20))
 
 
 def test_logging_does_not_wait_for_a_server_that_is_down(outage):

@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +43,7 @@ HTTP_DEFAULTS = {
 }
 MODEL_URI = re.compile(r"^models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))$")
 NUM_PARAMS_A_CALL = 100
+MAX_METRICS_PER_BATCH = 1000  # MLflow's own limit
 RETRY_SECONDS = 5.0
 
 
@@ -241,30 +242,51 @@ class RunLog:
         client = MlflowClient(self._uri)
         offset = int(self._delivered.read_text()) if self._delivered.exists() else 0
         while True:
-            with self._lines.open() as stream:
-                stream.seek(offset)
-                line = stream.readline()
-            if not line.endswith("\n"):
+            lines = self._pending(offset)
+            if not lines:
                 with self._wake:
                     if self._closing and self._lines.stat().st_size == offset:
                         return
                     self._wake.wait(RETRY_SECONDS)
                 continue
             try:
-                self._send(client, _parse(line))
+                self._send(client, [_parse(line) for line in lines])
             except Exception as error:  # whatever the server does must not stop training
                 logger.debug("MLflow: %s", error)
                 time.sleep(RETRY_SECONDS)
                 continue
-            offset += len(line.encode())
+            offset += sum(len(line.encode()) for line in lines)
             self._delivered.write_text(str(offset))
 
-    def _send(self, client: MlflowClient, entry: dict[str, Any]) -> None:
-        if "file" in entry:
-            client.log_artifact(self._run_id, str(self._folder / entry["file"]))
+    def _pending(self, offset: int) -> list[str]:
+        """Return what is to be delivered next: lines of metrics, or one that names a file.
+
+        Many lines at once, so that a slow server keeps up.
+        """
+        lines: list[str] = []
+        num_metrics = 0
+        with self._lines.open() as stream:
+            stream.seek(offset)
+            for line in stream:
+                entry = _parse(line)
+                num_metrics += len(entry.get("metrics", {}))
+                is_too_much = "file" in entry or num_metrics > MAX_METRICS_PER_BATCH
+                if not line.endswith("\n") or (lines and is_too_much):
+                    break
+                lines.append(line)
+                if "file" in entry:
+                    break
+        return lines
+
+    def _send(self, client: MlflowClient, entries: Sequence[dict[str, Any]]) -> None:
+        if "file" in entries[0]:
+            client.log_artifact(self._run_id, str(self._folder / entries[0]["file"]))
             return
-        values = entry.get("metrics", {})
-        metrics = [Metric(k, v, entry["time"], entry["step"]) for k, v in values.items()]
+        metrics = [
+            Metric(name, value, entry["time"], entry["step"])
+            for entry in entries
+            for name, value in entry.get("metrics", {}).items()
+        ]
         client.log_batch(self._run_id, metrics=metrics)
 
 

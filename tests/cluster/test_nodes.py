@@ -50,7 +50,7 @@ class Submission:
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / part, work / part, ignore=ignore)
         settings = {f"--{name}": str(value) for name, value in SETTINGS.items()}
-        flags = [w for flag in settings.keys() - set(words) for w in (flag, settings[flag])]
+        flags = [w for f, value in settings.items() if f not in words for w in (f, value)]
         address = (f"--address={nodes.dashboard}", f"--working-dir={work}")
         self._log = folder / f"{work.name}.log"
         with self._log.open("w") as log:
