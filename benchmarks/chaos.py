@@ -213,7 +213,7 @@ class Campaign:
 
     def _open(self) -> None:
         self._root = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
-        self._cluster = Nodes(self._root)
+        self._cluster = Nodes(self._root).__enter__()
         self._nodes = [self._cluster.add(*NODE) for _ in range(NUM_NODES)]
 
     def _close(self) -> None:

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+import ray.util
+
 from tests.cluster.processes import free_ports, tree
 
 HOST = "127.0.0.1"
@@ -31,30 +33,34 @@ class Nodes:
         token = folder / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
-        self.port, self._dashboard_port, self._client_port = free_ports(3)
+        self._port, self._dashboard_port, self._client_port = free_ports(3)
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # stay on loopback
             "RAY_USAGE_STATS_ENABLED": "0",
             "GLOO_SOCKET_IFNAME": "lo",
             **(settings or {}),
         }
-        self.head = self._start(
+        self._head = self._start(
             "head",
             "--head",
-            f"--port={self.port}",
+            f"--port={self._port}",
             f"--dashboard-host={HOST}",
             f"--dashboard-port={self._dashboard_port}",
             f"--ray-client-server-port={self._client_port}",
             "--num-cpus=0",
         )
-        self._wait()
 
     def __enter__(self) -> Self:
-        """Return the cluster."""
+        """Wait until the head answers."""
+        deadline = time.monotonic() + START_SECONDS
+        while not self.num_alive():
+            if self._head.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise RuntimeError((self._folder / "head.log").read_text())
+            time.sleep(0.5)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,7 +71,7 @@ class Nodes:
     @property
     def address(self) -> str:
         """What ``RAY_ADDRESS`` has to be for a driver."""
-        return f"{HOST}:{self.port}"
+        return f"{ray.util.get_node_ip_address()}:{self._port}"
 
     @property
     def dashboard(self) -> str:
@@ -126,11 +132,3 @@ class Nodes:
             )
         self._processes.append(node)
         return node
-
-    def _wait(self) -> None:
-        """Wait until the head answers."""
-        deadline = time.monotonic() + START_SECONDS
-        while not self.num_alive():
-            if self.head.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError((self._folder / "head.log").read_text())
-            time.sleep(0.5)
