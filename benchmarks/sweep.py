@@ -29,8 +29,8 @@ from upreid_ray.presets import PRESETS
 from upreid_ray.report import PointOutcome, rank
 from upreid_ray.run_folder import RunFolder
 from upreid_ray.search_space import SweepPlan, format_value
-from upreid_ray.sweep_trial import TrialRecord
 from upreid_ray.tracking import environment
+from upreid_ray.trial_record import TrialRecord
 
 ROOT = Path(__file__).parents[1]
 

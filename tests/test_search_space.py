@@ -20,7 +20,7 @@ from upreid_ray.search_space import (
     check_plan,
     read_axis,
 )
-from upreid_ray.sweep_trial import Candidate, TrialRecord
+from upreid_ray.trial_record import Candidate, TrialRecord
 
 DEMO = PRESETS["demo"]
 LR = "optimizer.lr"

@@ -14,7 +14,7 @@ from upreid_ray.command_line import JobParser, add_pretrain_settings, read_pretr
 from upreid_ray.config import InputError, PretrainConfig, SearchConfig
 from upreid_ray.run_folder import RunFolder
 from upreid_ray.search_space import SweepPlan
-from upreid_ray.sweep_trial import TrialRecord
+from upreid_ray.trial_record import TrialRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from upreid_ray.search_points import distribution, encode
 from upreid_ray.search_space import Point, SweepPlan, format_value
-from upreid_ray.sweep_trial import METRIC, TrialRecord
+from upreid_ray.trial_record import METRIC, TrialRecord
 
 SCORED = ("finished", "stopped")
 # Fewer trials say nothing about which setting matters.

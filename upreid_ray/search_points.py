@@ -18,7 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from upreid_ray.config import InputError
 from upreid_ray.search_space import Axis, Choice, Grid, LogUniform, Point, SweepPlan
-from upreid_ray.sweep_trial import CANDIDATE, METRIC, Candidate
+from upreid_ray.trial_record import CANDIDATE, METRIC, Candidate
 
 logger = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)

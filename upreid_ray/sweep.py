@@ -33,15 +33,9 @@ from upreid_ray.run_folder import RunFolder
 from upreid_ray.search_points import PointSearch, candidates, draw_points
 from upreid_ray.search_space import Point, SweepPlan, check_plan
 from upreid_ray.sweep_progress import SweepProgress, mark_run
-from upreid_ray.sweep_trial import (
-    CANDIDATE,
-    METRIC,
-    TIME,
-    TrialRecord,
-    TrialSettings,
-    run_trial,
-)
+from upreid_ray.sweep_trial import run_trial
 from upreid_ray.train_job import deliver_metrics, evaluation_shards, register
+from upreid_ray.trial_record import CANDIDATE, METRIC, TIME, TrialRecord, TrialSettings
 
 logger = logging.getLogger(__name__)
 

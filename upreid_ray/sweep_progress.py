@@ -11,7 +11,7 @@ from upreid_ray import tracking
 from upreid_ray.config import first_line
 from upreid_ray.report import trial_table
 from upreid_ray.search_space import format_value
-from upreid_ray.sweep_trial import CANDIDATE, Candidate, TrialRecord, TrialSettings
+from upreid_ray.trial_record import CANDIDATE, Candidate, TrialRecord, TrialSettings
 
 logger = logging.getLogger(__name__)
 
