@@ -243,26 +243,6 @@ def test_the_winner_is_trained_again_at_full_length_and_registered(troubled):
     )
 
 
-@pytest.fixture(scope="module")
-def halved(ray_cluster, base) -> SimpleNamespace:
-    """Sweep three points, one after the other, of which the first is the best at its rung."""
-    result = start(
-        base,
-        "halved",
-        {"optimizer.lr": "grid(1e-9,0.02,0.03)"},
-        scheduler="asha",
-        grace_epochs=1,
-        reduction_factor=2,
-        max_concurrent=1,
-    )
-    return SimpleNamespace(result=result, records=records(base, "halved"))
-
-
-def test_a_trial_that_is_behind_at_its_rung_is_stopped_there_and_the_next_begins(halved):
-    assert [record.state for record in halved.records] == ["finished", "stopped", "stopped"]
-    assert [list(record.rungs) for record in halved.records] == [[1, 2], [1], [1]]
-
-
 # From here on the job runs in a process with a Ray of its own, parts of which are killed.
 
 

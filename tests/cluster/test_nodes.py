@@ -17,27 +17,21 @@ import pytest
 
 from tests.cluster.nodes import Nodes
 from tests.cluster.processes import ROOT, tree
+from tests.test_pretrain import TINY
+from upreid_ray.trial_record import TrialRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 # Each worker fills a node for training, so that tasks that decode run on the other one.
 TRAIN_NODE, DATA_NODE = "--num-cpus=2", "--num-cpus=1"
-SETTINGS = {
-    "data.synthetic.num_train_identities": 8,
-    "data.synthetic.num_test_identities": 4,
-    "data.synthetic.num_unlabeled_identities": 20,
-    "data.synthetic.height": 64,
-    "data.synthetic.width": 32,
-    "model.queue_size": 32,
-    "training.precision": "fp32",
-    "training.epochs": 8,
-    "training.batch_size": 16,
-    "training.group_size": 8,
-    "training.log_every_steps": 1,
-    "checkpoint.every_steps": 4,
-    "scaling.cpus_per_worker": 2,
-    "scaling.use_gpu": False,
-}
+CONFIG = TINY.override(
+    {
+        "training.log_every_steps": 1,
+        "evaluation.every_epochs": 1,
+        "scaling.cpus_per_worker": 2,
+        "run.name": None,
+    }
+)
 SECONDS = 240.0
 STEP = r"step (\d+)/(\d+) +loss"
 
@@ -50,13 +44,21 @@ class Submission:
         for part in ("upreid_ray", "jobs"):
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / part, work / part, ignore=ignore)
-        settings = {f"--{name}": str(value) for name, value in SETTINGS.items()}
-        flags = [w for f, value in settings.items() if f not in words for w in (f, value)]
+        (work / "config.json").write_text(CONFIG.model_dump_json())
         address = (f"--address={nodes.dashboard}", f"--working-dir={work}")
         self._log = folder / f"{work.name}.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                ["ray", "job", "submit", *address, "--", "python", *words, *flags],
+                [
+                    "ray",
+                    "job",
+                    "submit",
+                    *address,
+                    "--",
+                    "python",
+                    *words,
+                    "--config=config.json",
+                ],
                 env={**nodes.environment, **environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -134,9 +136,10 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def resized(cluster: Cluster) -> SimpleNamespace:
     """Submit an elastic run, take one of its nodes away, and bring another one."""
-    words = ("jobs/pretrain.py", "demo", "--run.name", "resized", "--scaling.num_workers", "2")
-    elastic = ("--scaling.min_workers", "1", "--scaling.resize_seconds", "5")
-    job = Submission(cluster.nodes, cluster.folder, *words, *elastic)
+    words = ("jobs/pretrain.py", "--run.name=resized", "--training.epochs=12")
+    elastic = ("--scaling.min_workers=1", "--scaling.resize_seconds=2")
+    seldom = "--evaluation.every_epochs=12"
+    job = Submission(cluster.nodes, cluster.folder, *words, *elastic, seldom)
     run = cluster.folder / "runs/resized"
 
     def workers() -> list[int]:
@@ -161,7 +164,7 @@ def test_a_job_without_the_token_is_refused(cluster, token):
     environment = (
         {"RAY_AUTH_TOKEN_PATH": str(other)} if token else {"RAY_AUTH_MODE": "disabled"}
     )
-    job = Submission(cluster.nodes, cluster.folder, "jobs/pretrain.py", "demo", **environment)
+    job = Submission(cluster.nodes, cluster.folder, "jobs/pretrain.py", **environment)
 
     assert job.wait() != 0
     assert "auth" in job.log.lower()
@@ -185,12 +188,25 @@ def test_an_elastic_run_takes_a_node_that_comes_and_trains_to_its_end(resized):
     assert resized.result["model_uri"] == "models:/upreid-resnet18/1"
 
 
-def test_a_sweep_that_is_submitted_registers_its_best_backbone(cluster, resized):
-    words = ("jobs/sweep.py", "own", "demo", "--run.name", "swept", "--scheduler", "none")
-    space = ("--space.loss.intrinsic_weight", "grid(0,0.1)", "--scaling.num_workers", "1")
-    job = Submission(cluster.nodes, cluster.folder, *words, *space)
-
+@pytest.fixture(scope="module")
+def swept(cluster: Cluster, resized: SimpleNamespace) -> SimpleNamespace:
+    """Submit a sweep of three trials, one after the other, of which the first is the best."""
+    words = ("jobs/sweep.py", "own", "--run.name=swept", "--max_concurrent=1")
+    halving = ("--scheduler=asha", "--grace_epochs=1", "--reduction_factor=2")
+    trials = ("--training.epochs=2", "--scaling.num_workers=1")
+    axis = "--space.optimizer.lr=grid(1e-9,0.02,0.03)"
+    job = Submission(cluster.nodes, cluster.folder, *words, *halving, *trials, axis)
     result = job.result()
+    files = sorted((cluster.folder / "runs/swept").glob("*/trial.json"))
+    records = [TrialRecord.model_validate_json(file.read_text()) for file in files]
+    return SimpleNamespace(result=result, records=records)
 
-    assert result["trials"] == {"finished": 2}
-    assert result["model_uri"] == "models:/upreid-resnet18/2"
+
+def test_a_submitted_sweep_registers_its_best_backbone(swept):
+    assert swept.result["best"] == {"optimizer.lr": 1e-9}
+    assert swept.result["model_uri"] == "models:/upreid-resnet18/2"
+
+
+def test_a_trial_that_is_behind_at_its_rung_is_stopped_there_and_the_next_begins(swept):
+    assert [record.state for record in swept.records] == ["finished", "stopped", "stopped"]
+    assert [list(record.rungs) for record in swept.records] == [[1, 2], [1], [1]]
