@@ -51,7 +51,7 @@ def gather_rows_of_a_transposed_tensor() -> Tensor:
     return distributed.gather_rows(own_rows().transpose(1, 2), num_groups=2)
 
 
-NUM_GROUPS = 5  # of two rows each: the second process has three
+NUM_GROUPS = 5  # of two rows each: the first process has three
 
 
 def own_part() -> Tensor:
@@ -126,7 +126,7 @@ def test_rows_of_unequal_parts_are_permuted(run_in_pool):
     permuted = run_in_pool(permute_unequal_parts, list(SEEDS))
 
     for seed, first, second in zip(SEEDS, *permuted, strict=True):
-        assert (len(first), len(second)) == (4, 6)
+        assert (len(first), len(second)) == (6, 4)
         assert_close(torch.cat([first, second]), joined_rows()[permutation(seed)])
 
 
@@ -144,6 +144,7 @@ def test_workers_share_all_groups_in_order_and_differ_by_one_at_most(num_groups,
     sizes = [len(part) for part in parts]
     assert list(chain(*parts)) == list(range(num_groups))
     assert (min(sizes) > 0, max(sizes) - min(sizes) <= 1) == (True, True)
+    assert sizes[0] == max(sizes)
 
 
 def test_averages_can_be_weighted(run_in_pool):

@@ -460,7 +460,7 @@ def test_a_damaged_checkpoint_is_no_initialization(whole, tmp_path):
 
 # Two processes -------------------------------------------------------------------------------
 
-# Four groups, or three, of which the second process has two.
+# Four groups, or three, of which the first process has two.
 PAIRS = [
     {"training.batch_size": 8, "training.group_size": 2},
     {"training.batch_size": 6, "training.group_size": 2},

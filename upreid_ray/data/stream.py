@@ -36,14 +36,26 @@ from upreid_ray.data.shards import TRAIN_SPLITS, Manifest
 logger = logging.getLogger(__name__)
 
 EVALUATION_SPLITS = ("query", "gallery")
-# A task of Ray costs milliseconds: it should decode at least this many images.
+# Between two tasks a core idles for about 80 ms: a block should be worth the wait, in images
+# and in bytes, and half a CPU for each task lets another one work meanwhile.
 MIN_BLOCK_IMAGES = 256
+MAX_BLOCK_IMAGES = 1024
+BLOCK_BYTES = 32 * 2**20
+TASK_CPUS = 0.5
 # Each block of a dataset is known to its executor from the start: longer runs take several.
 MAX_DATASET_BLOCKS = 1024
 
 # Of each process that decodes.
 MAX_OPEN_SHARDS = 64
 STORED_FORMATS = ("JPEG", "PNG")
+# What Pillow's decoders raise; a flipped bit of a size makes an image a bomb.
+DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 
 NUMBER = "block"
 
@@ -167,7 +179,9 @@ class TrainingImages:
         self._groups = RowGroups(manifest, TRAIN_SPLITS)
         self._names = [shard.name for shard in manifest.shards]
         self._config = config
-        self._steps_per_block = -(-MIN_BLOCK_IMAGES // config.training.group_size)
+        fitting = BLOCK_BYTES // (3 * config.data.height * config.data.width)
+        num_images = max(MIN_BLOCK_IMAGES, min(MAX_BLOCK_IMAGES, fitting))
+        self._steps_per_block = -(-num_images // config.training.group_size)
         self.num_images = self._groups.num_images
         self.steps_per_epoch = self.num_images // config.training.batch_size
         if self.steps_per_epoch == 0:
@@ -388,8 +402,10 @@ def stream_blocks(
         columns = {} if block is None else read(block)
         return {**columns, NUMBER: np.full(num_rows[number // num_workers], number)}
 
-    dataset = ray.data.range(len(blocks), override_num_blocks=len(blocks)).map_batches(
-        read_one, batch_size=None
+    # Not a range, whose own tasks would have to be fed first.
+    ids = [pa.table({"id": [number]}) for number in range(len(blocks))]
+    dataset = ray.data.from_arrow(ids).map_batches(
+        read_one, batch_size=None, num_cpus=TASK_CPUS
     )
     dataset.context.enable_progress_bars = False
     dataset.context.execution_options.preserve_order = True
@@ -451,7 +467,7 @@ def decode(encoded: pa.Array | pa.ChunkedArray, height: int, width: int) -> Colu
             image = Image.open(io.BytesIO(content.as_buffer()), formats=STORED_FORMATS)
             image.draft("RGB", (width, height))  # JPEG decodes at half the size for less
             pixels = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-        except (OSError, SyntaxError, ValueError):  # what Pillow's decoders raise
+        except DECODING_ERRORS:
             continue
         else:
             images[row] = np.asarray(pixels).transpose(2, 0, 1)
