@@ -205,7 +205,7 @@ def repeated(folder: Path, config: PretrainConfig, num_images: int) -> str:
         on_progress=lambda _: None,
     )
     manifest = read_manifest(str(folder / "few"))
-    (shard,) = (each for each in manifest.shards if each.split == "unlabeled")
+    shard = next(each for each in manifest.shards if each.split == "unlabeled")
     table = pq.read_table(folder / "few" / shard.name)
     many = folder / "many"
     many.mkdir()
