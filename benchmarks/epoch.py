@@ -91,6 +91,7 @@ class Consumer:
         self._seen: list[np.ndarray[Any, Any]] = []
         self._num_blocks = 0
         self._stands_still = False
+        self._stood = 0.0
 
     def consume(self, iterator: DataIterator, rounds: list[Round]) -> float:
         """Take the batches of some rounds; return the seconds spent waiting for them."""
@@ -102,7 +103,8 @@ class Consumer:
         while True:
             began = time.perf_counter()
             batch = next(batches, None)
-            waited += time.perf_counter() - began
+            waited += time.perf_counter() - began - self._stood
+            self._stood = 0.0
             if batch is None:
                 return waited
             if self._speed is not None:
@@ -112,8 +114,10 @@ class Consumer:
         for block in blocks:
             self._seen.append(block.pop("key"))
             self._num_blocks += 1
+            began = time.perf_counter()
             while self._stands_still:
                 time.sleep(0.1)
+            self._stood += time.perf_counter() - began
             yield block
 
     def stand_still(self, yes: bool) -> None:
@@ -148,12 +152,12 @@ class Memory:
         for process in psutil.Process().children(recursive=True):
             try:
                 kind = _kind(process)
-                used = process.memory_full_info().uss / MB
+                used = _own(process)
             except psutil.Error:  # it has just ended
                 continue
             if kind is not None:
                 largest[kind] = max(used, largest.get(kind, 0.0))
-        largest["driver"] = psutil.Process().memory_full_info().uss / MB
+        largest["driver"] = _own(psutil.Process())
         free = ray.available_resources().get("object_store_memory", 0.0)
         held = ray.cluster_resources()["object_store_memory"] - free
         largest["object store"] = held / MB
@@ -176,6 +180,12 @@ class Memory:
                 f"{peak:.0f}",
             )
         return table
+
+
+def _own(process: psutil.Process) -> float:
+    """Return the megabytes that a process does not share, as it does the object store."""
+    memory = process.memory_info()
+    return (memory.rss - memory.shared) / MB
 
 
 def _kind(process: psutil.Process) -> str | None:
