@@ -82,7 +82,14 @@ PRETRAINING = PRESETS["demo"].override(
         "evaluation.every_epochs": 10,
     }
 )
-FINETUNING = FINETUNE_PRESETS["demo"].override({**SMALL, "evaluation.every_epochs": 10})
+FINETUNING = FINETUNE_PRESETS["demo"].override(
+    {
+        **SMALL,
+        "training.num_persons": 8,
+        "training.num_groups": 2,
+        "evaluation.every_epochs": 10,
+    }
+)
 
 
 class Job:
