@@ -178,11 +178,11 @@ class Job:
             newest = max(run.parent.glob("step-*"))
             for file in (MODEL_FILE, BEST_FILE):
                 for name, tensor in load_file(newest / file).items():
-                    found[f"{run.parent.name}/{newest.name}/{file}/{name}"] = tensor
+                    found[f"{run.parent.name}/{file}/{name}"] = tensor
             optimizer = torch.load(newest / OPTIMIZER_FILE, weights_only=True)
             for number, state in optimizer["state"].items():
                 for name, value in state.items():
-                    key = f"{run.parent.name}/{newest.name}/{OPTIMIZER_FILE}/{number}/{name}"
+                    key = f"{run.parent.name}/{OPTIMIZER_FILE}/{number}/{name}"
                     found[key] = torch.as_tensor(value)
         return found
 
