@@ -30,6 +30,7 @@ class Nodes:
     def __init__(self, folder: Path, settings: dict[str, str] | None = None) -> None:
         self._folder = folder
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._names: dict[int, str] = {}
         token = folder / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
@@ -56,7 +57,7 @@ class Nodes:
     def __enter__(self) -> Self:
         """Wait until the head answers."""
         deadline = time.monotonic() + START_SECONDS
-        while not self.num_alive():
+        while not self.is_up():
             if self._head.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
                 raise RuntimeError((self._folder / "head.log").read_text())
@@ -91,11 +92,33 @@ class Nodes:
                 os.kill(pid, signal.SIGKILL)
         node.wait()
 
-    def num_alive(self) -> int:
-        """Count the nodes of which the head knows that they are there, itself included."""
+    def drain(self, node: subprocess.Popen[bytes], seconds: int) -> None:
+        """Announce that a node ends, as the preStop hook of a pod does."""
+        name = self._names[node.pid]
+        node_id = self._ask(
+            f"next(n['NodeID'] for n in ray.nodes() if n['NodeName'] == {name!r})"
+        )
+        subprocess.run(
+            [
+                *(RAY, "drain-node", f"--address={self.address}", f"--node-id={node_id}"),
+                *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"),
+                f"--deadline-remaining-seconds={seconds}",
+            ],
+            env=self.environment,
+            capture_output=True,
+            check=True,
+            timeout=START_SECONDS,
+        )
+
+    def is_up(self) -> bool:
+        """Tell whether the head answers."""
+        return self._ask("len(ray.nodes())") is not None
+
+    def _ask(self, expression: str) -> str | None:
+        """Return what an expression is in a driver of this cluster, None if it has no value."""
         script = (
             "import ray; ray.init('auto', logging_level='ERROR', log_to_driver=False);"
-            "print(sum(node['Alive'] for node in ray.nodes()))"
+            f"print({expression})"
         )
         done = subprocess.run(
             [sys.executable, "-c", script],
@@ -105,7 +128,7 @@ class Nodes:
             timeout=START_SECONDS,
             check=False,
         )
-        return int(done.stdout.split()[-1]) if done.returncode == 0 else 0
+        return done.stdout.split()[-1] if done.returncode == 0 else None
 
     def _start(self, name: str, *options: str) -> subprocess.Popen[bytes]:
         with (self._folder / f"{name}.log").open("wb") as log:
@@ -122,6 +145,7 @@ class Nodes:
                     *("--dashboard-agent-listen-port=0", "--object-store-memory=300000000"),
                     # Of its own, or nodes would unpack the code of a job over each other.
                     f"--temp-dir={self._folder / name}",
+                    f"--node-name={name}",
                     *options,
                 ],
                 env=self.environment,
@@ -131,4 +155,5 @@ class Nodes:
                 start_new_session=True,
             )
         self._processes.append(node)
+        self._names[node.pid] = name
         return node

@@ -135,25 +135,32 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def resized(cluster: Cluster) -> SimpleNamespace:
-    """Submit an elastic run, take one of its nodes away, and bring another one."""
+    """Submit an elastic run, take a node away that had said so, and bring another one."""
     words = ("jobs/pretrain.py", "--run.name=resized", "--training.epochs=12")
     elastic = ("--scaling.min_workers=1", "--scaling.resize_seconds=2")
-    seldom = "--evaluation.every_epochs=12"
-    job = Submission(cluster.nodes, cluster.folder, *words, *elastic, seldom)
+    # So that the checkpoint can only be the one that the end of a node brings about.
+    seldom = ("--evaluation.every_epochs=12", "--checkpoint.every_steps=1000")
+    job = Submission(cluster.nodes, cluster.folder, *words, *elastic, *seldom)
     run = cluster.folder / "runs/resized"
 
     def workers() -> list[int]:
         return [len(processes(node, "ray::RayTrainWorker")) for node in cluster.train_nodes]
 
+    job.wait_for(lambda: job.newest_step() > 2)
+    numbers = [workers()]
+    cluster.nodes.drain(cluster.train_nodes[-1], seconds=100)
     job.wait_for(lambda: any(run.glob("step-*/sha256.json")))
-    numbers, before = [workers()], job.newest_step()
+    saved = [int(each.name.removeprefix("step-")) for each in run.glob("step-*")]
+    before = job.newest_step()
     decoding = processes(cluster.data_node, "ray::")
     cluster.nodes.lose(cluster.train_nodes.pop())
     job.wait_for(lambda: job.newest_step() > before + 2)
     numbers.append(workers())
     cluster.train_nodes.append(cluster.nodes.add(TRAIN_NODE))
     job.wait_for(lambda: workers() == [1, 1])
-    return SimpleNamespace(result=job.result(), log=job.log, numbers=numbers, decoding=decoding)
+    return SimpleNamespace(
+        result=job.result(), log=job.log, numbers=numbers, decoding=decoding, saved=saved
+    )
 
 
 @pytest.mark.parametrize("token", [None, "0" * 64], ids=["none", "another"])
@@ -174,6 +181,11 @@ def test_a_job_without_the_token_is_refused(cluster, token):
 def test_each_node_has_the_work_that_is_meant_for_it(resized):
     assert resized.numbers[0] == [1, 1]
     assert resized.decoding
+
+
+def test_a_checkpoint_is_saved_when_the_end_of_a_node_is_announced(resized):
+    assert len(resized.saved) == 1
+    assert 2 < resized.saved[0] < 84
 
 
 def test_an_elastic_run_goes_on_when_a_node_is_lost(resized):
