@@ -296,6 +296,10 @@ class TrainingConfig(Section):
     """Images that batch normalization sees together; a worker processes one group at a time."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the forward passes; auto is bf16 where the device multiplies it. Weights stay fp32."""
+    compile: bool = True
+    """On a GPU, compile encoders and augmentation in the first steps, which takes minutes."""
+    activation_checkpointing: bool = False
+    """Keep few activations and compute the others again: less memory, more time."""
     log_every_steps: PositiveInt = 20
     """Steps between two entries of the training metrics."""
 

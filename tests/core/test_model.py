@@ -183,6 +183,31 @@ def test_patches_and_originals_leave_the_running_statistics_of_the_key_encoder(m
     assert_equal(buffers(model.key_encoder), buffers(other.key_encoder))
 
 
+def test_checkpointed_activations_change_neither_gradients_nor_statistics(original):
+    saving = model_of(tiny({"training.activation_checkpointing": True}))
+    plain = copy.deepcopy(original)
+
+    for each in (plain, saving):
+        terms_of(each, TINY)["loss"].backward()
+
+    assert torch.equal(gradient(saving.query_encoder), gradient(plain.query_encoder))
+    assert_equal(buffers(saving.query_encoder), buffers(plain.query_encoder))
+
+
+def test_checkpointed_activations_are_not_kept():
+    kept = {}
+    for checkpointing in (False, True):
+        model = model_of(tiny({"training.activation_checkpointing": checkpointing}))
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, sizes=sizes: sizes.append(tensor.numel()) or tensor, lambda t: t
+        ):
+            model.query_encoder(views_of(TINY, for_keys=False).view)
+        kept[checkpointing] = sum(sizes)
+
+    assert kept[True] < kept[False] / 2
+
+
 def passes(config: PretrainConfig) -> tuple[dict[str, int], dict[str, Tensor]]:
     """Take one step of two groups; count the forward passes of both encoders."""
     state = fresh_state(config)

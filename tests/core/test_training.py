@@ -171,32 +171,31 @@ def test_the_schedules_are_applied_at_each_step():
 
 def test_the_keys_of_a_step_enter_the_queue_in_the_order_of_the_batch():
     state = fresh_state()
-    model = copy.deepcopy(state.model)
+    keys = encode_all_keys(fresh_state(), batch(0), StepDraw.of(TINY, 0))
 
     take_steps(state, 1)
 
-    keys = encode_all_keys(model, batch(0), StepDraw.of(TINY, 0), TINY)
     assert_close(state.model.queue.keys[:8], keys[:, 0])
 
 
 def test_keys_are_of_their_images_whatever_the_shuffle():
     config = tiny({"training.group_size": 8})
-    model, draw = float64_state(config).model, StepDraw.of(config, 0)
+    state, draw = float64_state(config), StepDraw.of(config, 0)
     unshuffled = StepDraw(draw.query, draw.key, torch.arange(8))
 
-    shuffled_keys = encode_all_keys(model, batch(0), draw, config)
+    shuffled_keys = encode_all_keys(state, batch(0), draw)
 
     # With one group, normalization is among the same images in either order.
-    assert_close(shuffled_keys, encode_all_keys(model, batch(0), unshuffled, config))
+    assert_close(shuffled_keys, encode_all_keys(state, batch(0), unshuffled))
 
 
 def test_the_shuffle_changes_the_company_of_an_image():
-    model, draw = fresh_state().model, StepDraw.of(TINY, 0)
+    state, draw = fresh_state(), StepDraw.of(TINY, 0)
     unshuffled = StepDraw(draw.query, draw.key, torch.arange(8))
 
-    shuffled_keys = encode_all_keys(model, batch(0), draw, TINY)
+    shuffled_keys = encode_all_keys(state, batch(0), draw)
 
-    plain_keys = encode_all_keys(model, batch(0), unshuffled, TINY)
+    plain_keys = encode_all_keys(state, batch(0), unshuffled)
     assert (shuffled_keys - plain_keys).abs().max() > 1e-3
 
 

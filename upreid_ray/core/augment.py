@@ -156,8 +156,7 @@ def normalize(pixels: Tensor, config: AugmentationConfig) -> Tensor:
         pixels: ``[B, 3, H, W]``, 0..1.
         config: Holds both.
     """
-    mean = torch.tensor(config.mean, device=pixels.device)[:, None, None]
-    std = torch.tensor(config.std, device=pixels.device)[:, None, None]
+    mean, std = (_by_channel(each, pixels.device) for each in (config.mean, config.std))
     return (pixels - mean) / std
 
 
@@ -222,9 +221,12 @@ def _between(size: int, start: Tensor, stop: Tensor) -> Tensor:
 
 def _luma(pixels: Tensor) -> Tensor:
     """Return the brightness ``[B, 1, H, W]`` of colours ``[B, 3, H, W]``."""
-    return (pixels * torch.tensor(LUMA, device=pixels.device)[:, None, None]).sum(
-        1, keepdim=True
-    )
+    return (pixels * _by_channel(LUMA, pixels.device)).sum(1, keepdim=True)
+
+
+def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return ``[3, 1, 1]``; a tensor made on the device would wait for all work there."""
+    return torch.tensor(values)[:, None, None].to(device, non_blocking=True)
 
 
 def _jitter(
@@ -263,6 +265,6 @@ def _turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
     # From the largest channel on, the difference of the next two, each sextant 60 degrees.
     following = pixels.gather(1, (largest + 1) % 3) - pixels.gather(1, (largest + 2) % 3)
     hue = following / chroma.clamp(min=1e-8) + 2 * largest + 6 * turn[:, None, None, None]
-    offset = torch.tensor([5.0, 3.0, 1.0], device=pixels.device)[:, None, None]
+    offset = _by_channel((5.0, 3.0, 1.0), pixels.device)
     k = (offset + hue) % 6
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)

@@ -77,7 +77,7 @@ def permute_rows(rows: Tensor, permutation: Tensor, *, num_groups: int) -> Tenso
         input.
     """
     if world_size() == 1:
-        return rows[permutation.to(rows.device)]
+        return rows[permutation.to(rows.device, non_blocking=True)]
     size = len(permutation) // num_groups
     parts = [range(p.start * size, p.stop * size) for p in shares(num_groups, world_size())]
     here = parts[rank()]
@@ -91,12 +91,13 @@ def permute_rows(rows: Tensor, permutation: Tensor, *, num_groups: int) -> Tenso
     received = torch.empty_like(rows)
     dist.all_to_all_single(
         received,
-        rows[torch.cat(sent).to(rows.device)],
+        rows[torch.cat(sent).to(rows.device, non_blocking=True)],
         output_split_sizes=source.bincount(minlength=world_size()).tolist(),
         input_split_sizes=[len(index) for index in sent],
     )
     # Rows arrive by source; within a source they keep the order in which they are wanted.
-    return received[source.argsort(stable=True).argsort().to(rows.device)]
+    order = source.argsort(stable=True).argsort()
+    return received[order.to(rows.device, non_blocking=True)]
 
 
 def share_from_first(value: T) -> T:

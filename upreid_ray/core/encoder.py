@@ -4,10 +4,15 @@ Dimensions: B images, F features of the backbone, D embedding size.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from upreid_ray.config import InputError, ModelConfig
 from upreid_ray.core.backbone import build_backbone, read_backbone
@@ -80,21 +85,53 @@ class Encoder(nn.Module):
 
 @contextmanager
 def running_statistics(encoder: nn.Module, *, momentum: float) -> Iterator[None]:
-    """Let the forward passes inside update running statistics with ``momentum``.
+    """Let running statistics take in the one forward pass inside with ``momentum``.
 
     Normalization is by batch either way. With ``momentum=0`` nothing is updated: patches and
     originals have other statistics than the augmented persons whose statistics are exported.
     """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
-    norms = [module for module in encoder.modules() if isinstance(module, kinds)]
-    before = [(norm.momentum, norm.track_running_stats) for norm in norms]
+    norms: list[Any] = [module for module in encoder.modules() if isinstance(module, kinds)]
+    momenta = [norm.momentum for norm in norms]
+    running = [(norm.running_mean, norm.running_var) for norm in norms]
+    counts = [norm.num_batches_tracked for norm in norms]
     for norm in norms:
-        norm.momentum, norm.track_running_stats = momentum, momentum > 0
+        # The pass leaves its own statistics in other tensors. Were they mixed in by the pass,
+        # an encoder that is compiled would be so again for each momentum.
+        norm.momentum, norm.num_batches_tracked = 1.0, None
+        norm.running_mean = torch.zeros_like(norm.running_mean)
+        norm.running_var = torch.zeros_like(norm.running_var)
     try:
         yield
+        if momentum > 0:
+            seen = [each for norm in norms for each in (norm.running_mean, norm.running_var)]
+            torch._foreach_lerp_([each for pair in running for each in pair], seen, momentum)
+            torch._foreach_add_(counts, 1)
     finally:
-        for norm, (norm_momentum, tracked) in zip(norms, before, strict=True):
-            norm.momentum, norm.track_running_stats = norm_momentum, tracked
+        for norm, past, pair, count in zip(norms, momenta, running, counts, strict=True):
+            norm.momentum, norm.num_batches_tracked = past, count
+            norm.running_mean, norm.running_var = pair
+
+
+def checkpoint_activations(backbone: nn.Module) -> None:
+    """Let residual blocks keep their input alone, and compute the rest again in backward.
+
+    Chen et al. 2016, https://arxiv.org/abs/1604.06174. The result is the same.
+    """
+    for block in backbone.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            block.forward = partial(
+                checkpoint,
+                block.forward,
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing in a block is random
+                context_fn=partial(_contexts, block),
+            )
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], ...]:
+    """Return what surrounds the first pass, and the second one, which counts no statistics."""
+    return nullcontext(), running_statistics(block, momentum=0)
 
 
 def group_momentum(index: int, num_groups: int, *, momentum: float = 0.1) -> float:

@@ -192,8 +192,7 @@ def person_step(
         `State.update` returns, all on the device.
     """
     config = state.config
-    images = batch.images.to(state.device, non_blocking=True)
-    labels = batch.labels.to(state.device, non_blocking=True)
+    images, labels = state.to_device(batch.images), state.to_device(batch.labels)
     parameters = draw_shifted_views(config, images.shape[2:], state.augmentation, state.step)
     size = config.training.batch_size // config.num_groups
     groups = distributed.own_groups(config.num_groups)

@@ -101,12 +101,12 @@ def intrinsic_contrastive(
     if rows * columns != num_patches:
         msg = f"a grid of {rows}x{columns} does not have {num_patches} patches"
         raise ValueError(msg)
-    cell = torch.arange(num_patches, device=query_patches.device)
-    alike = cell if mining == "none" else cell // columns
-    positive = alike[:, None] == alike[None, :]  # [P, P], query patch by key patch
-    if positive.all():
+    num_alike = 1 if mining == "none" else columns
+    if num_alike == num_patches:
         msg = f"a grid of {rows}x{columns} has no negatives for mining={mining!r}"
         raise ValueError(msg)
+    kind = torch.arange(num_patches, device=query_patches.device) // num_alike
+    positive = kind[:, None] == kind[None, :]  # [P, P], query patch by key patch
 
     similarity = query_patches @ key_patches.transpose(1, 2) / temperature  # [B, P, P]
     hardest = similarity.masked_fill(~positive, torch.inf).amin(dim=2, keepdim=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from upreid_ray.config import PretrainConfig
-from upreid_ray.core.encoder import Encoder, running_statistics
+from upreid_ray.core.encoder import Encoder, checkpoint_activations, running_statistics
 from upreid_ray.core.key_queue import KeyQueue
 from upreid_ray.core.losses import global_consistency, info_nce, intrinsic_contrastive
 from upreid_ray.core.precision import autocast
@@ -46,6 +46,8 @@ class UPReID(nn.Module):
         self.precision = config.training.precision
         self.query_encoder = Encoder(config.model)
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+        if config.training.activation_checkpointing:
+            checkpoint_activations(self.query_encoder.backbone)
         self.queue = KeyQueue(config.model.queue_size, config.model.embedding_dim)
 
     def forward(
@@ -124,5 +126,4 @@ class UPReID(nn.Module):
     def _encode_patches(self, encoder: Encoder, patches: Tensor) -> Tensor:
         """Encode ``[B, P, 3, h, w]`` at native size as ``[B, P, D]``."""
         with autocast(patches, self.precision), running_statistics(encoder, momentum=0):
-            flat = patches.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            return encoder(flat).unflatten(0, patches.shape[:2])
+            return encoder(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])

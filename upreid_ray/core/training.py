@@ -131,6 +131,12 @@ class State(ABC):
         self.num_skipped = (self.num_skipped + 1) * is_skipped
         return {"grad_norm": norm, "skipped": self.num_skipped}
 
+    def to_device(self, batch: Tensor) -> Tensor:
+        """Copy to the device, behind all that it has still to do, without waiting for that."""
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()  # from pageable memory, the copy would wait
+        return batch.to(self.device, non_blocking=True)
+
     def local_gradients(self, *, unless: bool) -> AbstractContextManager[None]:
         """Let backward inside leave gradients to this worker, ``unless`` it is the last one."""
         if unless or not isinstance(self.parallel_model, DistributedDataParallel):
@@ -166,6 +172,17 @@ class TrainState(State):
             epochs=config.training.epochs,
             device=device,
         )
+        self.render_views = render_views
+        if config.training.compile and device.type == "cuda":
+            self._compile()
+
+    def _compile(self) -> None:
+        """Let the first steps compile what every step calls, or leave it if that fails."""
+        torch._dynamo.config.suppress_errors = True
+        self.render_views = torch.compile(render_views, dynamic=False)
+        self.model.key_encoder.compile(dynamic=False)
+        if not self.config.training.activation_checkpointing:
+            self.model.query_encoder.compile(dynamic=False)
 
     @property
     def config(self) -> PretrainConfig:
@@ -267,17 +284,17 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
         ``loss`` and its terms, whose means over the workers are those over the batch, and what
         `State.update` returns, all on the device.
     """
-    images = images.to(state.device, non_blocking=True)
+    images = state.to_device(images)
     config, size = state.config, state.config.training.group_size
     draw = StepDraw.of(config, state.step)
     groups = distributed.own_groups(config.num_groups)
 
-    all_keys = encode_all_keys(state.model, images, draw, config)
+    all_keys = encode_all_keys(state, images, draw)
     means: dict[str, Tensor] = {}
     for number, group in enumerate(groups):
         of_batch = slice(group * size, (group + 1) * size)
         own = images[number * size : (number + 1) * size]
-        views = render_views(own, draw.query.rows(of_batch), config)
+        views = state.render_views(own, draw.query.rows(of_batch).to(state.device), config)
         with state.local_gradients(unless=group == groups[-1]):
             terms = state.parallel_model(
                 views,
@@ -308,9 +325,7 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
     return means
 
 
-def encode_all_keys(
-    model: UPReID, images: Tensor, draw: StepDraw, config: PretrainConfig
-) -> Tensor:
+def encode_all_keys(state: TrainState, images: Tensor, draw: StepDraw) -> Tensor:
     """Encode the keys of the whole batch, each worker its share.
 
     The images of the batch are shuffled over all groups of all workers first (shuffle-BN, He
@@ -320,6 +335,7 @@ def encode_all_keys(
     Returns:
         ``[B, E, D]``, in the order of the batch.
     """
+    config = state.config
     size, num_groups = config.training.group_size, config.num_groups
     shuffled = distributed.permute_rows(images, draw.shuffle, num_groups=num_groups)
     groups = distributed.own_groups(num_groups)
@@ -327,9 +343,10 @@ def encode_all_keys(
     for number, group in enumerate(groups):
         own = shuffled[number * size : (number + 1) * size]
         sources = draw.shuffle[group * size : (group + 1) * size]
-        views = render_views(own, draw.key.rows(sources), config, for_keys=True)
+        parameters = draw.key.rows(sources).to(state.device)
+        views = state.render_views(own, parameters, config, for_keys=True)
         momentum = group_momentum(number, len(groups))
-        keys.append(model.encode_keys(views, statistics_momentum=momentum))
+        keys.append(state.model.encode_keys(views, statistics_momentum=momentum))
     gathered = distributed.gather_rows(torch.cat(keys), num_groups=num_groups)
     return gathered[draw.shuffle.argsort().to(gathered.device, non_blocking=True)]
 
@@ -341,12 +358,11 @@ def render_views(
     *,
     for_keys: bool = False,
 ) -> Views:
-    """Draw what an encoder sees of the uint8 ``images [G, 3, H, W]``.
+    """Draw what an encoder sees of the uint8 ``images [G, 3, H, W]``, channels last.
 
     Patches are drawn only if the intrinsic loss has a weight, and originals only for the key
     encoder if the consistency loss has one.
     """
-    parameters = parameters.to(images.device)
     view = render_view(images, parameters, config.augmentation)
     patches = original = None
     if config.loss.intrinsic_weight > 0:
@@ -354,7 +370,8 @@ def render_views(
         if config.patches.alignment == "body":
             at_body = parameters.at_full_height(config.data.height)
             whole = render_view(images, at_body, config.augmentation)
-        patches = cut_patches(whole, rows=config.patches.rows, columns=config.patches.columns)
+        grid = cut_patches(whole, rows=config.patches.rows, columns=config.patches.columns)
+        patches = _channels_last(grid.flatten(0, 1)).view(grid.shape)
     if for_keys and config.loss.consistency_weight > 0:
         original = _channels_last(normalize(images.float() / 255, config.augmentation))
     return Views(_channels_last(view), patches, original)
