@@ -5,10 +5,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 UV_VERSION := 0.13.9
 PIP_AUDIT_VERSION := 2.10.1
+# What benchmarks compare with; torch and the like are those of the project.
+PEERS := kornia==0.9.0 kornia-rs==0.2.0 lightly==1.6.0 lightly-utils==0.0.2 \
+  lightning-utilities==0.15.3
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
 
 .PHONY: help setup pretrain sweep finetune compare check format test test-fast bench bench-data \
-  chaos audit up down status secrets image lock clean
+  bench-peers chaos audit up down status secrets image lock clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -61,7 +64,8 @@ test-fast: $(READY)  ## the tests that need no Ray cluster
 	$(BIN)/python -m pytest -m "not ray"
 
 bench: $(READY)  ## the numbers of BENCHMARKS.md
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python benchmarks/ray_overhead.py
 	$(BIN)/python benchmarks/retrieval.py
 	$(BIN)/python benchmarks/sweep.py
@@ -69,6 +73,12 @@ bench: $(READY)  ## the numbers of BENCHMARKS.md
 
 bench-data: $(READY)  ## how fast images arrive, beside torch's DataLoader
 	$(BIN)/python benchmarks/data.py $(ARGS)
+
+bench-peers: $(READY) $(VENV)/peers  ## the step and its augmentation beside lightly, kornia and others
+	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.peers $(ARGS)
+
+$(VENV)/peers:
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps $(PEERS)
 
 chaos: $(READY)  ## kill processes of a run at random; its weights must not differ (40 minutes)
 	$(BIN)/python -m benchmarks.chaos $(ARGS)

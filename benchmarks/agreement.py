@@ -66,6 +66,8 @@ def plain(case: Case, seed: int, device: torch.device, num_steps: int) -> TrainS
     settings = {**SHORT_RUN, "seed": seed, "training.compile": False}
     state = TrainState(case.config("fp32", settings), steps_per_epoch=num_steps, device=device)
     state.model.to(memory_format=torch.contiguous_format)
+    for parameter, buffers in state.optimizer.state.items():
+        buffers["momentum_buffer"] = torch.zeros_like(parameter)
     for module in state.model.modules():
         if isinstance(module, TrimmedConv2d):
             module.__class__ = nn.Conv2d

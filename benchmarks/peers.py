@@ -13,8 +13,9 @@ import copy
 import dataclasses
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
+from itertools import islice, pairwise
 
 import kornia.augmentation as K
 import torch
@@ -125,25 +126,29 @@ class Lightly:
 
 
 def lightly_as_written(
-    config: PretrainConfig, images: Tensor, device: torch.device
-) -> Callable[[], None]:
-    """Return a step whose views come from a DataLoader with a process for each core."""
+    config: PretrainConfig, images: Tensor, device: torch.device, num_steps: int
+) -> list[float]:
+    """Return the seconds of steps whose views come from a DataLoader, one after the other.
+
+    The loader has as many processes as the machine has cores, 8 at most as in the example. They
+    work all the time, so that nothing else may be measured meanwhile.
+    """
     peer = Lightly(config, device, tuned=False)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    num_workers = min(8, os.cpu_count() or 1)
+    num_ahead = 2 * num_workers  # batches that are there when the first step begins
     loader = DataLoader(
         Pictures(pictures, (config.data.height, config.data.width)),
         batch_size=len(images),
-        num_workers=min(8, os.cpu_count() or 1),
+        num_workers=num_workers,
         shuffle=True,
         drop_last=True,
     )
-    batches: Iterator[tuple[Tensor, Tensor]] = iter(loader)
-
-    def step() -> None:
-        query, key = next(batches)
+    ends = []
+    for query, key in islice(loader, num_ahead + num_steps):
         peer.step(query.to(device), key.to(device))
-
-    return step
+        ends.append(clock(device))
+    return [end - start for start, end in pairwise(ends[num_ahead - 1 :])]
 
 
 def lightly_alike(
@@ -278,20 +283,24 @@ def augmentations(
     }
 
 
-def compare(
-    title: str, work: dict[str, Callable[[], object]], num_images: int,
-    device: torch.device, repeats: int,
-) -> Table:  # fmt: skip
-    """Time each kind of work in turn; how many times faster the first one is than each."""
+def measure(
+    title: str, work: dict[str, Callable[[], object]], device: torch.device, repeats: int
+) -> dict[str, list[float]]:
+    """Return the seconds of each kind of work, which take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for function in work.values():
-        for _ in range(3 if device.type == "cuda" else 1):
+        for _ in range(3):
             function()
     for _ in track(range(repeats), title, console=Console(stderr=True)):
         for name, function in work.items():
             started = clock(device)
             function()
             seconds[name].append(clock(device) - started)
+    return seconds
+
+
+def comparison(title: str, seconds: dict[str, list[float]], num_images: int) -> Table:
+    """Say how many times faster the first one is than each."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     first = next(iter(medians.values()))
     table = Table("", "ms", "images/s", "the first is faster by", title=title)
@@ -323,14 +332,16 @@ def main() -> None:
     work = {
         "MoCo v2 here": partial(train_step, state, images),
         "lightly, every switch alike": lightly_alike(moco, images, device, state),
-        "lightly's example as written": lightly_as_written(moco, images, device),
     }
-    console.print(compare(title, work, case.batch_size, device, repeats))
-    del work
+    seconds = measure(title, work, device, repeats)
+    seconds["lightly's example as written"] = lightly_as_written(moco, images, device, repeats)
+    console.print(comparison(title, seconds, case.batch_size))
+    del work, state
 
     upreid = case.config(precision, {})
     augmenting = augmentations(upreid, images, device)
-    console.print(compare(title, augmenting, case.batch_size, device, repeats))
+    seconds = measure(title, augmenting, device, repeats)
+    console.print(comparison(title, seconds, case.batch_size))
 
     # The plain step keeps the activations of nine whole views of each image.
     few = dataclasses.replace(case, batch_size=case.batch_size // 4)
@@ -339,7 +350,8 @@ def main() -> None:
         "UP-ReID here": partial(train_step, new_state(upreid, device), images),
         "UP-ReID, plain": plain_upreid(upreid, images, device),
     }
-    console.print(compare(f"{few}, {precision}", work, few.batch_size, device, repeats))
+    seconds = measure(str(few), work, device, repeats)
+    console.print(comparison(f"{few}, {precision}", seconds, few.batch_size))
     console.print(provenance(device), f"{repeats} rounds: median (least-most)")
 
 

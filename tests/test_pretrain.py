@@ -338,7 +338,7 @@ def test_a_run_of_which_a_worker_was_killed_ends_finished(finished, worker_kille
 
 @pytest.fixture(scope="module")
 def hindered(finished, folder, tiny) -> SimpleNamespace:
-    """Kill the job and its Ray, damage its newest checkpoint, stop it, and let it end."""
+    """Kill the job and its Ray, damage what is newest, stop it, and let it end."""
     config = tiny.override({"run.name": "hindered"})
     job = Job(config, folder)
     try:
@@ -350,6 +350,9 @@ def hindered(finished, folder, tiny) -> SimpleNamespace:
     killed = finished.client.get_run(run_id).info.status
     damaged = f"step-{job.newest_checkpoint():08d}"
     flip_a_bit(job.run / damaged / "model.safetensors")
+    # As if the controller had been killed while it wrote, or the disk had been full.
+    snapshot = job.run / "checkpoint_manager_snapshot.json"
+    snapshot.write_text(snapshot.read_text()[:-9])
 
     stopped = Job(config, folder, "--resume", "hindered")
     try:
@@ -395,8 +398,9 @@ def test_a_job_that_was_killed_damaged_and_stopped_ends_as_if_nothing_had_been(
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(hindered):
     named = [line for line in hindered.errors.splitlines() if "is damaged" in line]
 
-    assert len(named) == 1, hindered.errors
-    assert f"{hindered.damaged} is damaged (model.safetensors is not what was" in named[0]
+    assert len(named) == 2, hindered.errors
+    assert "checkpoint_manager_snapshot.json is damaged: looking at checkpoints" in named[0]
+    assert f"{hindered.damaged} is damaged (model.safetensors is not what was" in named[1]
 
 
 def test_a_job_that_gets_sigterm_saves_says_how_to_go_on_and_exits_with_3(hindered):

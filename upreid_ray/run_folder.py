@@ -1,6 +1,7 @@
 """The folder of a run: what was asked for, and what came of it."""
 
 import json
+import logging
 import os
 import secrets
 import tempfile
@@ -15,10 +16,14 @@ from pyarrow import fs
 from upreid_ray.config import InputError, JobConfig, Section
 from upreid_ray.data.folders import open_folder, write_whole
 
+logger = logging.getLogger(__name__)
+
 RUN_FILE = "run.json"
 RESULT_FILE = "result.json"
 STOP_FILE = "stop"  # while it is there, the run ends at its next log entry
 NOT_FINITE_FILE = "not_finite.json"
+SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints
+CHECKPOINT = "step-"  # how the name of a checkpoint begins; digits follow, so that names sort
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,23 @@ class RunFolder:
         with filesystem.open_input_stream(f"{path}/{file}") as stream:
             text: str = stream.read().decode()
         return text
+
+    def checkpoints(self) -> list[str]:
+        """Return the names of the checkpoints of this run, whole or not, the oldest first."""
+        return sorted(name for name in self.folders() if name.startswith(CHECKPOINT))
+
+    def remove_torn_snapshot(self) -> None:
+        """Remove Ray Train's list of checkpoints if it is not whole.
+
+        Ray Train writes it in place. It cannot begin with a torn one, but without one it can:
+        then the checkpoints themselves are looked at.
+        """
+        text = self.read(SNAPSHOT_FILE)
+        try:
+            json.loads(text or "{}")
+        except ValueError:
+            logger.warning("%s/%s is damaged: looking at checkpoints", self.uri, SNAPSHOT_FILE)
+            self.remove(SNAPSHOT_FILE)
 
     def recorded_run(self, config: Section, free: Sequence[str]) -> str:
         """Return the id of the MLflow run that was started here with the same settings.

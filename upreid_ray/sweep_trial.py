@@ -4,11 +4,12 @@ import os
 from typing import Any
 
 from ray import tune
-from ray.train import TrainingFailedError, WorkerGroupError
+from ray.train import TrainingFailedError
 
 from upreid_ray.config import InputError, RunFailed, RunStopped, first_line
 from upreid_ray.pretrain import fit
 from upreid_ray.run_folder import NOT_FINITE_FILE
+from upreid_ray.train_job import first_cause
 from upreid_ray.trial_record import (
     CANDIDATE,
     METRIC,
@@ -51,7 +52,7 @@ def run_trial(config: dict[str, Any], settings: TrialSettings, tracking_uri: str
             callbacks=[RungReport(settings, candidate)],
         )
     except TrainingFailedError as error:
-        settings.note(candidate, "running", first_line(_cause(error)))
+        settings.note(candidate, "running", first_line(first_cause(error)))
         raise
     except InputError as error:
         state, reason = "refused", first_line(error)
@@ -64,10 +65,3 @@ def run_trial(config: dict[str, Any], settings: TrialSettings, tracking_uri: str
     if state != "finished":
         # The searcher learns that it was a bad point.
         tune.report({TIME: record.epochs, METRIC: 0.0})
-
-
-def _cause(error: TrainingFailedError) -> BaseException:
-    """Return what went wrong in the first worker that failed, or else the error itself."""
-    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    first = next(iter(failures), error)
-    return getattr(first, "_base_exc", first)  # Ray keeps the traceback beside it

@@ -17,10 +17,13 @@ from ray import cloudpickle
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
+    ControllerError,
     FailureConfig,
     LoggingConfig,
     RunConfig,
+    TrainingFailedError,
     UserCallback,
+    WorkerGroupError,
 )
 from ray.train import ScalingConfig as RayScalingConfig
 from ray.train.torch import TorchTrainer
@@ -32,6 +35,7 @@ from upreid_ray.config import (
     PretrainConfig,
     RunFailed,
     ScalingConfig,
+    first_line,
 )
 from upreid_ray.core.checkpoint import export_backbone, read_position
 from upreid_ray.data.persons import ClusterImages, PersonImages
@@ -138,7 +142,7 @@ class TrainJob:
         Raises:
             InputError: The evaluation set cannot be scored, or images cannot be clustered.
             RunStopped: The run was asked to stop (SIGTERM, or a file named ``stop``).
-            RunFailed: Gradients were not finite, or no checkpoint is whole.
+            RunFailed: Gradients were not finite, no checkpoint is whole, or the storage failed.
             ray.train.TrainingFailedError: Training failed more often than allowed.
         """
         config, folder, client = self.config, self.folder, self.client
@@ -148,6 +152,7 @@ class TrainJob:
             deliver_metrics(folder, self.run_id)
             return TrainResult(**json.loads(done))
         folder.remove(STOP_FILE)
+        folder.remove_torn_snapshot()
         evaluation = evaluation_shards(config.evaluation.shards, shards)
         run_id = self.run_id
         if run_id is None:
@@ -185,7 +190,18 @@ class TrainJob:
             folder=folder,
         )
         with tracking.running(client, run_id), _stopped_by_sigterm(folder):
-            trained = _train(worker, settings, folder, callbacks)
+            try:
+                trained = _train(worker, settings, folder, callbacks)
+            except TrainingFailedError as error:
+                cause = first_cause(error)
+                # What a trial raises, Ray Tune tries again.
+                if self.parent_run_id is None and isinstance(cause, OSError):
+                    msg = (
+                        f"run {folder.name}: {first_line(cause)}; what is saved is kept: mend "
+                        f"that, and continue with --resume {folder.name}"
+                    )
+                    raise RunFailed(msg) from error
+                raise
             deliver_metrics(folder, run_id)
             with trained.as_directory() as directory:
                 position = read_position(Path(directory))
@@ -307,6 +323,15 @@ def _train(
     if result.return_value is not None:
         raise result.return_value
     return result.checkpoint
+
+
+def first_cause(error: TrainingFailedError) -> BaseException:
+    """Return what went wrong in the first worker that failed, or else in the controller."""
+    if isinstance(error, ControllerError):
+        return error.controller_failure
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    first = next(iter(failures), error)
+    return getattr(first, "_base_exc", first)  # Ray keeps the traceback beside it
 
 
 def register(

@@ -41,9 +41,10 @@ from upreid_ray.core.checkpoint import (
 )
 from upreid_ray.core.retrieval import extract_features, retrieval_scores
 from upreid_ray.core.training import State, StepReport
+from upreid_ray.data.folders import open_folder
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.stream import Columns, LabelledImages
-from upreid_ray.run_folder import NOT_FINITE_FILE, STOP_FILE, RunFolder
+from upreid_ray.run_folder import CHECKPOINT, NOT_FINITE_FILE, STOP_FILE, RunFolder
 from upreid_ray.tracking import RunLog
 
 logger = logging.getLogger(__name__)
@@ -158,12 +159,14 @@ class Worker(ABC):
             worker, lets Ray Train start again from the last checkpoint.
         """
         state = self.state
-        known = [each.checkpoint for each in ray.train.get_all_reported_checkpoints()]
+        reported = [each.checkpoint for each in ray.train.get_all_reported_checkpoints()]
+        known = reported or self._unlisted_checkpoints()
         self.known_checkpoints = {Path(checkpoint.path).name for checkpoint in known}
-        if not known:
+        if not self._load_newest(known):
+            if reported:
+                msg = f"{self.folder.uri}: every checkpoint is damaged; begin a new run"
+                return RunFailed(msg)
             self.scores_untrained = self._evaluate()
-        elif not self._load_newest(known):
-            return RunFailed(f"{self.folder.uri}: every checkpoint is damaged; begin a new run")
         failure: RunFailed | None = None
         is_preempted = False
 
@@ -204,6 +207,14 @@ class Worker(ABC):
         if self.log is not None:
             self.log.close(DELIVERY_SECONDS)
         return failure
+
+    def _unlisted_checkpoints(self) -> list[Checkpoint]:
+        """Return what lies in the folder of the run, of which Ray Train's list may be lost."""
+        filesystem, path = open_folder(self.folder.uri)
+        names = distributed.share_from_first(
+            self.folder.checkpoints() if distributed.rank() == 0 else []
+        )
+        return [Checkpoint(f"{path}/{name}", filesystem) for name in names]
 
     def _load_newest(self, checkpoints: Sequence[Checkpoint]) -> bool:
         """Go to the newest checkpoint that is whole; tell whether there is one."""
@@ -314,7 +325,7 @@ class Worker(ABC):
                 images_per_second=self.meter.mean_images_per_second,
             )
             checkpoint = Checkpoint.from_directory(folder)
-        name = f"step-{self.state.step:08d}"
+        name = f"{CHECKPOINT}{self.state.step:08d}"
         # A damaged one stays until Ray Train drops it, and would take its namesake along.
         while name in self.known_checkpoints:
             name += "-again"
