@@ -57,6 +57,14 @@ def test_reranking_in_parts_is_reranking_at_once(monkeypatch):
     assert_close(reranked(features[:10], features[10:]), at_once)
 
 
+def test_images_that_are_all_equal_have_no_distance():
+    features = torch.ones(9, 3) / 3**0.5
+
+    distances = torch.cat([part for _, part in reranked_distances(features[:4], features[4:])])
+
+    assert_close(distances, torch.zeros(4, 5), rtol=0, atol=0.1)
+
+
 def test_encodings_sum_to_one():
     encoding, _ = reciprocal_encoding(random_features(0, 40), k1=8, k2=3)
 

@@ -18,6 +18,9 @@ from torch import Tensor
 from upreid_ray.core.retrieval import row_parts
 
 
+SMALLEST_DISTANCE = 1e-5
+
+
 def reranked_distances(
     query: Tensor,
     gallery: Tensor,
@@ -70,7 +73,8 @@ def reciprocal_encoding(
     for part in row_parts(num_images, num_images):
         similarity = features[part] @ features.T
         nearest[part] = similarity.topk(nearest.shape[1], dim=1).indices.cpu().numpy()
-        farthest[part] = 2 - 2 * similarity.amin(dim=1)
+        # Of images that are all equal, distances are rounding.
+        farthest[part] = (2 - 2 * similarity.amin(dim=1)).clamp(min=SMALLEST_DISTANCE)
 
     reciprocal = _reciprocal(nearest[:, : k1 + 1])
     # Python and NumPy both round half to even, as the method's own code does.
