@@ -17,7 +17,6 @@ from torch import Tensor
 
 from upreid_ray.core.retrieval import row_parts
 
-
 SMALLEST_DISTANCE = 1e-5
 
 
