@@ -17,55 +17,31 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from upreid_ray.config import InputError, ModelConfig
 from upreid_ray.core.backbone import build_backbone, read_backbone
 
-# Up to here a product for each position was faster than one convolution, forward and backward
-# (`benchmarks/step.py`); on GPUs this was only measured for a single position.
-MOST_POSITIONS_ON_CPU = 4
-
 
 class TrimmedConv2d(nn.Conv2d):
-    """A convolution of one group that skips what no tap sees, and taps that see only padding.
+    """A convolution of one group that skips the taps that see nothing but padding.
 
-    The last stages of a ResNet turn small patches into maps of a few positions, where most
-    taps of a 3x3 kernel multiply zeros: eight of nine at a single position, five at each of
-    four. There each position is a matrix product over the taps that see the map. The result is
-    the same.
+    The last stage of a ResNet turns a patch of 16 or 32 pixels into a map of one position,
+    where eight of the nine taps of a 3x3 kernel multiply zeros. The result is the same.
     """
 
     def forward(self, images: Tensor) -> Tensor:
         """Convolve ``images [B, C, h, w]``."""
-        sizes = zip(images.shape[2:], self._windows, strict=True)
-        height, width = ((size + 2 * pad - k) // stride + 1 for size, (k, stride, pad) in sizes)
-        most = MOST_POSITIONS_ON_CPU if images.device.type == "cpu" else 1
-        if self.kernel_size == (1, 1) and self.padding == (0, 0):
-            vertical, horizontal = self.stride
-            images = images[:, :, ::vertical, ::horizontal]
-            if height * width > most:
-                return F.conv2d(images, self.weight, self.bias)
-            rows = images.permute(0, 2, 3, 1)
-            return F.linear(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-        if height * width > most:
-            return F.conv2d(images, self.weight, self.bias, self.stride, self.padding)
-        positions = [self._at(images, (y, x)) for y in range(height) for x in range(width)]
-        outputs = torch.stack(positions, dim=1).view(-1, height, width, self.out_channels)
-        return outputs.permute(0, 3, 1, 2)
-
-    @property
-    def _windows(self) -> list[tuple[int, int, int]]:
-        """Kernel, stride and padding of each dimension."""
-        return list(zip(self.kernel_size, self.stride, map(int, self.padding), strict=True))
-
-    def _at(self, images: Tensor, position: tuple[int, int]) -> Tensor:
-        """Return one position of the output, ``[B, O]``."""
-        weight = self.weight
-        for dim, (index, window) in enumerate(zip(position, self._windows, strict=True), 2):
-            kernel, stride, padding = window
-            start = index * stride - padding
-            first, stop = max(start, 0), min(start + kernel, images.shape[dim])
-            weight = weight.narrow(dim, first - start, stop - first)
-            images = images.narrow(dim, first, stop - first)
-        # Channels last, as both are in memory; the weight's gradient comes out like that.
-        rows, taps = (each.permute(0, 2, 3, 1).flatten(1) for each in (images, weight))
-        return F.linear(rows, taps, self.bias)
+        weight, padding = self.weight, [0, 0]
+        for i, dim in enumerate((2, 3)):
+            size, kernel = images.shape[dim], self.kernel_size[i]
+            padding[i] = int(self.padding[i])
+            if (size + 2 * padding[i] - kernel) // self.stride[i] == 0:
+                # One position of output: its first taps see padding, and so may its last.
+                seen = min(size, kernel - padding[i])
+                weight = weight.narrow(dim, padding[i], seen)
+                images = images.narrow(dim, 0, seen)
+                padding[i] = 0
+        if weight.shape[2:] == images.shape[2:] and padding == [0, 0]:
+            # Channels last, as both are in memory; the weight's gradient comes out like that.
+            rows, taps = (each.permute(0, 2, 3, 1).flatten(1) for each in (images, weight))
+            return F.linear(rows, taps, self.bias)[..., None, None]
+        return F.conv2d(images, weight, self.bias, self.stride, padding)
 
 
 class Encoder(nn.Module):
