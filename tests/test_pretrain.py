@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -452,3 +452,42 @@ def test_a_run_without_finite_gradients_fails_once_and_names_the_images(finished
         )[0].info.status
         == "FAILED"
     )
+
+
+# The storage is full, or read-only.
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """Mount a disk that has room for one checkpoint (181 MB), not for two."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", place]
+    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def remount(disk: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+
+
+def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(finished, disk):
+    config = TINY.override({"run.storage_path": str(disk), "run.max_failures": 0})
+
+    with pytest.raises(RunFailed, match=r"^run tiny: .*No space left.*--resume tiny$"):
+        fit(config)
+    left = {each.name for each in (disk / "tiny").glob("step-*")}
+    remount(disk, "size=2g")
+    result = fit(config, resume=True)
+
+    assert "step-00000004" in left
+    torch.testing.assert_close(weights(result.model_uri), finished.weights, rtol=0, atol=0)
+
+
+def test_a_read_only_storage_is_refused_in_one_line(ray_cluster, folder, disk):
+    remount(disk, "ro")
+
+    with pytest.raises(InputError, match=rf"^{disk}/data/[^\n]+: cannot be written [^\n]+$"):
+        fit(TINY.override({"run.storage_path": str(disk)}))

@@ -125,7 +125,7 @@ def write_shards(
     try:
         filesystem.create_dir(path, recursive=True)
     except OSError as error:
-        msg = f"--out {uri}: cannot be written ({first_line(error)})"
+        msg = f"{uri}: cannot be written ({first_line(error)})"
         raise InputError(msg) from error
 
     writer = ShardWriter(uri, plan, rules, records.read, records.num_readers)
