@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -33,9 +34,8 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from tests.cluster.nodes import Nodes
-from upreid_ray.config import Section
 from upreid_ray.core.checkpoint import BEST_FILE, MODEL_FILE, OPTIMIZER_FILE
-from upreid_ray.presets import FINETUNE_PRESETS, PRESETS
+from upreid_ray.presets import PRESETS
 from upreid_ray.tracking import environment
 
 ROOT = Path(__file__).parents[1]
@@ -82,14 +82,12 @@ PRETRAINING = PRESETS["demo"].override(
         "evaluation.every_epochs": 10,
     }
 )
-FINETUNING = FINETUNE_PRESETS["demo"].override(
-    {
-        **SMALL,
-        "training.num_persons": 8,
-        "training.num_groups": 2,
-        "evaluation.every_epochs": 10,
-    }
-)
+FINETUNING = {
+    **SMALL,
+    "training.num_persons": 8,
+    "training.num_groups": 2,
+    "evaluation.every_epochs": 10,
+}
 
 
 class Job:
@@ -105,12 +103,14 @@ class Job:
         folder.mkdir()
         self.folder = folder
         self._kind = kind
-        config: Section = FINETUNING if kind == "finetune" else PRETRAINING
-        changes = {"training.epochs": epochs}
+        changes: dict[str, Any] = {"training.epochs": epochs}
+        if kind == "finetune":  # whose settings no file can give
+            changes |= FINETUNING
         if kind == "sweep":
             changes |= {"evaluation.every_epochs": max(1, epochs // 2)}
+        self._flags = [f"--{name}={value}" for name, value in changes.items()]
         self._file = folder / "config.json"
-        self._file.write_text(config.override(changes).model_dump_json())
+        self._file.write_text(PRETRAINING.model_dump_json())
         self._environment: dict[str, str] = {}
         self.num_starts = 0
         self.process: subprocess.Popen[str] | None = None
@@ -118,10 +118,10 @@ class Job:
     def start(self, nodes: Nodes) -> None:
         """Begin, or go on."""
         words = {
-            "pretrain": ["jobs/pretrain.py", "--config", str(self._file)],
-            "finetune": ["jobs/finetune.py", "--config", str(self._file), "--init", "random"],
+            "pretrain": ["jobs/pretrain.py", "--config", str(self._file), *self._flags],
+            "finetune": ["jobs/finetune.py", "demo", "--init", "random", *self._flags],
             "sweep": [
-                *("jobs/sweep.py", "own", "--config", str(self._file)),
+                *("jobs/sweep.py", "own", "--config", str(self._file), *self._flags),
                 *("--scheduler", "none", "--max_concurrent", "1"),
                 *("--space.loss.intrinsic_weight", "grid(0,0.1)"),
             ],
