@@ -20,7 +20,7 @@ from tests.cluster.processes import ROOT, tree
 from tests.test_pretrain import TINY
 from upreid_ray.trial_record import TrialRecord
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 # Each worker fills a node for training, so that tasks that decode run on the other one.
 TRAIN_NODE, DATA_NODE = "--num-cpus=2", "--num-cpus=1"
@@ -32,7 +32,7 @@ CONFIG = TINY.override(
         "run.name": None,
     }
 )
-SECONDS = 240.0
+SECONDS = 600.0
 STEP = r"step (\d+)/(\d+) +loss"
 
 
