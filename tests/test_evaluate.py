@@ -17,7 +17,7 @@ from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.stream import LabelledImages
 from upreid_ray.evaluate import evaluate
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 
 def person(seed: int, pid: int) -> Image.Image:
