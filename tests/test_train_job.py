@@ -7,7 +7,7 @@ import pytest
 
 from upreid_ray import tracking
 from upreid_ray.presets import PRESETS
-from upreid_ray.run_folder import STOP_FILE, RunFolder
+from upreid_ray.run_folder import SNAPSHOT_FILE, STOP_FILE, RunFolder
 from upreid_ray.train_job import _stopped_by_sigterm, deliver_metrics
 
 NOWHERE = "http://127.0.0.1:9"  # nothing answers there
@@ -48,3 +48,13 @@ def test_the_first_sigterm_asks_the_run_to_stop_and_the_next_one_is_not_caught(r
 
     assert (asked, then) == ("", before)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("text", ["", '{"checkpoint_results": [', "{}"])
+def test_a_list_of_checkpoints_is_removed_if_it_is_torn(tmp_path, text):
+    folder = RunFolder(str(tmp_path), "run")
+    folder.write(SNAPSHOT_FILE, text)
+
+    folder.remove_torn_snapshot()
+
+    assert folder.read(SNAPSHOT_FILE) == (text if text == "{}" else None)

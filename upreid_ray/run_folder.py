@@ -108,8 +108,10 @@ class RunFolder:
         then the checkpoints themselves are looked at.
         """
         text = self.read(SNAPSHOT_FILE)
+        if text is None:
+            return
         try:
-            json.loads(text or "{}")
+            json.loads(text)
         except ValueError:
             logger.warning("%s/%s is damaged: looking at checkpoints", self.uri, SNAPSHOT_FILE)
             self.remove(SNAPSHOT_FILE)

@@ -190,18 +190,7 @@ class TrainJob:
             folder=folder,
         )
         with tracking.running(client, run_id), _stopped_by_sigterm(folder):
-            try:
-                trained = _train(worker, settings, folder, callbacks)
-            except TrainingFailedError as error:
-                cause = first_cause(error)
-                # What a trial raises, Ray Tune tries again.
-                if self.parent_run_id is None and isinstance(cause, OSError):
-                    msg = (
-                        f"run {folder.name}: {first_line(cause)}; what is saved is kept: mend "
-                        f"that, and continue with --resume {folder.name}"
-                    )
-                    raise RunFailed(msg) from error
-                raise
+            trained = self._train(worker, settings, callbacks)
             deliver_metrics(folder, run_id)
             with trained.as_directory() as directory:
                 position = read_position(Path(directory))
@@ -221,6 +210,26 @@ class TrainJob:
         )
         folder.write(RESULT_FILE, json.dumps(asdict(result), indent=1))
         return result
+
+    def _train(
+        self,
+        worker: WorkerFunction,
+        settings: WorkerSettings[Any],
+        callbacks: Sequence[UserCallback],
+    ) -> Checkpoint:
+        """Train to the end, or say in one line that the storage failed."""
+        try:
+            return _train(worker, settings, self.folder, callbacks)
+        except TrainingFailedError as error:
+            cause = first_cause(error)
+            # What a trial raises, Ray Tune tries again.
+            if self.parent_run_id is None and isinstance(cause, OSError):
+                msg = (
+                    f"run {self.folder.name}: {first_line(cause)}; what is saved is kept: mend "
+                    f"that, and continue with --resume {self.folder.name}"
+                )
+                raise RunFailed(msg) from error
+            raise
 
 
 def deliver_metrics(folder: RunFolder, run_id: str) -> None:
