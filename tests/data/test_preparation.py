@@ -343,7 +343,7 @@ def test_a_file_name_that_is_no_text_does_not_stop_the_others(ray_cluster, tmp_p
 def test_a_folder_that_cannot_be_made_is_refused_in_one_line(source, tmp_path, out):
     (tmp_path / "file").write_bytes(b"in the way")
 
-    with pytest.raises(InputError, match=rf"^--out {tmp_path / out}: [^\n]+$"):
+    with pytest.raises(InputError, match=rf"^{tmp_path / out}: [^\n]+$"):
         write(source, tmp_path / out)
 
 
