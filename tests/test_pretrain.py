@@ -284,6 +284,10 @@ class Job:
         except ValueError:  # a line is being written
             return False
 
+    def num_log_entries(self) -> int:
+        """Count what the run has logged, the steps that were taken again too."""
+        return len((self.run / "metrics.jsonl").read_text().splitlines())
+
     def result(self) -> dict[str, object]:
         """Wait for the end; return what the last line says."""
         output, _ = self.process.communicate(timeout=JOB_SECONDS)
@@ -359,11 +363,21 @@ def hindered(finished, folder, tiny) -> SimpleNamespace:
         stopped.wait_for(lambda: "if it ends early" in stopped.errors)
         time.sleep(SIGNAL_SECONDS)
         stopped.process.send_signal(signal.SIGTERM)
-        exit_status = stopped.process.wait(JOB_SECONDS)
+        exit_statuses = [stopped.process.wait(JOB_SECONDS)]
     finally:
         stopped.end()
     stopped_at = job.newest_checkpoint()
     status = finished.client.get_run(run_id).info.status
+
+    # This time a worker gets the signal, not the job.
+    logged = job.num_log_entries()
+    again = Job(config, folder, "--resume", "hindered", "--run.max_failures", "0")
+    try:
+        again.wait_for(lambda: job.num_log_entries() > logged)
+        os.kill(train_workers(again.process)[-1], signal.SIGTERM)
+        exit_statuses.append(again.process.wait(JOB_SECONDS))
+    finally:
+        again.end()
 
     resumed = Job(config, folder, "--resume", "hindered", "--run.max_failures", "1")
     try:
@@ -374,8 +388,8 @@ def hindered(finished, folder, tiny) -> SimpleNamespace:
         run_id=run_id,
         statuses=[killed, status],
         damaged=damaged,
-        errors=stopped.errors,
-        exit_status=exit_status,
+        errors=[stopped.errors, again.errors],
+        exit_statuses=exit_statuses,
         stopped_at=stopped_at,
         result=result,
     )
@@ -396,19 +410,23 @@ def test_a_job_that_was_killed_damaged_and_stopped_ends_as_if_nothing_had_been(
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(hindered):
-    named = [line for line in hindered.errors.splitlines() if "is damaged" in line]
+    named = [line for line in hindered.errors[0].splitlines() if "is damaged" in line]
 
-    assert len(named) == 2, hindered.errors
+    assert len(named) == 2, hindered.errors[0]
     assert "checkpoint_manager_snapshot.json is damaged: looking at checkpoints" in named[0]
     assert f"{hindered.damaged} is damaged (model.safetensors is not what was" in named[1]
 
 
-def test_a_job_that_gets_sigterm_saves_says_how_to_go_on_and_exits_with_3(hindered):
+@pytest.mark.parametrize("number", [0, 1], ids=["job", "worker"])
+def test_sigterm_to_it_saves_says_how_to_go_on_and_ends_the_job_with_3(hindered, number):
     said = "pretrain.py: run hindered was stopped; continue it with --resume hindered"
 
-    assert hindered.exit_status == 3
-    assert said in hindered.errors.splitlines()
-    # The first log entry after the checkpoint before the damaged one.
+    assert hindered.exit_statuses[number] == 3
+    assert said in hindered.errors[number].splitlines()
+
+
+def test_a_job_that_gets_sigterm_saves_at_its_next_log_entry(hindered):
+    # The one after the checkpoint before the damaged one.
     assert hindered.stopped_at == 6
 
 

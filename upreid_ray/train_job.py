@@ -42,6 +42,7 @@ from upreid_ray.data.persons import ClusterImages, PersonImages
 from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.stream import EVALUATION_SPLITS, TrainingImages, check_labels
 from upreid_ray.run_folder import RESULT_FILE, STOP_FILE, RunFolder
+from upreid_ray.stop_signal import ListeningTorchConfig
 from upreid_ray.worker import DELIVERY_SECONDS, WorkerSettings
 
 logger = logging.getLogger(__name__)
@@ -312,6 +313,7 @@ def _train(
         # Ray's controller holds this too: packed, it does not import what only workers need.
         run,
         train_loop_config={},
+        torch_config=ListeningTorchConfig(),
         scaling_config=RayScalingConfig(
             num_workers=least if least == most else (least, most),
             elastic_resize_monitor_interval_s=config.scaling.resize_seconds,

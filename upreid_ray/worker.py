@@ -23,6 +23,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from ray.util.metrics import Gauge
 from torch import Tensor
 
+from upreid_ray import stop_signal
 from upreid_ray.config import (
     AugmentationConfig,
     DownstreamConfig,
@@ -230,8 +231,9 @@ class Worker(ABC):
 
     def _is_asked_to_stop(self) -> bool:
         """Tell, on every worker alike, whether this run shall end early."""
+        signals = distributed.gather_at_first(stop_signal.has_arrived())
         return distributed.share_from_first(
-            distributed.rank() == 0 and self.folder.read(STOP_FILE) is not None
+            signals is not None and (any(signals) or self.folder.read(STOP_FILE) is not None)
         )
 
     def _without_gradients(self) -> RunFailed:

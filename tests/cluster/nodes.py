@@ -10,11 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-import ray.util
-
+from tests.cluster.network import Host, Network, this_machine
 from tests.cluster.processes import free_ports, tree
 
-HOST = "127.0.0.1"
 RAY = str(Path(sys.executable).parent / "ray")
 START_SECONDS = 90.0
 
@@ -25,10 +23,19 @@ class Nodes:
     Args:
         folder: For logs, the token and Ray's own files; its path must be short, for sockets.
         settings: Environment variables of all processes of the cluster.
+        network: Where every node becomes a host; all run on this machine's own if None.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, str] | None = None,
+        network: Network | None = None,
+    ) -> None:
         self._folder = folder
+        self._network = network
+        self.outside = self._new_host()
+        self._head_host = self._new_host()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._names: dict[int, str] = {}
         token = folder / "token"
@@ -41,14 +48,15 @@ class Nodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "GLOO_SOCKET_IFNAME": "lo",
+            "GLOO_SOCKET_IFNAME": self._head_host.interface,
             **(settings or {}),
         }
         self._head = self._start(
+            self._head_host,
             "head",
             "--head",
             f"--port={self._port}",
-            f"--dashboard-host={HOST}",
+            f"--dashboard-host={self._head_host.service_address}",
             f"--dashboard-port={self._dashboard_port}",
             f"--ray-client-server-port={self._client_port}",
             "--num-cpus=0",
@@ -72,18 +80,17 @@ class Nodes:
     @property
     def address(self) -> str:
         """What ``RAY_ADDRESS`` has to be for a driver."""
-        return f"{ray.util.get_node_ip_address()}:{self._port}"
+        return f"{self._head_host.address}:{self._port}"
 
     @property
     def dashboard(self) -> str:
         """Where jobs are submitted."""
-        return f"http://{HOST}:{self._dashboard_port}"
+        return f"http://{self._head_host.service_address}:{self._dashboard_port}"
 
     def add(self, *options: str) -> subprocess.Popen[bytes]:
         """Let a node join, without waiting for it; return its first process."""
-        return self._start(
-            f"node-{len(self._processes)}", f"--address={self.address}", *options
-        )
+        name = f"node-{len(self._processes)}"
+        return self._start(self._new_host(), name, f"--address={self.address}", *options)
 
     def lose(self, node: subprocess.Popen[bytes]) -> None:
         """Kill all processes of a node at once."""
@@ -95,11 +102,12 @@ class Nodes:
     def drain(self, node: subprocess.Popen[bytes], seconds: int) -> None:
         """Announce that a node ends, as the preStop hook of a pod does."""
         name = self._names[node.pid]
-        node_id = self._ask(
+        node_id = self.ask(
             f"next(n['NodeID'] for n in ray.nodes() if n['NodeName'] == {name!r})"
         )
         subprocess.run(
             [
+                *self._head_host.prefix,
                 *(RAY, "drain-node", f"--address={self.address}", f"--node-id={node_id}"),
                 *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"),
                 f"--deadline-remaining-seconds={seconds}",
@@ -112,16 +120,16 @@ class Nodes:
 
     def is_up(self) -> bool:
         """Tell whether the head answers."""
-        return self._ask("len(ray.nodes())") is not None
+        return self.ask("len(ray.nodes())") is not None
 
-    def _ask(self, expression: str) -> str | None:
+    def ask(self, expression: str) -> str | None:
         """Return what an expression is in a driver of this cluster, None if it has no value."""
         script = (
             "import ray; ray.init('auto', logging_level='ERROR', log_to_driver=False);"
             f"print({expression})"
         )
         done = subprocess.run(
-            [sys.executable, "-c", script],
+            [*self._head_host.prefix, sys.executable, "-c", script],
             env={**self.environment, "RAY_ADDRESS": self.address},
             capture_output=True,
             text=True,
@@ -130,17 +138,15 @@ class Nodes:
         )
         return done.stdout.split()[-1] if done.returncode == 0 else None
 
-    def _start(self, name: str, *options: str) -> subprocess.Popen[bytes]:
+    def _new_host(self) -> Host:
+        return self._network.add() if self._network else this_machine()
+
+    def _start(self, host: Host, name: str, *options: str) -> subprocess.Popen[bytes]:
         with (self._folder / f"{name}.log").open("wb") as log:
             node = subprocess.Popen(
                 [
-                    *(
-                        RAY,
-                        "start",
-                        "--block",
-                        "--log-color=false",
-                        f"--node-ip-address={HOST}",
-                    ),
+                    *(*host.prefix, RAY, "start", "--block", "--log-color=false"),
+                    f"--node-ip-address={host.address}",
                     *("--min-worker-port=0", "--max-worker-port=0"),
                     *("--dashboard-agent-listen-port=0", "--object-store-memory=300000000"),
                     # Of its own, or nodes would unpack the code of a job over each other.

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.network import Network
 from tests.cluster.nodes import Nodes
 from tests.cluster.processes import ROOT, tree
 from tests.test_pretrain import TINY
@@ -50,14 +51,8 @@ class Submission:
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [
-                    "ray",
-                    "job",
-                    "submit",
-                    *address,
-                    "--",
-                    "python",
-                    *words,
-                    "--config=config.json",
+                    *(*nodes.outside.prefix, "ray", "job", "submit", *address),
+                    *("--", "python", *words, "--config=config.json"),
                 ],
                 env={**nodes.environment, **environment},
                 stdout=log,
@@ -126,7 +121,9 @@ def cluster() -> Iterator[Cluster]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     }
     try:
-        with Nodes(folder, settings) as nodes:
+        with ExitStack() as stack:
+            network = stack.enter_context(Network()) if Network.is_allowed() else None
+            nodes = stack.enter_context(Nodes(folder, settings, network))
             train_nodes = [nodes.add(TRAIN_NODE) for _ in range(2)]
             yield Cluster(nodes, folder, train_nodes, nodes.add(DATA_NODE))
     finally:
@@ -181,6 +178,13 @@ def test_a_job_without_the_token_is_refused(cluster, token):
 def test_each_node_has_the_work_that_is_meant_for_it(resized):
     assert resized.numbers[0] == [1, 1]
     assert resized.decoding
+
+
+def test_each_node_is_a_host_of_its_own(cluster, resized):
+    if cluster.nodes.outside.prefix == ():
+        pytest.skip("this user may not make network namespaces")
+    addresses = "len({node['NodeManagerAddress'] for node in ray.nodes() if node['Alive']})"
+    assert cluster.nodes.ask(addresses) == "4"
 
 
 def test_a_checkpoint_is_saved_when_the_end_of_a_node_is_announced(resized):
