@@ -136,7 +136,7 @@ def cosine_distances(query: Tensor, gallery: Tensor) -> Iterator[tuple[slice, Te
     One minus the cosine similarity, 0..2, which ranks like Euclidean distance.
     """
     for part in row_parts(len(query), len(gallery)):
-        yield part, 1 - query[part] @ gallery.T
+        yield part, (query[part] @ gallery.T).neg_().add_(1)
 
 
 def row_parts(num_rows: int, num_columns: int) -> Iterator[slice]:
@@ -153,11 +153,10 @@ def _score_queries(
     same_pid = gallery.pids == query.pids[:, None]
     same_camera = gallery.camids == query.camids[:, None]
     kept = ~(same_pid & same_camera) & (gallery.pids != JUNK_PID)
-    hit = same_pid & kept
-    valid = hit.any(dim=1)
-    ranks = _ranks_of_hits(distances[valid], hit[valid], kept[valid])
+    ranks, num_hits = _ranks_of_hits(distances, same_pid & kept, kept)
+    valid = num_hits > 0
+    ranks, num_hits = ranks[valid], num_hits[valid]
 
-    num_hits = hit[valid].sum(dim=1)
     # The k-th column is the k-th hit; queries with fewer hits have nothing there.
     number = torch.arange(1, ranks.shape[1] + 1, device=ranks.device)
     precision = torch.where(number <= num_hits[:, None], number.double() / ranks, 0)
@@ -165,38 +164,39 @@ def _score_queries(
     return precision.sum(dim=1) / num_hits, ranks[:, 0], num_hits / last_rank.double()
 
 
-def _ranks_of_hits(distances: Tensor, hit: Tensor, kept: Tensor) -> Tensor:
-    """Return the ranks of the hits among the images that are kept, beginning at 1.
+def _ranks_of_hits(distances: Tensor, hit: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Find where the hits are in the ranking of the images that are kept.
 
-    Hits are few: sorted distances, without their images, are enough to find their ranks.
+    Hits are few: sorted distances, without their images, are enough for that.
 
     Args:
         distances: ``[n, G]``.
-        hit: bool ``[n, G]``, at least one a row; hits are kept.
+        hit: bool ``[n, G]``; hits are kept.
         kept: bool ``[n, G]``.
 
     Returns:
-        ``[n, most hits of a row]``, ascending; past the hits of a row, numbers of no meaning
-        that are not smaller.
+        ``[n, most hits of a row]``, ranks from 1 on, ascending; past the hits of a row there
+        are numbers of no meaning that are not smaller. And ``[n]``, the number of hits.
     """
-    ordered = _sorted(distances.masked_fill(~kept, torch.inf))
+    num_rows, num_columns = distances.shape
     row, column = hit.nonzero(as_tuple=True)
-    num_hits = hit.sum(dim=1)
+    num_hits = row.bincount(minlength=num_rows)  # a sum over bools would copy them as int64
     place = torch.arange(len(row), device=row.device) - (num_hits.cumsum(0) - num_hits)[row]
-    of_hits = distances.new_full((len(hit), max([1, *num_hits.tolist()])), torch.inf)
+    of_hits = distances.new_full((num_rows, max([1, *num_hits.tolist()])), torch.inf)
     of_hits[row, place] = distances[row, column]
+    ordered = _sorted(distances.masked_fill(~kept, torch.inf))
     ranks = torch.searchsorted(ordered, of_hits) + 1
     # Among equal distances the order of the gallery decides.
-    equal = torch.searchsorted(ordered, of_hits, right=True) + 1 - ranks
-    tied = equal[row, place] > 1
+    num_equal = torch.searchsorted(ordered, of_hits, right=True) + 1 - ranks
+    tied = num_equal[row, place] > 1
     row, column, place = row[tied], column[tied], place[tied]
-    index = torch.arange(distances.shape[1], device=distances.device)
-    for part in row_parts(len(row), distances.shape[1]):
-        rows, columns = row[part], column[part, None]
-        same = distances[rows] == distances[rows].gather(1, columns)
-        before = same & kept[rows] & (index < columns)
-        ranks[rows, place[part]] += before.sum(dim=1)
-    return ranks.sort(dim=1).values
+    index = torch.arange(num_columns, device=distances.device)
+    for part in row_parts(len(row), num_columns):
+        rows = distances[row[part]]
+        same = rows == rows.gather(1, column[part, None])
+        before = same & kept[row[part]] & (index < column[part, None])
+        ranks[row[part], place[part]] += before.nonzero()[:, 0].bincount(minlength=len(rows))
+    return ranks.sort(dim=1).values, num_hits
 
 
 def _sorted(rows: Tensor) -> Tensor:
