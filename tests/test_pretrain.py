@@ -242,7 +242,7 @@ class Job:
         self.run = Path(str(config.run.storage_path), str(config.run.name))
         file = folder / f"{self.run.name}.json"
         file.write_text(config.model_dump_json())
-        self._errors = folder / f"{self.run.name}{len(words)}.log"
+        self._errors = folder / f"{self.run.name}-{time.monotonic_ns()}.log"
         with self._errors.open("w") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, ROOT / "jobs/pretrain.py", "--config", file, *words],
@@ -378,6 +378,7 @@ def hindered(finished, folder, tiny) -> SimpleNamespace:
         exit_statuses.append(again.process.wait(JOB_SECONDS))
     finally:
         again.end()
+    errors = [stopped.errors, again.errors]
 
     resumed = Job(config, folder, "--resume", "hindered", "--run.max_failures", "1")
     try:
@@ -388,7 +389,7 @@ def hindered(finished, folder, tiny) -> SimpleNamespace:
         run_id=run_id,
         statuses=[killed, status],
         damaged=damaged,
-        errors=[stopped.errors, again.errors],
+        errors=errors,
         exit_statuses=exit_statuses,
         stopped_at=stopped_at,
         result=result,
