@@ -138,6 +138,12 @@ def test_equal_distances_rank_in_gallery_order():
     assert scores([[0.5] * 4], [(1, 1)], gallery).mean_average_precision == 0.5
 
 
+def test_an_image_whose_distance_is_no_number_ranks_last():
+    result = scores([[float("nan"), 0.5]], [(1, 1)], [(1, 2), (2, 2)])
+
+    assert result.mean_average_precision == 0.5
+
+
 def test_cmc_is_constant_beyond_the_gallery():
     result = retrieval_scores(
         torch.tensor([[0.1, 0.2], [0.2, 0.1]]), [1, 1], [1, 1], [1, 2], [2, 2], max_rank=6
@@ -186,6 +192,16 @@ def test_scores_depend_on_the_order_of_distances_only(case, transform):
     transformed = retrieval_scores(transform(distances), *ids)
 
     assert_close(as_lists(transformed), as_lists(retrieval_scores(distances, *ids)))
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bfloat16, torch.float16, torch.float32])
+def test_distances_may_be_of_any_number_type(case, kind):
+    distances, *ids = case
+    distances = distances.float().requires_grad_() if kind.is_floating_point else distances
+
+    assert as_lists(retrieval_scores(distances.to(kind), *ids)) == as_lists(
+        retrieval_scores(distances.double(), *ids)
+    )
 
 
 @given(seed=SEEDS)

@@ -74,7 +74,7 @@ def retrieval_scores(
     """Score the ranking that distances give; equal distances rank in gallery order.
 
     Args:
-        distances: ``[Q, G]``, smaller is more alike.
+        distances: ``[Q, G]``, of any number type; smaller is more alike, NaN the least.
         query_pids: ``[Q]``, persons.
         query_camids: ``[Q]``, cameras.
         gallery_pids: ``[G]``; -1 marks junk, which is left out.
@@ -89,7 +89,8 @@ def retrieval_scores(
         Labels(torch.as_tensor(pids, device=device), torch.as_tensor(camids, device=device))
         for pids, camids in ((query_pids, query_camids), (gallery_pids, gallery_camids))
     )
-    rows = ((part, distances[part]) for part in row_parts(*distances.shape))
+    parts = row_parts(*distances.shape)
+    rows = ((part, distances[part].detach().double()) for part in parts)
     return score_rows(rows, query, gallery, max_rank=max_rank)
 
 
@@ -103,7 +104,7 @@ def score_rows(
     """Score distances that come a few rows at a time, so that ``[Q, G]`` never has to exist.
 
     Args:
-        rows: Which queries, and their distances ``[n, G]``.
+        rows: Which queries, and their distances ``[n, G]``, float32 or float64.
         query: Of the Q query images, on the device of the distances.
         gallery: Of the G gallery images; pid -1 marks junk, which is left out.
         max_rank: Length of ``cmc``.
@@ -179,6 +180,7 @@ def _ranks_of_hits(distances: Tensor, hit: Tensor, kept: Tensor) -> tuple[Tensor
         are numbers of no meaning that are not smaller. And ``[n]``, the number of hits.
     """
     num_rows, num_columns = distances.shape
+    distances = distances.masked_fill(distances.isnan(), torch.inf)
     row, column = hit.nonzero(as_tuple=True)
     num_hits = row.bincount(minlength=num_rows)  # a sum over bools would copy them as int64
     place = torch.arange(len(row), device=row.device) - (num_hits.cumsum(0) - num_hits)[row]
@@ -201,9 +203,9 @@ def _ranks_of_hits(distances: Tensor, hit: Tensor, kept: Tensor) -> tuple[Tensor
 
 def _sorted(rows: Tensor) -> Tensor:
     """Return each row in ascending order; NumPy's sort is several times as fast on CPUs."""
-    if rows.is_cuda:
-        return rows.sort(dim=1).values
-    return torch.from_numpy(np.sort(rows.numpy(), axis=1))
+    if rows.device.type == "cpu":
+        return torch.from_numpy(np.sort(rows.numpy(), axis=1))
+    return rows.sort(dim=1).values
 
 
 @torch.no_grad()
