@@ -301,7 +301,7 @@ def main() -> int:
     )
     parser.add_argument("--job", default="pretrain", choices=("pretrain", "finetune", "sweep"))
     parser.add_argument("--kills", type=int, default=50, help="of the campaign")
-    parser.add_argument("--epochs", type=int, default=60, help="of a run; of each trial")
+    parser.add_argument("--epochs", type=int, default=15, help="of a run; of each trial")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--out", type=Path, help="folder for logs and runs, a new one")
     arguments = parser.parse_args()
