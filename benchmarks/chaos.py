@@ -7,8 +7,8 @@ nodes are replaced; a job that ended is submitted again with --resume. At the en
 of the last checkpoints is compared with those of the same job left alone.
 
     python -m benchmarks.chaos
-    python -m benchmarks.chaos --job finetune --kills 15
-    python -m benchmarks.chaos --job sweep --kills 15
+    python -m benchmarks.chaos --job finetune --kills 5 --epochs 60
+    python -m benchmarks.chaos --job sweep --kills 5 --epochs 6
 """
 
 import argparse
