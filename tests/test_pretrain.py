@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -492,13 +493,31 @@ def remount(disk: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
 
 
-def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(finished, disk):
+def take_away(run: Path, after: Path) -> None:
+    """Wait for a file; then put another one in the place of the folder of the run."""
+    while not after.exists():
+        time.sleep(0.05)
+    run.rename(run.with_name("elsewhere"))
+    run.write_text("no folder")
+
+
+def test_a_run_whose_disk_is_full_and_then_gone_says_so_and_goes_on_when_all_is_well(
+    finished, disk
+):
     config = TINY.override({"run.storage_path": str(disk), "run.max_failures": 0})
+    run = disk / "tiny"
 
     with pytest.raises(RunFailed, match=r"^run tiny: .*No space left.*--resume tiny$"):
         fit(config)
-    left = {each.name for each in (disk / "tiny").glob("step-*")}
+    left = {each.name for each in run.glob("step-*")}
     remount(disk, "size=2g")
+    loss = threading.Thread(target=take_away, args=(run, run / "step-00000008/sha256.json"))
+    loss.start()
+    with pytest.raises(RunFailed, match=r"^run tiny: .*Not a directory.*--resume tiny$"):
+        fit(config, resume=True)
+    loss.join()
+    run.unlink()
+    run.with_name("elsewhere").rename(run)
     result = fit(config, resume=True)
 
     assert "step-00000004" in left
