@@ -9,14 +9,15 @@ it after the first one. The first run, which reads all libraries from the disk, 
 import argparse
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -59,7 +60,6 @@ def start(folder: Path, name: str) -> dict[str, float]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     ) as job:
         assert job.stderr is not None
         marks = iter(MARKS.items())
@@ -71,8 +71,10 @@ def start(folder: Path, name: str) -> dict[str, float]:
                 part, pattern = next(marks, ("", ""))
                 if not part:
                     break
-        os.killpg(job.pid, signal.SIGKILL)
-    subprocess.run(["ray", "stop", "--force"], capture_output=True, check=False)
+        # The whole of its Ray, and no other one.
+        for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
     return seconds
 
 
