@@ -511,7 +511,7 @@ def test_a_run_whose_disk_is_full_and_then_gone_says_so_and_goes_on_when_all_is_
         fit(config)
     left = {each.name for each in run.glob("step-*")}
     remount(disk, "size=2g")
-    after = run / "step-00000008/sha256.json"
+    after = run / "step-00000012/sha256.json"
     loss = threading.Thread(target=take_away, args=(run, after), daemon=True)
     loss.start()
     with pytest.raises(RunFailed, match=r"^run tiny: .*Not a directory.*--resume tiny$"):
