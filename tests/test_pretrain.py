@@ -24,7 +24,7 @@ from upreid_ray.data.stream import TrainingImages
 from upreid_ray.presets import PRESETS
 from upreid_ray.pretrain import fit
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[1]
 JOB_SECONDS = 300.0
