@@ -70,11 +70,8 @@ class Network:
     def add(self) -> Host:
         """Return a new host."""
         number = len(self._namespaces) + 1
-        name, port, address = (
-            f"{self._name}-{number}",
-            f"port{number}",
-            f"{self._SUBNET}.{number}",
-        )
+        name, port = f"{self._name}-{number}", f"port{number}"
+        address = f"{self._SUBNET}.{number}"
         self._make(name)
         veth = ("type", "veth", "peer", "name", "eth0", "netns", name)
         self._ip("-n", self._bridge, "link", "add", port, *veth)
