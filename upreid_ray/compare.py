@@ -268,10 +268,17 @@ def plan(
     check_labels(evaluation, read_manifest(evaluation))
     first = next(iter(descriptions.values()), None)
 
-    def of_init(init: str) -> dict[str, Any]:
+    def of_run(name: str, k: int, init: str) -> dict[str, Any]:
+        settings = {
+            "run.name": name,
+            "run.storage_path": folder.uri,
+            "init": init,
+            "seed": common.seed + k,
+        }
         if init != RANDOM or first is None:
-            return {}
+            return settings
         return {
+            **settings,
             "backbone": first.backbone,
             "data.height": common.data.height or first.height,
             "data.width": common.data.width or first.width,
@@ -291,28 +298,25 @@ def plan(
         once = dict.fromkeys((k if init == RANDOM else 0, init) for k, init in starts)
         for place, (k, init) in enumerate(once):
             name = f"{number}-{slug}-{FROZEN}-{place}"
-            settings = {"init": init, "seed": common.seed + k}
             scored = EvaluateConfig(
                 backbone=common.backbone,
                 data=common.data,
                 scaling=common.scaling,
-                run=JobConfig(
-                    name=name, storage_path=folder.uri, experiment=common.run.experiment
-                ),
-            ).override({**settings, **of_init(init), "data.root": evaluation})
-            frozen.append(Trial(name, row.label, FROZEN, partial(_frozen_scores, scored)))
+                run=JobConfig(experiment=common.run.experiment),
+            ).override({**of_run(name, k, init), "data.root": evaluation})
+            run = partial(_frozen_scores, scored)
+            frozen.append(Trial(name, row.label, FROZEN, run))
         for k, init in starts:
             for split, of_split in splits.items():
                 name = f"{number}-{slug}-{split:g}-{k}"
-                settings = {
-                    "init": init,
-                    "seed": common.seed + k,
-                    "data.root": shards,
-                    "evaluation.shards": evaluation,
-                    "run.name": name,
-                    "run.storage_path": folder.uri,
-                }
-                trained = common.override({**settings, **of_split, **of_init(init)})
+                trained = common.override(
+                    {
+                        **of_run(name, k, init),
+                        **of_split,
+                        "data.root": shards,
+                        "evaluation.shards": evaluation,
+                    }
+                )
                 run = partial(_finetuned_scores, trained)
                 finetuned.append(Trial(name, row.label, f"{split:g}", run))
     return frozen + finetuned
@@ -394,7 +398,7 @@ def _num_side_by_side(scaling: ScalingConfig) -> int:
     has = ray.cluster_resources()
     most = has.get("CPU", 0) / (scaling.num_workers * scaling.cpus_per_worker + 1)
     if scaling.use_gpu:
-        most = min(most, has.get("GPU", 0) / scaling.num_workers)
+        most = min(most, has.get("GPU", 0) / (scaling.num_workers * scaling.gpus_per_worker))
     return max(1, int(most))
 
 

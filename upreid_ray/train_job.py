@@ -155,16 +155,7 @@ class TrainJob:
         folder.remove(STOP_FILE)
         folder.remove_torn_snapshot()
         evaluation = evaluation_shards(config.evaluation.shards, shards)
-        run_id = self.run_id
-        if run_id is None:
-            run_id = tracking.start_run(
-                client,
-                experiment=config.run.experiment,
-                name=folder.name,
-                config=config,
-                parent_run_id=self.parent_run_id,
-            )
-            folder.record(config, run_id)
+        run_id = self._begun()
         tags = {
             "run": folder.name,
             "shards": shards,
@@ -211,6 +202,20 @@ class TrainJob:
         )
         folder.write(RESULT_FILE, json.dumps(asdict(result), indent=1))
         return result
+
+    def _begun(self) -> str:
+        """Return the MLflow run that goes on, or begin and record one."""
+        if self.run_id is not None:
+            return self.run_id
+        run_id = tracking.start_run(
+            self.client,
+            experiment=self.config.run.experiment,
+            name=self.folder.name,
+            config=self.config,
+            parent_run_id=self.parent_run_id,
+        )
+        self.folder.record(self.config, run_id)
+        return run_id
 
     def _train(
         self,

@@ -10,7 +10,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -142,26 +142,18 @@ def write_shards(
             for each in _in_tasks(tasks, writer.remove):
                 written[each.shard.name] = each
 
-    shards = tuple(each.shard for _, each in sorted(written.items()) if each.shard.num_images)
-    refused = [*records.refused, *(one for each in written.values() for one in each.refused)]
-    if not shards:
-        first = refused[0]
-        msg = (
-            f"{source}: none of {len(records)} images can be used; {first.key}: {first.reason}"
-        )
-        raise InputError(msg)
-    refused.sort(key=lambda one: one.key)
+    used, refused = _outcome(records, written.values(), source)
     if refused:
         lines = "".join(json.dumps(asdict(one)) + "\n" for one in refused)
         write_whole(filesystem, f"{path}/{REFUSED_FILE}", lines.encode())
-    mean, std = _statistics(list(written.values()))
+    mean, std = _statistics(used)
     manifest = Manifest(
         version=FORMAT_VERSION,
         source=source,
         plan=plan,
         rules=asdict(rules),
         row_group_images=ROW_GROUP_IMAGES,
-        shards=shards,
+        shards=tuple(each.shard for each in used),
         num_refused=dict(Counter(one.kind for one in refused)),
         mean=mean,
         std=std,
@@ -169,6 +161,26 @@ def write_shards(
     content = manifest.model_dump_json(indent=1).encode()
     write_whole(filesystem, f"{path}/{MANIFEST_FILE}", content)
     return manifest
+
+
+def _outcome(
+    records: Records, written: Iterable[Written], source: str
+) -> tuple[list[Written], list[Refused]]:
+    """Return the shards that have images, by name, and all that was refused, by key.
+
+    Raises:
+        InputError: No shard has images.
+    """
+    shards = sorted(written, key=lambda each: each.shard.name)
+    refused = [*records.refused, *(one for each in shards for one in each.refused)]
+    used = [each for each in shards if each.shard.num_images]
+    if not used:
+        first = refused[0]
+        msg = (
+            f"{source}: none of {len(records)} images can be used; {first.key}: {first.reason}"
+        )
+        raise InputError(msg)
+    return used, sorted(refused, key=lambda one: one.key)
 
 
 def plan_shards(table: pa.Table, *, seed: int) -> Iterator[pa.Table]:
@@ -420,7 +432,7 @@ def _statistics(
     written: Sequence[Written],
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Return mean and deviation of each channel over the training images, else over all."""
-    used = [each for each in written if each.shard.split in TRAIN_SPLITS] or list(written)
+    used = [each for each in written if each.shard.split in TRAIN_SPLITS] or written
     weights = np.array([each.shard.num_images for each in used], np.float64)
     weights /= weights.sum()
     mean = weights @ np.array([each.mean for each in used])
