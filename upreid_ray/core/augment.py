@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from upreid_ray.config import AugmentationConfig
@@ -139,7 +138,7 @@ def render_view(
         weights = down.mean(1)[:, None, :, None] * across.mean(1)[:, None, None, :]
         pixels = _jitter(pixels, weights, *parameters.jitter.unbind(1))
     pixels = torch.where(parameters.gray[:, None, None, None], _luma(pixels), pixels)
-    view = normalize(down[:, None] @ pixels @ across.mT[:, None], config)
+    view = normalize(torch.einsum("bij,bcjk,blk->bcil", down, pixels, across), config)
 
     top, left, erased_height, erased_width = parameters.erased.unbind(1)
     kept = ~(
@@ -205,12 +204,14 @@ def _resampling(start: Tensor, length: Tensor, size: int, blur_sigma: Tensor) ->
     outside of the crop take no part. A crop is never larger than the view, so that no
     antialiasing is needed.
     """
-    pixel = torch.arange(size, device=start.device, dtype=torch.float32)
+    pixel = torch.arange(size, device=start.device)
     center = (pixel + 0.5) * (length / size)[:, None] - 0.5
     center = start[:, None] + center.clamp(min=0).minimum(length[:, None] - 1)
     interpolation = (1 - (center[:, :, None] - pixel).abs()).clamp(min=0)
-    distance = (pixel[:, None] - pixel) / blur_sigma.clamp(min=1e-3)[:, None, None]
-    return F.normalize((-0.5 * distance**2).exp(), p=1, dim=2) @ interpolation
+    # Of each distance once: exp is slow where it underflows, which is nearly everywhere.
+    of_distance = (-0.5 * (pixel / blur_sigma.clamp(min=1e-3)[:, None]) ** 2).exp()
+    blur = of_distance[:, (pixel[:, None] - pixel).abs()]
+    return blur / blur.sum(2, keepdim=True) @ interpolation
 
 
 def _between(size: int, start: Tensor, stop: Tensor) -> Tensor:
