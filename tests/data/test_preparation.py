@@ -465,12 +465,24 @@ def test_a_preparation_killed_again_and_again_ends_like_one_that_was_not(
 @pytest.mark.ray
 def test_the_colours_of_a_set_are_those_of_its_training_images(filtered):
     out, manifest = filtered
-    pixels = [
-        np.asarray(decode(row["image"]).convert("RGB")).reshape(-1, 3) / 255
-        for row in rows(out, manifest)
-        if row["split"] == "train"
-    ]
 
+    assert_colours(manifest, [row for row in rows(out, manifest) if row["split"] == "train"])
+
+
+@pytest.mark.ray
+def test_colours_are_those_of_all_images_where_no_training_image_is_left(
+    ray_cluster, source, tmp_path
+):
+    manifest = write(source, tmp_path, min_height=1000)
+
+    assert manifest.counts().keys() == {"gallery"}
+    assert_colours(manifest, rows(tmp_path, manifest))
+
+
+def assert_colours(manifest: Manifest, images: list[dict[str, object]]) -> None:
+    pixels = [
+        np.asarray(decode(row["image"]).convert("RGB")).reshape(-1, 3) / 255 for row in images
+    ]
     mean = np.mean([each.mean(0) for each in pixels], axis=0)
     square = np.mean([(each**2).mean(0) for each in pixels], axis=0)
     np.testing.assert_allclose(manifest.mean, mean, atol=1e-4)
