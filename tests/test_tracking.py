@@ -180,6 +180,39 @@ def test_a_line_that_is_delivered_twice_counts_once(client, run_id, store, tmp_p
     assert history(client, run_id, "train/loss") == values(range(3))
 
 
+@pytest.mark.parametrize("left", ["", "\0\0"], ids=["full disk", "power cut"])
+def test_a_torn_note_of_what_was_delivered_holds_nothing_up(
+    client, run_id, store, tmp_path, left
+):
+    log(run_id, store, tmp_path, range(3), wait=DELIVERY_SECONDS)
+    (tmp_path / "metrics.delivered").write_text(left)
+
+    log(run_id, store, tmp_path, range(3, 5), wait=DELIVERY_SECONDS)
+
+    assert history(client, run_id, "train/loss") == values(range(5))
+
+
+@pytest.mark.parametrize("uri", [NOWHERE, "sqlite:////dev/null/mlflow.db"])
+def test_what_is_not_delivered_is_said(run_id, tmp_path, caplog, uri):
+    log(run_id, uri, tmp_path, range(3), wait=1)
+
+    assert f"undelivered metrics are in {tmp_path}" in caplog.text
+
+
+def test_a_database_that_comes_later_gets_everything(client, run_id, store, tmp_path):
+    place = tmp_path / "disk"
+    place.write_text("not mounted yet")
+    run_log = RunLog(run_id, f"sqlite:///{place}/mlflow.db", tmp_path)
+    run_log.metrics(0, {"train/loss": 10.0})
+    time.sleep(1)
+    place.unlink()
+    place.symlink_to(Path(store.removeprefix("sqlite:///")).parent)
+
+    run_log.close(DELIVERY_SECONDS)
+
+    assert history(client, run_id, "train/loss") == values(range(1))
+
+
 def test_a_line_cut_by_a_crash_does_not_hold_up_the_others(client, run_id, store, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "time": 17, "metr')
 

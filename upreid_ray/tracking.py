@@ -216,7 +216,7 @@ class RunLog:
             self._closing = True
             self._wake.notify()
         self._thread.join(timeout_seconds)
-        if self._thread.is_alive():
+        if self._offset() < self._lines.stat().st_size:
             logger.warning("MLflow does not answer; undelivered metrics are in %s", self._lines)
 
     def _recover(self) -> dict[str, int]:
@@ -239,8 +239,8 @@ class RunLog:
             self._wake.notify()
 
     def _deliver(self) -> None:
-        client = MlflowClient(self._uri)
-        offset = int(self._delivered.read_text()) if self._delivered.exists() else 0
+        client: MlflowClient | None = None
+        offset = self._offset()
         while True:
             lines = self._pending(offset)
             if not lines:
@@ -250,13 +250,18 @@ class RunLog:
                     self._wake.wait(RETRY_SECONDS)
                 continue
             try:
+                client = client or MlflowClient(self._uri)  # a database is asked at once
                 self._send(client, [_parse(line) for line in lines])
-            except Exception as error:  # whatever the server does must not stop training
+                offset += sum(len(line.encode()) for line in lines)
+                self._delivered.write_text(str(offset))
+            except Exception as error:  # whatever server and disk do must not stop training
                 logger.debug("MLflow: %s", error)
                 time.sleep(RETRY_SECONDS)
-                continue
-            offset += sum(len(line.encode()) for line in lines)
-            self._delivered.write_text(str(offset))
+
+    def _offset(self) -> int:
+        """Return up to where lines are delivered: 0 if the note of it was cut off."""
+        text = self._delivered.read_text() if self._delivered.exists() else ""
+        return int(text) if text.isdigit() else 0
 
     def _pending(self, offset: int) -> list[str]:
         """Return what is to be delivered next: lines of metrics, or one that names a file.
