@@ -96,7 +96,9 @@ class Local:
         """Write down what was started; nothing started leaves no record."""
         record = {name: service._asdict() for name, service in self.services.items()}
         if record:
-            self.record.write_text(json.dumps({"ports": self.ports, **record}, indent=2) + "\n")
+            part = self.record.with_suffix(".part")  # so that the record is never torn
+            part.write_text(json.dumps({"ports": self.ports, **record}, indent=2) + "\n")
+            part.replace(self.record)
         else:
             self.record.unlink(missing_ok=True)
 

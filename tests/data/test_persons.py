@@ -1,12 +1,14 @@
 """Subsets are nested, and batches of persons are a function of the step."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upreid_ray.config import PersonTrainingConfig
-from upreid_ray.data.persons import PersonBatches, PersonSampler, subset
+from tests.data.test_stream import flat, write_set
+from upreid_ray.config import ClusterContrastConfig, PersonTrainingConfig
+from upreid_ray.data.persons import ClusterImages, PersonBatches, PersonSampler, subset
 
 PIDS = st.lists(st.integers(0, 9), min_size=2, max_size=60).filter(lambda p: len(set(p)) > 1)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -124,3 +126,15 @@ def test_where_persons_are_too_few_a_batch_shows_them_repeatedly():
 
     assert len(rows) == 10
     assert set(rows) == {0, 1, 2}
+
+
+def test_encoded_images_may_have_more_than_two_gib_together(tmp_path):
+    images = [flat(number) for number in range(12)]
+    manifest = write_set(tmp_path, {"unlabeled": images})
+    chosen = ClusterImages(
+        str(tmp_path), manifest, ClusterContrastConfig(), height=32, width=32
+    )
+
+    column = chosen.encoded().column("image")
+
+    assert (column.type, column.to_pylist()) == (pa.large_binary(), images)

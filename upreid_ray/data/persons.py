@@ -255,8 +255,9 @@ class ChosenImages:
 
     def encoded(self) -> pa.Table:
         """Read the encoded images that take part, for `PersonBatches.read`."""
-        every = self._ranges(0, self._groups.num_images)
-        return read_rows(self._uri, every, ["image"]).take(pa.array(self._chosen))
+        table = read_rows(self._uri, self._ranges(0, self._groups.num_images), ["image"])
+        # Rows of more than 2 GiB cannot be taken from Arrow's small binary columns.
+        return table.cast(pa.schema({"image": pa.large_binary()})).take(pa.array(self._chosen))
 
     def keys(self, rows: Rows) -> list[str]:
         """Return the names of some of the images that take part."""
