@@ -16,11 +16,12 @@ from upreid_ray.compare import (
     Spread,
     Trial,
     compare,
+    num_side_by_side,
     plot,
     resolve_rows,
     summarize,
 )
-from upreid_ray.config import CompareConfig, FinetuneConfig, InputError
+from upreid_ray.config import CompareConfig, FinetuneConfig, InputError, ScalingConfig
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.presets import FINETUNE_PRESETS
 
@@ -55,6 +56,28 @@ def test_a_row_has_a_label_and_initializations(text, row):
 def test_a_row_of_which_a_part_is_empty_is_refused(text):
     with pytest.raises(InputError, match=f"^--init {text}: not of the form"):
         Row.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "gpus", "has", "number"),
+    [
+        (1, 1.0, 0, {"CPU": 2}, 1),
+        (2, 0.5, 0, {"CPU": 9}, 4),
+        (1, 1.0, 1.0, {"CPU": 64, "GPU": 4}, 4),
+        (1, 1.0, 0.25, {"CPU": 64, "GPU": 1}, 4),
+        (1, 1.0, 0.25, {"CPU": 4, "GPU": 1}, 2),
+        (8, 1.0, 1.0, {"CPU": 64, "GPU": 4}, 1),
+    ],
+)
+def test_as_many_runs_are_side_by_side_as_fit(workers, cpus, gpus, has, number):
+    scaling = ScalingConfig(
+        num_workers=workers,
+        cpus_per_worker=cpus,
+        use_gpu=gpus > 0,
+        gpus_per_worker=gpus or 1.0,
+    )
+
+    assert num_side_by_side(scaling, has) == number
 
 
 def test_random_is_always_a_row_and_paths_are_whole(tmp_path, monkeypatch):

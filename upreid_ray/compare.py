@@ -378,7 +378,7 @@ def _side_by_side(
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("comparing", total=len(trials))
         while waiting or running:
-            while waiting and len(running) < _num_side_by_side(scaling):
+            while waiting and len(running) < num_side_by_side(scaling, ray.cluster_resources()):
                 trial = waiting.pop()
                 running[run.remote(trial, tracking.tracking_uri(), parent_run_id)] = trial
             (done,), _ = ray.wait(list(running))
@@ -393,9 +393,13 @@ def _side_by_side(
             yield trial, outcome
 
 
-def _num_side_by_side(scaling: ScalingConfig) -> int:
-    """Count the runs that the cluster holds now, each with a CPU for decoding; one at least."""
-    has = ray.cluster_resources()
+def num_side_by_side(scaling: ScalingConfig, has: Mapping[str, float]) -> int:
+    """Count the runs that a cluster holds, each with a CPU for decoding; one at least.
+
+    Args:
+        scaling: Of each run.
+        has: CPUs and GPUs of the cluster.
+    """
     most = has.get("CPU", 0) / (scaling.num_workers * scaling.cpus_per_worker + 1)
     if scaling.use_gpu:
         most = min(most, has.get("GPU", 0) / (scaling.num_workers * scaling.gpus_per_worker))

@@ -208,7 +208,7 @@ def _resampling(start: Tensor, length: Tensor, size: int, blur_sigma: Tensor) ->
     center = (pixel + 0.5) * (length / size)[:, None] - 0.5
     center = start[:, None] + center.clamp(min=0).minimum(length[:, None] - 1)
     interpolation = (1 - (center[:, :, None] - pixel).abs()).clamp(min=0)
-    # Of each distance once: exp is slow where it underflows, which is nearly everywhere.
+    # Of each distance once: exp is slow where it underflows, as it does for most of them.
     of_distance = (-0.5 * (pixel / blur_sigma.clamp(min=1e-3)[:, None]) ** 2).exp()
     blur = of_distance[:, (pixel[:, None] - pixel).abs()]
     return blur / blur.sum(2, keepdim=True) @ interpolation
