@@ -394,20 +394,19 @@ def stream_blocks(
     blocks = [block for turn in turns for block in turn]
     num_rows = [len(turn[0]) for turn in turns]
 
-    def read_one(ids: Columns) -> Columns:
-        number = int(ids["id"][0])
+    def read_one(numbers: Columns) -> Columns:
+        number = int(numbers["item"][0])
         block = blocks[number]
         # Ray Data gives the worker with the fewest rows the next block, so who has no block in
         # a turn gets rows without content.
         columns = {} if block is None else read(block)
         return {**columns, NUMBER: np.full(num_rows[number // num_workers], number)}
 
-    # Not a range, whose own tasks would have to be fed first.
-    ids = [pa.table({"id": [number]}) for number in range(len(blocks))]
-    dataset = ray.data.from_arrow(ids).map_batches(
-        read_one, batch_size=None, num_cpus=TASK_CPUS
-    )
+    # Made here: a range has tasks of its own, and Arrow tables are looked at by one each.
+    numbers = ray.data.from_items(list(range(len(blocks))), override_num_blocks=len(blocks))
+    dataset = numbers.map_batches(read_one, batch_size=None, num_cpus=TASK_CPUS)
     dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
     dataset.context.execution_options.preserve_order = True
     return dataset.streaming_split(num_workers, equal=False)
 
