@@ -1,7 +1,8 @@
-"""What passes from the command line to the first step, split by what the job says meanwhile.
+"""What passes from the command line to the first step: when, and in which process.
 
 Starts `jobs/pretrain.py demo` on shards that are there, with a step logged each step, and ends
-it after the first one. The first run, which reads all libraries from the disk, is told apart.
+it after the first one. The time is split by what the job says meanwhile, and the CPU time by
+process. The first run, which reads all libraries from the disk, is told apart.
 
     python -m benchmarks.startup --repeats 3
 """
@@ -14,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -40,8 +43,34 @@ ALONE = {
 }
 
 
-def start(folder: Path, name: str) -> dict[str, float]:
-    """Return the seconds of each part of one start."""
+@dataclass(frozen=True)
+class Start:
+    """One start.
+
+    Attributes:
+        seconds: Of each part.
+        cpu_seconds: Of the processes that are alive at its end, by what they are.
+        number: How many there are of each.
+    """
+
+    seconds: dict[str, float]
+    cpu_seconds: Counter[str]
+    number: Counter[str]
+
+
+def name_of(process: psutil.Process) -> str:
+    """Return what a process of the job is: the class of its actor, or its program."""
+    first, *others = process.cmdline()
+    if first.startswith("ray::"):
+        return re.split(r"[.( ]", first)[0]
+    if first.startswith("ray-dashboard"):
+        return "ray-dashboard-..."
+    scripts = [word for word in (first, *others) if word.endswith(".py")]
+    return Path((scripts or [first])[0]).name
+
+
+def start(folder: Path, name: str) -> Start:
+    """Start once, up to the first step."""
     command = [
         *(sys.executable, str(ROOT / "jobs/pretrain.py"), "demo"),
         *("--run.name", name, "--training.log_every_steps", "1"),
@@ -52,6 +81,8 @@ def start(folder: Path, name: str) -> dict[str, float]:
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
     }
     seconds = {}
+    cpu_seconds: Counter[str] = Counter()
+    number: Counter[str] = Counter()
     began = time.perf_counter()
     with subprocess.Popen(
         command,
@@ -72,10 +103,14 @@ def start(folder: Path, name: str) -> dict[str, float]:
                 if not part:
                     break
         # The whole of its Ray, and no other one.
-        for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+        driver = psutil.Process(job.pid)
+        for process in [*driver.children(recursive=True), driver]:
             with suppress(psutil.NoSuchProcess):
+                times, kind = process.cpu_times(), name_of(process)
                 process.kill()
-    return seconds
+                cpu_seconds[kind] += times.user + times.system
+                number[kind] += 1
+    return Start(seconds, cpu_seconds, number)
 
 
 def alone(code: str) -> float:
@@ -100,17 +135,25 @@ def main() -> None:
         ]
     table = Table("until", "first start, s", "later, s: median (least-most)")
     for part in MARKS:
-        later = [each[part] for each in starts[1:]]
+        later = [each.seconds[part] for each in starts[1:]]
         spread = f"{statistics.median(later):.1f} ({min(later):.1f}-{max(later):.1f})"
-        table.add_row(part, f"{starts[0][part]:.1f}", spread)
-    totals = [sum(each.values()) for each in starts]
+        table.add_row(part, f"{starts[0].seconds[part]:.1f}", spread)
+    totals = [sum(each.seconds.values()) for each in starts]
     table.add_row("all", f"{totals[0]:.1f}", f"{statistics.median(totals[1:]):.1f}")
     for part, code in ALONE.items():
         times = [alone(code) for _ in range(options.repeats + 1)][1:]
         spread = f"{statistics.median(times):.1f} ({min(times):.1f}-{max(times):.1f})"
         table.add_row(f"alone: {part}", "", spread)
+    processes = Table("process", "number", "CPU s", title="of the last start")
+    last = starts[-1]
+    for kind, seconds in last.cpu_seconds.most_common():
+        processes.add_row(kind, str(last.number[kind]), f"{seconds:.1f}")
+    cores = len(os.sched_getaffinity(0))
+    rest = cores * totals[-1] - last.cpu_seconds.total()
+    processes.add_row(f"{cores} cores, idle or of others", "", f"{rest:.1f}")
     console = Console(width=100)
     console.print(table)
+    console.print(processes)
     console.print(provenance(torch.device("cpu")))
 
 

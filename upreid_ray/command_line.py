@@ -211,7 +211,10 @@ def connect_to_ray(*, show_workers: bool = True) -> None:
     # They warn that a local cluster asks for a token, and that Ray Data draws no bars.
     for talkative in ("ray._private.authentication", "ray.data._internal.progress"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
-    address = None if "RAY_ADDRESS" in os.environ else "local"
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        # Nobody announces the end of the only node; the watcher costs a process.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(address, logging_level=logging.WARNING, log_to_driver=show_workers)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
