@@ -335,6 +335,13 @@ def test_the_last_line_of_the_job_says_what_came_of_it(worker_killed):
     assert set(worker_killed.result) == expected
 
 
+@pytest.mark.parametrize(
+    "said", ["PreemptionWatcher", "Reporting training result", "Starting execution of Dataset"]
+)
+def test_a_job_leaves_out_what_ray_says_of_itself(worker_killed, said):
+    assert said not in worker_killed.errors
+
+
 def test_a_run_of_which_a_worker_was_killed_ends_finished(finished, worker_killed):
     run = finished.client.get_run(worker_killed.result["run_id"])
 
