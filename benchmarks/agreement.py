@@ -12,6 +12,7 @@ by 1e-6.
 import argparse
 import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -55,9 +56,11 @@ def people(number: int, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
 
 
-def fast(case: Case, seed: int, device: torch.device, num_steps: int) -> TrainState:
-    """Make a state that trains as this device does by default."""
-    config = case.config("auto", {**SHORT_RUN, "seed": seed})
+def fast(
+    case: Case, seed: int, device: torch.device, num_steps: int, *, precision: str
+) -> TrainState:
+    """Make a state that trains as this device does by default, or in another precision."""
+    config = case.config(precision, {**SHORT_RUN, "seed": seed})
     return TrainState(config, steps_per_epoch=num_steps, device=device)
 
 
@@ -85,13 +88,6 @@ def changed(case: Case, seed: int, device: torch.device, num_steps: int) -> Trai
     return state
 
 
-KINDS: dict[str, Callable[[Case, int, torch.device, int], TrainState]] = {
-    "plain": plain,
-    "plain, weights changed by 1e-6": changed,
-    "fast": fast,
-}
-
-
 def losses(state: TrainState, images: Tensor, num_steps: int, title: str) -> list[float]:
     """Train, and return the loss of each step."""
     size = state.config.training.batch_size
@@ -114,9 +110,15 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2048, help="people drawn")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     options = parser.parse_args()
     case, device, num_steps = options.case, options.device, options.steps
     torch.backends.cudnn.allow_tf32 = False
+    kinds: dict[str, Callable[[Case, int, torch.device, int], TrainState]] = {
+        "plain": plain,
+        "plain, weights changed by 1e-6": changed,
+        f"fast, {options.precision}": partial(fast, precision=options.precision),
+    }
     images = people(options.images, case.height, case.width)
     console = Console(width=110)
     table = Table(
@@ -130,7 +132,7 @@ def main() -> None:
     for seed in range(options.seeds):
         curves = {
             kind: losses(make(case, seed, device, num_steps), images, num_steps, kind)
-            for kind, make in KINDS.items()
+            for kind, make in kinds.items()
         }
         last = statistics.mean(curves["plain"][-NUM_LAST:])
         for kind, curve in curves.items():
