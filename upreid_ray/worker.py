@@ -97,8 +97,9 @@ def prepare_process(scaling: ScalingConfig) -> torch.device:
     ours.setLevel(logging.INFO)
     ours.addHandler(logging.StreamHandler())
     ours.propagate = False
-    # Ray Train tells of each checkpoint, whatever its LoggingConfig says.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    # Others only warn. Ray Train tells of each checkpoint under the name of a file, which no
+    # setting of its own reaches.
+    logging.getLogger().setLevel(logging.WARNING)
     device: torch.device = ray.train.torch.get_device()
     if device.type == "cpu":
         take_threads(scaling, ray.train.get_context().get_local_world_size())
