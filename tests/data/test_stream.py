@@ -22,7 +22,14 @@ from PIL import Image
 from upreid_ray.config import InputError, PretrainConfig
 from upreid_ray.data import shards, stream
 from upreid_ray.data.shards import Manifest, Shard
-from upreid_ray.data.stream import LabelledImages, TrainingImages, read_stream, stream_blocks
+from upreid_ray.data.stream import (
+    LabelledImages,
+    RowGroups,
+    TrainingImages,
+    read_rows,
+    read_stream,
+    stream_blocks,
+)
 from upreid_ray.presets import PRESETS
 
 BROKEN = b"\x89PNG no image"
@@ -531,6 +538,22 @@ def test_labelled_images_that_do_not_decode_are_left_out(tmp_path):
 
     labels = list(zip(numbers(block["image"]), block["pid"].tolist(), strict=True))
     assert labels == [(0, 0), (2, 2), (3, 0), (4, 1), (5, 2)]
+
+
+def test_threads_that_read_one_shard_get_what_one_thread_gets(tmp_path):
+    # While they shared a file, this ended the process with a segmentation fault.
+    manifest = write_set(tmp_path, {"query": [flat(i) for i in range(256)]}, num_shards=1)
+    groups = RowGroups(manifest, ("query",))
+
+    def keys(start: int) -> list[str]:
+        ranges = groups.ranges(np.arange(len(groups)), start, start + 32)
+        return read_rows(str(tmp_path), ranges, ["key", "image"]).column("key").to_pylist()
+
+    starts = list(range(0, 256, 32)) * 250
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(keys, starts))
+
+    assert seen == [[f"query/{i}" for i in range(start, start + 32)] for start in starts]
 
 
 @pytest.mark.ray

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, zip_longest
+from threading import get_ident
 from typing import Any, TypeVar
 
 import numpy as np
@@ -437,7 +438,7 @@ def read_rows(uri: str, ranges: Sequence[RowRange], columns: list[str]) -> pa.Ta
     tables = []
     for part in ranges:
         try:
-            file = _open_shard(uri, part.shard, part.num_bytes)
+            file = _open_shard(uri, part.shard, part.num_bytes, get_ident())
             # Threads for one column cost more than they save.
             group = file.read_row_group(part.row_group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -448,7 +449,8 @@ def read_rows(uri: str, ranges: Sequence[RowRange], columns: list[str]) -> pa.Ta
 
 
 @lru_cache(maxsize=MAX_OPEN_SHARDS)
-def _open_shard(uri: str, name: str, num_bytes: int) -> pq.ParquetFile:
+def _open_shard(uri: str, name: str, num_bytes: int, _thread: int) -> pq.ParquetFile:
+    # Each thread has its own: two that read from one ParquetFile crash the process.
     filesystem, path = opened_folder(uri)
     file = filesystem.open_input_file(f"{path}/{name}")
     if file.size() != num_bytes:
