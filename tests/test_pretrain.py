@@ -236,6 +236,15 @@ def kill(pids: set[int] | list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def newest_checkpoint(run: Path) -> int:
+    """Return the step of the newest checkpoint that Ray Train knows of, 0 if of none."""
+    try:
+        known = json.loads((run / "checkpoint_manager_snapshot.json").read_text())
+        return known["latest_checkpoint_result"]["metrics"]["step"]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or being written
+        return 0
+
+
 class Job:
     """A process of jobs/pretrain.py."""
 
@@ -267,12 +276,7 @@ class Job:
             time.sleep(0.02)
 
     def newest_checkpoint(self) -> int:
-        """Return the step of the newest checkpoint that Ray Train knows of, 0 if of none."""
-        try:
-            known = json.loads((self.run / "checkpoint_manager_snapshot.json").read_text())
-            return known["latest_checkpoint_result"]["metrics"]["step"]
-        except (OSError, ValueError, KeyError, TypeError):  # none yet, or being written
-            return 0
+        return newest_checkpoint(self.run)
 
     def is_beyond_checkpoint(self) -> bool:
         """Tell whether a step is logged that a resumed run takes again."""

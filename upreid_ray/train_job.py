@@ -308,6 +308,9 @@ def _train(
     """Train on Ray Train to the end; return the last checkpoint."""
     config = settings.config
     least, most = config.scaling.bounds
+    if least < most:
+        # Ray counts a node that was just lost, waits a minute for it, and then counts anew.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     packed = cloudpickle.dumps((worker, settings))
 
     def run(_: dict[str, Any]) -> RunFailed | InputError | None:

@@ -18,7 +18,7 @@ import pytest
 from tests.cluster.network import Network
 from tests.cluster.nodes import Nodes
 from tests.cluster.processes import ROOT, tree
-from tests.test_pretrain import TINY
+from tests.test_pretrain import TINY, newest_checkpoint
 from upreid_ray.trial_record import TrialRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -30,6 +30,7 @@ CONFIG = TINY.override(
         "training.log_every_steps": 1,
         "evaluation.every_epochs": 1,
         "scaling.cpus_per_worker": 2,
+        "scaling.threads_per_worker": 1,
         "run.name": None,
     }
 )
@@ -146,7 +147,7 @@ def resized(cluster: Cluster) -> SimpleNamespace:
     job.wait_for(lambda: job.newest_step() > 2)
     numbers = [workers()]
     cluster.nodes.drain(cluster.train_nodes[-1], seconds=100)
-    job.wait_for(lambda: any(run.glob("step-*/sha256.json")))
+    job.wait_for(lambda: newest_checkpoint(run) > 0)
     saved = [int(each.name.removeprefix("step-")) for each in run.glob("step-*")]
     before = job.newest_step()
     decoding = processes(cluster.data_node, "ray::")
@@ -192,8 +193,12 @@ def test_a_checkpoint_is_saved_when_the_end_of_a_node_is_announced(resized):
     assert 2 < resized.saved[0] < 84
 
 
-def test_an_elastic_run_goes_on_when_a_node_is_lost(resized):
+def test_an_elastic_run_goes_on_from_that_checkpoint_when_a_node_is_lost(resized):
+    (saved,) = resized.saved
+    before = [step for step, _ in re.findall(STEP, resized.log) if int(step) <= saved]
+
     assert resized.numbers[1] == [1]
+    assert len(before) == len(set(before)), "a step before the checkpoint was taken again"
 
 
 def test_an_elastic_run_takes_a_node_that_comes_and_trains_to_its_end(resized):
