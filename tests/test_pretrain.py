@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -467,15 +468,15 @@ def test_a_run_without_finite_gradients_fails_once_and_names_the_images(finished
 
 
 @pytest.fixture
-def disk(tmp_path) -> Iterator[Path]:
+def disk() -> Iterator[Path]:
     """Mount a disk that has room for one checkpoint (181 MB), not for two."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", place]
-    if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
-        pytest.skip("only root may mount")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
+    # Not in pytest's folders, which it could not remove if this run were killed.
+    with tempfile.TemporaryDirectory(prefix="disk-") as place:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", place]
+        if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+            pytest.skip("only root may mount")
+        yield Path(place)
+        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def remount(disk: Path, options: str) -> None:
