@@ -330,7 +330,8 @@ class ScalingConfig(Section):
     min_workers: PositiveInt | None = None
     """Training goes on with this many where a node is lost; none waits for num_workers."""
     max_workers: PositiveInt | None = None
-    """Training takes this many where nodes are there; none takes num_workers at most."""
+    """Training takes this many where nodes are there; none takes num_workers at most. On CPUs
+    it must leave one free: where workers take all, none decodes images and the run hangs."""
     resize_seconds: PositiveFloat = 60.0
     """How often a run of fewer than max_workers looks whether more of them fit."""
     use_gpu: bool = True
