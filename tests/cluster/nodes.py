@@ -49,7 +49,7 @@ class Nodes:
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
             "GLOO_SOCKET_IFNAME": self._head_host.interface,
-            # No name server answers there, for which Gloo would wait seven seconds.
+            # No name server answers there, for which Gloo would wait six seconds.
             "RES_OPTIONS": "timeout:1 attempts:1",
             **(settings or {}),
         }
