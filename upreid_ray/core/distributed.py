@@ -31,9 +31,11 @@ def data_parallel(model: nn.Module) -> nn.Module:
     """Wrap ``model`` so that backward averages its gradients over the processes."""
     if world_size() == 1:
         return model
-    # Buffers are not broadcast: batch-norm statistics are averaged where they are read, and
+    # Buffers are not synchronized: batch-norm statistics are averaged where they are read, and
     # the queue is equal everywhere because the keys of all processes enter it.
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(
+        model, forward_sync_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def own_groups(num_groups: int) -> range:
