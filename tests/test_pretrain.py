@@ -168,6 +168,11 @@ def test_resuming_a_finished_run_registers_nothing_new(finished, tiny):
         ({"run.name": "c", "scaling.use_gpu": True}, False, "--scaling.num_workers 2: "),
         ({"run.name": "d", "scaling.cpus_per_worker": 9}, False, "--scaling.cpus_per_worker 9"),
         (
+            {"run.name": "g", "scaling.max_workers": 99, "training.batch_size": 792},
+            False,
+            "--scaling.cpus_per_worker 0.5: 99 workers and one task that decodes need 50.5 ",
+        ),
+        (
             {"run.name": "e", "training.batch_size": 512},
             False,
             "--training.batch_size 512: exceeds the 112 ",
@@ -182,6 +187,7 @@ def test_resuming_a_finished_run_registers_nothing_new(finished, tiny):
         "no evaluation shards",
         "no gpu",
         "no cpus",
+        "no cpus for the most",
         "few images",
     ],
 )

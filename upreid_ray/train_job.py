@@ -266,24 +266,27 @@ def _stopped_by_sigterm(folder: RunFolder) -> Iterator[None]:
 
 def check_resources(scaling: ScalingConfig) -> None:
     """Refuse what the machine cannot hold; a cluster may grow, so there Ray waits."""
-    if len(ray.nodes()) > 1 or "RAY_ADDRESS" in os.environ:
+    if len(ray.nodes()) > 1 or (os.environ.get("RAY_ADDRESS") or "local") != "local":
         return
     has = ray.cluster_resources()
-    flag = "min_workers" if scaling.min_workers else "num_workers"
-    num_workers = scaling.bounds[0]
-    if scaling.use_gpu and has.get("GPU", 0) < num_workers * scaling.gpus_per_worker:
-        msg = (
-            f"--scaling.{flag} {num_workers}: this machine has "
-            f"{has.get('GPU', 0):g} GPUs; --scaling.use_gpu false trains on CPUs"
-        )
-        raise InputError(msg)
-    # Less than a whole CPU left would keep the tasks that decode images waiting for ever.
-    needed = num_workers * scaling.cpus_per_worker + 1
+    least, most = scaling.bounds
+    if scaling.use_gpu:
+        held = int(has.get("GPU", 0) / scaling.gpus_per_worker)
+        if held < least:
+            flag = "min_workers" if scaling.min_workers else "num_workers"
+            msg = (
+                f"--scaling.{flag} {least}: this machine has {has.get('GPU', 0):g} GPUs; "
+                "--scaling.use_gpu false trains on CPUs"
+            )
+            raise InputError(msg)
+        most = min(most, held)
+    # Ray starts as many workers as it finds room for. Less than a whole CPU left would keep
+    # the tasks that decode images waiting for ever.
+    needed = most * scaling.cpus_per_worker + 1
     if has.get("CPU", 0) < needed:
         msg = (
-            f"--scaling.cpus_per_worker {scaling.cpus_per_worker:g}: {num_workers} "
-            f"workers and one task that decodes need {needed:g} CPUs, this machine has "
-            f"{has.get('CPU', 0):g}"
+            f"--scaling.cpus_per_worker {scaling.cpus_per_worker:g}: {most} workers and one "
+            f"task that decodes need {needed:g} CPUs, this machine has {has.get('CPU', 0):g}"
         )
         raise InputError(msg)
 
