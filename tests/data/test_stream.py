@@ -6,6 +6,7 @@ it. Their Parquet files are written as they are: what does not decode can be in 
 
 import hashlib
 import io
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, count
@@ -587,3 +588,24 @@ def test_a_stream_in_another_order_than_due_is_noticed(ray_cluster, tmp_path):
 
     with pytest.raises(RuntimeError, match="delivered block 0 where block 1 was due"):
         list(read_stream(iterator, rank=1, num_workers=2))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("seconds", "tells"), [(0.2, True), (60.0, False)])
+def test_a_long_wait_for_images_is_told(
+    ray_cluster, tmp_path, monkeypatch, caplog, seconds, tells
+):
+    images = training_images(tmp_path, [flat(i) for i in range(70)], config(batch=16))
+
+    def read_slowly(block: stream.Block) -> stream.Columns:
+        time.sleep(1)
+        return images.read(block)
+
+    (iterator,) = stream_blocks(
+        read_slowly, [each.by_worker(1) for each in images.rounds(0, 4)]
+    )
+    monkeypatch.setattr(stream, "LONG_WAIT_SECONDS", seconds)
+
+    list(read_stream(iterator, rank=0, num_workers=1))
+
+    assert ("no images for" in caplog.text) == tells

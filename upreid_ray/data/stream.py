@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, zip_longest
-from threading import get_ident
+from threading import Timer, get_ident
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,6 +45,7 @@ BLOCK_BYTES = 32 * 2**20
 TASK_CPUS = 0.5
 # Each block of a dataset is known to its executor from the start: longer runs take several.
 MAX_DATASET_BLOCKS = 1024
+LONG_WAIT_SECONDS = 60.0
 
 # Of each process that decodes.
 MAX_OPEN_SHARDS = 64
@@ -419,13 +420,40 @@ def read_stream(iterator: DataIterator, *, rank: int, num_workers: int) -> Itera
         RuntimeError: Ray Data handed out the blocks in another order.
     """
     due = rank
-    for columns in iterator.iter_batches(batch_size=None, prefetch_batches=2):
+    blocks = iter(iterator.iter_batches(batch_size=None, prefetch_batches=2))
+    for columns in telling_of_waits(blocks) if rank == 0 else blocks:
         if columns[NUMBER][0] != due:
             msg = f"Ray Data delivered block {columns[NUMBER][0]} where block {due} was due"
             raise RuntimeError(msg)
         due += num_workers
         if len(columns) > 1:  # else there is no block for this worker
             yield columns
+
+
+def telling_of_waits(blocks: Iterator[T]) -> Iterator[T]:
+    """Yield what comes, and warn where nothing has come for a minute."""
+    while True:
+        timer = Timer(LONG_WAIT_SECONDS, _tell_of_wait)
+        timer.daemon = True
+        timer.start()
+        try:
+            block = next(blocks, None)
+        finally:
+            timer.cancel()
+        if block is None:
+            return
+        yield block
+
+
+def _tell_of_wait() -> None:
+    logger.warning(
+        "no images for %g s; %g CPUs are free, and a task that decodes takes %g. If workers "
+        "take them all, lower --scaling.max_workers or --scaling.cpus_per_worker; if not, the "
+        "storage of the shards is slow",
+        LONG_WAIT_SECONDS,
+        ray.available_resources().get("CPU", 0.0),
+        TASK_CPUS,
+    )
 
 
 def read_rows(uri: str, ranges: Sequence[RowRange], columns: list[str]) -> pa.Table:
