@@ -2,6 +2,7 @@
 
 import pickle
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
@@ -20,6 +21,7 @@ SECONDS_TO_ANSWER = 300
 
 def serve(rank: int, connections: list[Connection], rendezvous: str) -> None:
     """Call what arrives in the process of this rank, until the other end is closed."""
+    warnings.simplefilter("error")  # as pytest does in its own process
     torch.set_num_threads(1)
     for other, connection in enumerate(connections):
         if other != rank:

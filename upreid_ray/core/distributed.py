@@ -4,6 +4,7 @@ A batch is made of groups, of which process ``r`` has the part ``shares(...)[r]`
 differ by one group.
 """
 
+import warnings
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -31,6 +32,8 @@ def data_parallel(model: nn.Module) -> nn.Module:
     """Wrap ``model`` so that backward averages its gradients over the processes."""
     if world_size() == 1:
         return model
+    # To DDP the gradient of a 1x1 kernel has other strides than the kernel, for the same memory.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # Buffers are not synchronized: batch-norm statistics are averaged where they are read, and
     # the queue is equal everywhere because the keys of all processes enter it.
     return DistributedDataParallel(
