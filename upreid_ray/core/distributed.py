@@ -32,7 +32,7 @@ def data_parallel(model: nn.Module) -> nn.Module:
     """Wrap ``model`` so that backward averages its gradients over the processes."""
     if world_size() == 1:
         return model
-    # To DDP the gradient of a 1x1 kernel has other strides than the kernel, for the same memory.
+    # Gradients of 1x1 kernels have other strides than these, which mean the same memory.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # Buffers are not synchronized: batch-norm statistics are averaged where they are read, and
     # the queue is equal everywhere because the keys of all processes enter it.
