@@ -421,7 +421,7 @@ def read_stream(iterator: DataIterator, *, rank: int, num_workers: int) -> Itera
     """
     due = rank
     blocks = iter(iterator.iter_batches(batch_size=None, prefetch_batches=2))
-    for columns in telling_of_waits(blocks) if rank == 0 else blocks:
+    for columns in _telling_of_waits(blocks) if rank == 0 else blocks:
         if columns[NUMBER][0] != due:
             msg = f"Ray Data delivered block {columns[NUMBER][0]} where block {due} was due"
             raise RuntimeError(msg)
@@ -430,7 +430,7 @@ def read_stream(iterator: DataIterator, *, rank: int, num_workers: int) -> Itera
             yield columns
 
 
-def telling_of_waits(blocks: Iterator[T]) -> Iterator[T]:
+def _telling_of_waits(blocks: Iterator[T]) -> Iterator[T]:
     """Yield what comes, and warn where nothing has come for a minute."""
     while True:
         timer = Timer(LONG_WAIT_SECONDS, _tell_of_wait)
