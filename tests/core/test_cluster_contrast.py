@@ -278,4 +278,5 @@ def test_clusters_of_persons_come_out_of_noise():
             batch = PersonBatch(images[torch.cat(rows)], chosen.repeat_interleave(4))
             cluster_contrast_step(state, batch)
 
-    assert margin() > before + 0.1
+    # Seeds and changes in the sixth digit of the weights give 10 to 28 times as much.
+    assert margin() > 5 * before
