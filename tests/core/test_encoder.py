@@ -1,9 +1,7 @@
-"""The encoder: unit-length outputs, trimmed convolutions, running statistics."""
+"""The encoder: unit-length outputs, torchvision's backbone, running statistics."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
@@ -12,7 +10,6 @@ from upreid_ray.config import InputError, ModelConfig
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.encoder import (
     Encoder,
-    TrimmedConv2d,
     group_momentum,
     running_statistics,
 )
@@ -114,29 +111,6 @@ def test_groups_in_turn_leave_the_statistics_of_groups_at_once(num_groups):
     for name in ("running_mean", "running_var"):
         mean = torch.stack([getattr(norm, name) for norm in at_once]).mean(0)
         assert_close(getattr(in_turn, name), mean)
-
-
-@given(
-    height=st.integers(1, 6),
-    width=st.integers(1, 6),
-    kernel=st.sampled_from([1, 3, 7]),
-    stride=st.integers(1, 2),
-)
-def test_trimmed_convolution_is_the_convolution(height, width, kernel, stride):
-    generator = torch.Generator().manual_seed(height * 100 + width * 10 + kernel + stride)
-    images = torch.randn(2, 3, height, width, generator=generator, dtype=torch.float64)
-    whole = nn.Conv2d(3, 5, kernel, stride, kernel // 2, dtype=torch.float64)
-    trimmed = TrimmedConv2d(3, 5, kernel, stride, kernel // 2, dtype=torch.float64)
-    trimmed.load_state_dict(whole.state_dict())
-    results = []
-
-    for convolution in (whole, trimmed):
-        images = images.detach().requires_grad_()
-        outputs = convolution(images)
-        (outputs * torch.linspace(1, 2, outputs.numel()).view_as(outputs)).sum().backward()
-        results.append((outputs, images.grad, convolution.weight.grad, convolution.bias.grad))
-
-    assert_close(results[1], results[0])
 
 
 def test_an_encoder_gives_what_its_backbone_in_torchvision_gives():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from upreid_ray.config import BackboneName, InputError, first_line
+from upreid_ray.core.convolution import TrimmedConv2d
 
 # Where tools keep the state dict in what they save: PyTorch's ImageNet example, MoCo and
 # torchreid; fast-reid.
@@ -30,6 +31,10 @@ def build_backbone(name: str, *, last_stride: int = 2) -> nn.Module:
     """
     backbone = getattr(torchvision.models, name)(weights=None)
     backbone.fc = nn.Identity()
+    for module in backbone.modules():
+        if type(module) is nn.Conv2d:
+            # Torchvision lets nobody choose its convolutions; weights and names stay.
+            module.__class__ = TrimmedConv2d
     if last_stride == 1:
         for module in backbone.layer4.modules():
             if isinstance(module, nn.Conv2d):

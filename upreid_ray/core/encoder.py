@@ -18,32 +18,6 @@ from upreid_ray.config import InputError, ModelConfig
 from upreid_ray.core.backbone import build_backbone, read_backbone
 
 
-class TrimmedConv2d(nn.Conv2d):
-    """A convolution of one group that skips the taps that see nothing but padding.
-
-    The last stage of a ResNet turns a patch of 16 or 32 pixels into a map of one position,
-    where eight of the nine taps of a 3x3 kernel multiply zeros. The result is the same.
-    """
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Convolve ``images [B, C, h, w]``."""
-        weight, padding = self.weight, [0, 0]
-        for i, dim in enumerate((2, 3)):
-            size, kernel = images.shape[dim], self.kernel_size[i]
-            padding[i] = int(self.padding[i])
-            if (size + 2 * padding[i] - kernel) // self.stride[i] == 0:
-                # One position of output: its first taps see padding, and so may its last.
-                seen = min(size, kernel - padding[i])
-                weight = weight.narrow(dim, padding[i], seen)
-                images = images.narrow(dim, 0, seen)
-                padding[i] = 0
-        if weight.shape[2:] == images.shape[2:] and padding == [0, 0]:
-            # Channels last, as both are in memory; the weight's gradient comes out like that.
-            rows, taps = (each.permute(0, 2, 3, 1).flatten(1) for each in (images, weight))
-            return F.linear(rows, taps, self.bias)[..., None, None]
-        return F.conv2d(images, weight, self.bias, self.stride, padding)
-
-
 class Encoder(nn.Module):
     """Images ``[B, 3, h, w]`` -> unit-length embeddings ``[B, D]``.
 
@@ -63,10 +37,6 @@ class Encoder(nn.Module):
                 )
                 raise InputError(msg)
             self.backbone.load_state_dict(weights)
-        for module in self.backbone.modules():
-            if type(module) is nn.Conv2d:
-                # Torchvision lets nobody choose its convolutions; weights and names stay.
-                module.__class__ = TrimmedConv2d
         num_features = next(
             module.num_features
             for module in reversed(list(self.backbone.modules()))

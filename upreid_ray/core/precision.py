@@ -5,8 +5,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-SMALLEST_CPU_BF16 = 16
-
 
 def autocast(images: Tensor, precision: str) -> torch.autocast:
     """Return the context for a forward pass over ``images``.
@@ -17,10 +15,7 @@ def autocast(images: Tensor, precision: str) -> torch.autocast:
     """
     device = images.device
     bf16 = precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
-    # oneDNN's bf16 weight gradient of a strided convolution over a single pixel holds
-    # uninitialized memory (torch 2.15, CPU): images of 16 pixels and less reach that.
-    is_safe = device.type != "cpu" or min(images.shape[-2:]) > SMALLEST_CPU_BF16
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16 and is_safe)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
 @cache
