@@ -161,8 +161,7 @@ def lightly_alike(
         batch = like.to_device(images)
         draw = StepDraw.of(config, 0)
         query, key = (
-            like.render_views(batch, parameters.to(device), config).view
-            for parameters in (draw.query, draw.key)
+            like.render_views(batch, parameters).view for parameters in (draw.query, draw.key)
         )
         peer.step(query, key)
 

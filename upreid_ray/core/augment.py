@@ -124,7 +124,8 @@ def render_view(
         config: The ranges that the parameters were drawn from.
 
     Returns:
-        ``[B, 3, H, W]``, fp32, normalized; what is erased is 0, the mean colour.
+        ``[B, 3, H, W]``, normalized, fp32 or what autocast multiplies in; what is erased is 0,
+        the mean colour.
     """
     height, width = images.shape[2:]
     top, left, crop_height, crop_width = parameters.crop.unbind(1)
@@ -138,14 +139,14 @@ def render_view(
         weights = down.mean(1)[:, None, :, None] * across.mean(1)[:, None, None, :]
         pixels = _jitter(pixels, weights, *parameters.jitter.unbind(1))
     pixels = torch.where(parameters.gray[:, None, None, None], _luma(pixels), pixels)
-    view = normalize(torch.einsum("bij,bcjk,blk->bcil", down, pixels, across), config)
+    view = down[:, None] @ (normalize(pixels, config) @ across.mT[:, None])
 
     top, left, erased_height, erased_width = parameters.erased.unbind(1)
-    kept = ~(
+    erased = (
         _between(height, top, top + erased_height)[:, None, :, None]
         & _between(width, left, left + erased_width)[:, None, None, :]
     )
-    return view * kept
+    return view.masked_fill_(erased, 0)
 
 
 def normalize(pixels: Tensor, config: AugmentationConfig) -> Tensor:
@@ -210,7 +211,9 @@ def _resampling(start: Tensor, length: Tensor, size: int, blur_sigma: Tensor) ->
     interpolation = (1 - (center[:, :, None] - pixel).abs()).clamp(min=0)
     # Of each distance once: exp is slow where it underflows, as it does for most of them.
     of_distance = (-0.5 * (pixel / blur_sigma.clamp(min=1e-3)[:, None]) ** 2).exp()
-    blur = of_distance[:, (pixel[:, None] - pixel).abs()]
+    distances = torch.arange(1 - size, size, device=start.device).abs()
+    # A window of all distances for each pixel of the view, the last one first.
+    blur = of_distance[:, distances].unfold(1, size, 1).flip(1)
     return blur / blur.sum(2, keepdim=True) @ interpolation
 
 

@@ -29,6 +29,7 @@ from upreid_ray.core.backbone import Description
 from upreid_ray.core.encoder import group_momentum
 from upreid_ray.core.model import UPReID, Views
 from upreid_ray.core.patches import cut_patches
+from upreid_ray.core.precision import autocast
 from upreid_ray.core.schedule import key_momentum, learning_rate
 
 BatchT = TypeVar("BatchT")
@@ -172,14 +173,14 @@ class TrainState(State):
             epochs=config.training.epochs,
             device=device,
         )
-        self.render_views = render_views
+        self._render_views = render_views
         if config.training.compile and device.type == "cuda":
             self._compile()
 
     def _compile(self) -> None:
         """Let the first steps compile what every step calls, or leave it if that fails."""
         torch._dynamo.config.suppress_errors = True
-        self.render_views = torch.compile(render_views, dynamic=False)
+        self._render_views = torch.compile(render_views, dynamic=False)
         self.model.key_encoder.compile(dynamic=False)
         if not self.config.training.activation_checkpointing:
             self.model.query_encoder.compile(dynamic=False)
@@ -204,6 +205,18 @@ class TrainState(State):
     def extractor(self) -> nn.Module:
         """The backbone of the query encoder."""
         return self.model.query_encoder.backbone
+
+    def render_views(
+        self, images: Tensor, parameters: ViewParameters, *, for_keys: bool = False
+    ) -> Views:
+        """Draw what an encoder sees of images on the device, as `render_views` does.
+
+        In the precision of the encoder: it would round its input to that anyway.
+        """
+        with autocast(images, self.config.training.precision):
+            return self._render_views(
+                images, parameters.to(self.device), self.config, for_keys=for_keys
+            )
 
 
 @dataclass(frozen=True)
@@ -294,7 +307,7 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
     for number, group in enumerate(groups):
         of_batch = slice(group * size, (group + 1) * size)
         own = images[number * size : (number + 1) * size]
-        views = state.render_views(own, draw.query.rows(of_batch).to(state.device), config)
+        views = state.render_views(own, draw.query.rows(of_batch))
         with state.local_gradients(unless=group == groups[-1]):
             terms = state.parallel_model(
                 views,
@@ -343,8 +356,7 @@ def encode_all_keys(state: TrainState, images: Tensor, draw: StepDraw) -> Tensor
     for number, group in enumerate(groups):
         own = shuffled[number * size : (number + 1) * size]
         sources = draw.shuffle[group * size : (group + 1) * size]
-        parameters = draw.key.rows(sources).to(state.device)
-        views = state.render_views(own, parameters, config, for_keys=True)
+        views = state.render_views(own, draw.key.rows(sources), for_keys=True)
         momentum = group_momentum(number, len(groups))
         keys.append(state.model.encode_keys(views, statistics_momentum=momentum))
     gathered = distributed.gather_rows(torch.cat(keys), num_groups=num_groups)
@@ -373,7 +385,8 @@ def render_views(
         grid = cut_patches(whole, rows=config.patches.rows, columns=config.patches.columns)
         patches = _channels_last(grid.flatten(0, 1)).view(grid.shape)
     if for_keys and config.loss.consistency_weight > 0:
-        original = _channels_last(normalize(images.float() / 255, config.augmentation))
+        pixels = normalize(images.float() / 255, config.augmentation)
+        original = _channels_last(pixels.to(view.dtype))
     return Views(_channels_last(view), patches, original)
 
 
