@@ -30,7 +30,7 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float) -
         The mean over B in nats; ``log(1 + Q)`` if all similarities are equal.
     """
     positive = (query * key).sum(dim=1, keepdim=True)
-    logits = torch.cat([positive, query @ queue.T], dim=1) / temperature
+    logits = torch.cat([positive, _similarity(query, queue)], dim=1) / temperature
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
 
 
@@ -59,8 +59,8 @@ def global_consistency(
     Returns:
         The mean over B of ``KL(target || prediction)`` in nats; 0 if both distributions agree.
     """
-    target = F.log_softmax(original.detach() @ queue.T / target_temperature, dim=1)
-    prediction = F.log_softmax(augmented @ queue.T / temperature, dim=1)
+    target = F.log_softmax(_similarity(original.detach(), queue) / target_temperature, dim=1)
+    prediction = F.log_softmax(_similarity(augmented, queue) / temperature, dim=1)
     return F.kl_div(prediction, target, reduction="batchmean", log_target=True)
 
 
@@ -135,3 +135,11 @@ def batch_hard_triplet(features: Tensor, pids: Tensor, *, margin: float) -> Tens
     farthest = distances.masked_fill(~same, 0).amax(dim=1)
     nearest = distances.masked_fill(same, torch.inf).amin(dim=1)
     return F.relu(farthest - nearest + margin).mean()
+
+
+def _similarity(embeddings: Tensor, queue: Tensor) -> Tensor:
+    """Return the cosine of each embedding ``[B, D]`` and each key ``[Q, D]``: ``[B, Q]``.
+
+    In the type of the embeddings, even where autocast multiplies in another.
+    """
+    return (embeddings @ queue.T).to(embeddings.dtype)

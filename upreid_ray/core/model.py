@@ -63,28 +63,25 @@ class UPReID(nn.Module):
         Returns:
             ``loss``, the weighted sum, and each of its terms by name; all 0-dimensional.
         """
-        with (
-            autocast(views.view, self.precision),
-            running_statistics(self.query_encoder, momentum=statistics_momentum),
-        ):
-            query = self.query_encoder(views.view)
-        terms = {
-            "info_nce": info_nce(
+        terms = {}
+        with autocast(views.view, self.precision):
+            with running_statistics(self.query_encoder, momentum=statistics_momentum):
+                query = self.query_encoder(views.view)
+            terms["info_nce"] = info_nce(
                 query, keys[:, 0], self.queue.keys, temperature=self.loss.temperature
             )
-        }
-        total = terms["info_nce"]
-        if self.loss.consistency_weight > 0:
-            terms["global_consistency"] = global_consistency(
-                query,
-                keys[:, 1],
-                self.queue.keys,
-                temperature=self.loss.consistency_temperature,
-                target_temperature=self.loss.consistency_target_temperature,
-            )
-            total = total + self.loss.consistency_weight * terms["global_consistency"]
+            if self.loss.consistency_weight > 0:
+                terms["global_consistency"] = global_consistency(
+                    query,
+                    keys[:, 1],
+                    self.queue.keys,
+                    temperature=self.loss.consistency_temperature,
+                    target_temperature=self.loss.consistency_target_temperature,
+                )
+            if views.patches is not None:
+                query_patches = _encode_patches(self.query_encoder, views.patches)
         if views.patches is not None:
-            query_patches = self._encode_patches(self.query_encoder, views.patches)
+            # In fp32: patches may be very alike, and the least similar one is looked for.
             terms["intrinsic_contrastive"] = intrinsic_contrastive(
                 query_patches,
                 keys[:, -query_patches.shape[1] :],
@@ -93,8 +90,12 @@ class UPReID(nn.Module):
                 temperature=self.loss.intrinsic_temperature,
                 mining=self.patches.mining,
             )
-            total = total + self.loss.intrinsic_weight * terms["intrinsic_contrastive"]
-        return {"loss": total, **terms}
+        loss = terms["info_nce"]
+        if "global_consistency" in terms:
+            loss = loss + self.loss.consistency_weight * terms["global_consistency"]
+        if "intrinsic_contrastive" in terms:
+            loss = loss + self.loss.intrinsic_weight * terms["intrinsic_contrastive"]
+        return {"loss": loss, **terms}
 
     @torch.no_grad()
     def encode_keys(self, views: Views, *, statistics_momentum: float) -> Tensor:
@@ -110,8 +111,8 @@ class UPReID(nn.Module):
             if views.original is not None:
                 with running_statistics(self.key_encoder, momentum=0):
                     parts.append(self.key_encoder(views.original)[:, None])
-        if views.patches is not None:
-            parts.append(self._encode_patches(self.key_encoder, views.patches))
+            if views.patches is not None:
+                parts.append(_encode_patches(self.key_encoder, views.patches))
         return torch.cat(parts, dim=1)
 
     @torch.no_grad()
@@ -123,7 +124,8 @@ class UPReID(nn.Module):
             1 - momentum,
         )
 
-    def _encode_patches(self, encoder: Encoder, patches: Tensor) -> Tensor:
-        """Encode ``[B, P, 3, h, w]`` at native size as ``[B, P, D]``."""
-        with autocast(patches, self.precision), running_statistics(encoder, momentum=0):
-            return encoder(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+
+def _encode_patches(encoder: Encoder, patches: Tensor) -> Tensor:
+    """Encode ``[B, P, 3, h, w]`` at native size as ``[B, P, D]``."""
+    with running_statistics(encoder, momentum=0):
+        return encoder(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
