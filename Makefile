@@ -8,6 +8,8 @@ PIP_AUDIT_VERSION := 2.10.1
 # What benchmarks compare with; torch and the like are those of the project.
 PEERS := kornia==0.9.0 kornia-rs==0.2.0 lightly==1.6.0 lightly-utils==0.0.2 \
   lightning-utilities==0.15.3
+# As train_job.py has it for workers.
+KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
 
 .PHONY: help setup pretrain sweep finetune compare check format test test-fast bench bench-data \
@@ -64,7 +66,7 @@ test-fast: $(READY)  ## the tests that need no Ray cluster
 	$(BIN)/python -m pytest -m "not ray"
 
 bench: $(READY)  ## the numbers of BENCHMARKS.md
-	$(BIN)/python -m benchmarks.step
+	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python benchmarks/ray_overhead.py
 	$(BIN)/python benchmarks/retrieval.py
@@ -75,7 +77,7 @@ bench-data: $(READY)  ## how fast images arrive, beside torch's DataLoader
 	$(BIN)/python benchmarks/data.py $(ARGS)
 
 bench-peers: $(READY) $(VENV)/peers  ## the step and its augmentation beside lightly, kornia and others
-	PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.peers $(ARGS)
+	$(KEEP_MEMORY) PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.peers $(ARGS)
 
 $(VENV)/peers:
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps $(PEERS)

@@ -53,6 +53,15 @@ WorkerFunction = Callable[[dict[str, Any]], RunFailed | InputError | None]
 # What a resumed run may change: the weights that come out differ by rounding at most.
 FREE_SETTINGS = ("run.", "scaling.", "checkpoint.", "training.log_every_steps")
 
+# Lets the C library of Linux keep what a step frees for the next one. By default it gives large
+# blocks back, and each page comes anew, zeroed: a sixth of the time of a step on two cores.
+# One arena, since others than the first give back what is larger than 64 MiB all the same.
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),  # bytes
+}
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -339,6 +348,10 @@ def _train(
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.num_to_keep),
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=list(callbacks),
+            # Read when a process starts: the worker itself could not change it any more.
+            worker_runtime_env={
+                "env_vars": {} if config.scaling.use_gpu else KEEP_FREED_MEMORY
+            },
         ),
     )
     result = trainer.fit()
