@@ -14,14 +14,14 @@ from upreid_ray.run_folder import SNAPSHOT_FILE, STOP_FILE, RunFolder
 from upreid_ray.train_job import KEEP_FREED_MEMORY, _stopped_by_sigterm, deliver_metrics
 
 NOWHERE = "http://127.0.0.1:9"  # nothing answers there
-# Prints the page faults of a thread that makes and frees a tensor of 128 MiB, eight times, once
-# it has done so as often before.
+# Prints the page faults of a thread that makes and frees a tensor of 128 MiB, 20 times, once it
+# has done so as often before: it takes about 9 until there is room that fits.
 FAULTS = """
 import resource, threading, torch
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(8):
+    for _ in range(20):
         torch.ones(2**25)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
