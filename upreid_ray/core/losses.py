@@ -29,8 +29,8 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, *, temperature: float) -
     Returns:
         The mean over B in nats; ``log(1 + Q)`` if all similarities are equal.
     """
-    positive = (query * key).sum(dim=1, keepdim=True)
-    logits = torch.cat([positive, _similarity(query, queue)], dim=1) / temperature
+    positive = (query * key).sum(dim=1, keepdim=True) / temperature
+    logits = torch.cat([positive, _logits(query, queue, temperature)], dim=1)
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
 
 
@@ -59,8 +59,8 @@ def global_consistency(
     Returns:
         The mean over B of ``KL(target || prediction)`` in nats; 0 if both distributions agree.
     """
-    target = F.log_softmax(_similarity(original.detach(), queue) / target_temperature, dim=1)
-    prediction = F.log_softmax(_similarity(augmented, queue) / temperature, dim=1)
+    target = F.log_softmax(_logits(original.detach(), queue, target_temperature), dim=1)
+    prediction = F.log_softmax(_logits(augmented, queue, temperature), dim=1)
     return F.kl_div(prediction, target, reduction="batchmean", log_target=True)
 
 
@@ -137,9 +137,10 @@ def batch_hard_triplet(features: Tensor, pids: Tensor, *, margin: float) -> Tens
     return F.relu(farthest - nearest + margin).mean()
 
 
-def _similarity(embeddings: Tensor, queue: Tensor) -> Tensor:
-    """Return the cosine of each embedding ``[B, D]`` and each key ``[Q, D]``: ``[B, Q]``.
+def _logits(embeddings: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Return each embedding's similarity to each key by the temperature: ``[B, Q]``.
 
-    In the type of the embeddings, even where autocast multiplies in another.
+    In the type of the embeddings, even where autocast multiplies in another. Embeddings are
+    divided, of which there are fewer numbers.
     """
-    return (embeddings @ queue.T).to(embeddings.dtype)
+    return (embeddings / temperature @ queue.T).to(embeddings.dtype)
