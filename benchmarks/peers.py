@@ -92,7 +92,9 @@ class LightlyMoCo(nn.Module):
 class Lightly:
     """Training steps of lightly's MoCo v2."""
 
-    def __init__(self, config: PretrainConfig, device: torch.device, *, tuned: bool) -> None:
+    def __init__(
+        self, config: PretrainConfig, device: torch.device, *, tuned: bool, precision: str
+    ) -> None:
         backbone = build_backbone(config.model.backbone)
         num_features = 512 if config.model.backbone == "resnet18" else 2048
         self.model = LightlyMoCo(backbone, num_features).to(device)
@@ -107,7 +109,7 @@ class Lightly:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=0.06, fused=True if tuned else None
         )
-        self.precision = config.training.precision if tuned else "fp32"
+        self.precision = precision
 
     def step(self, query_views: Tensor, key_views: Tensor) -> None:
         """Take one step, as the example does."""
@@ -126,14 +128,21 @@ class Lightly:
 
 
 def lightly_as_written(
-    config: PretrainConfig, images: Tensor, device: torch.device, num_steps: int
+    config: PretrainConfig,
+    images: Tensor,
+    device: torch.device,
+    num_steps: int,
+    *,
+    precision: str = "fp32",
 ) -> list[float]:
     """Return the seconds of steps whose views come from a DataLoader, one after the other.
+
+    The example trains in fp32; another precision is what it would be with autocast.
 
     The loader has as many processes as the machine has cores, 8 at most as in the example. They
     work all the time, so that nothing else may be measured meanwhile.
     """
-    peer = Lightly(config, device, tuned=False)
+    peer = Lightly(config, device, tuned=False, precision=precision)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     num_workers = min(8, os.cpu_count() or 1)
     num_ahead = 2 * num_workers  # batches that are there when the first step begins
@@ -155,7 +164,7 @@ def lightly_alike(
     config: PretrainConfig, images: Tensor, device: torch.device, like: TrainState
 ) -> Callable[[], None]:
     """Return a step of lightly's with our views, memory format, precision and compilation."""
-    peer = Lightly(config, device, tuned=True)
+    peer = Lightly(config, device, tuned=True, precision=config.training.precision)
 
     def step() -> None:
         batch = like.to_device(images)
@@ -334,6 +343,10 @@ def main() -> None:
     }
     seconds = measure(title, work, device, repeats)
     seconds["lightly's example as written"] = lightly_as_written(moco, images, device, repeats)
+    if precision != "fp32":
+        seconds[f"lightly's example, in {precision}"] = lightly_as_written(
+            moco, images, device, repeats, precision=precision
+        )
     console.print(comparison(title, seconds, case.batch_size))
     del work, state
 

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Positions of the output up to which products of matrices are no slower than a convolution, and
-# those where oneDNN computes in bf16: its kernels for small maps take up to twice as long.
+# Positions of the output up to which products of matrices are no slower than a convolution.
+# OneDNN's bf16 kernels take up to twice as long for small maps, and their weight gradient of a
+# strided convolution over one pixel holds uninitialized memory (torch 2.15).
 FEW_POSITIONS = 2
 FEW_POSITIONS_BF16_CPU = 4
 FEW_POINTS_BF16_CPU = 32  # of a 1x1 kernel, which is one product for all of them
