@@ -24,6 +24,7 @@ from upreid_ray.data.shards import read_manifest
 from upreid_ray.data.stream import TrainingImages
 from upreid_ray.presets import PRESETS
 from upreid_ray.pretrain import fit
+from upreid_ray.train_job import KEEP_FREED_MEMORY
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -321,6 +322,7 @@ def hindered(finished, folder, tiny) -> SimpleNamespace:
     try:
         job.wait_for(lambda: job.newest_checkpoint() > 0)
         before = train_workers(job.process)
+        environment = Path(f"/proc/{before[0]}/environ").read_text().split("\0")
         kill(before[:1])
         job.wait_for(lambda: bool(set(train_workers(job.process)) - set(before)))
         job.wait_for(lambda: job.newest_checkpoint() >= SECOND_CHECKPOINT)
@@ -364,6 +366,7 @@ def hindered(finished, folder, tiny) -> SimpleNamespace:
     jobs = (job, stopped, again, resumed)
     return SimpleNamespace(
         run_id=run_id,
+        environment=environment,
         statuses=[killed, status],
         damaged=damaged,
         errors=[each.errors for each in jobs],
@@ -385,6 +388,12 @@ def test_a_job_that_lost_a_worker_was_killed_damaged_and_stopped_ends_as_if_it_h
     torch.testing.assert_close(
         weights(hindered.result["model_uri"]), finished.weights, rtol=0, atol=0
     )
+
+
+def test_workers_keep_the_memory_that_a_step_frees(hindered):
+    settings = {f"{name}={value}" for name, value in KEEP_FREED_MEMORY.items()}
+
+    assert settings <= set(hindered.environment)
 
 
 def test_the_last_line_of_the_job_says_what_came_of_it(hindered):
