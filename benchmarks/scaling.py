@@ -6,11 +6,13 @@ a step sends, by the counter of the loopback interface and by calculation. Nothi
 the network meanwhile.
 
 Calculated: from the time of a step on one GPU (`benchmarks/step.py`), for 1 to 256 GPUs with
-one group each. A step sends three things, of which only the gradients travel during backward:
+one group each. A step sends four things; the queue's keys travel during the queries' forward
+pass, gradients during backward:
 
-    gradients      2 (N - 1) / N x 4 bytes x parameters, from each worker (ring all-reduce)
     images         (N - 1) / N x bytes of the worker's images (shuffle-BN, all-to-all)
-    keys           (N - 1) x bytes of the worker's keys (all-gather)
+    keys           (N - 1) / N x bytes of the worker's keys (back from there, all-to-all)
+    queue          (N - 1) x bytes of the keys of the worker's views (all-gather)
+    gradients      2 (N - 1) / N x 4 bytes x parameters, from each worker (ring all-reduce)
 
     python -m benchmarks.scaling
     python -m benchmarks.scaling --step-ms 123.4 --gpu-hour 3
@@ -41,16 +43,18 @@ GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 GPUS_OF_A_NODE = 8
 # Bytes/s that one GPU sends: three quarters of NVLink 4's 450 GB/s, and of 400 Gbit/s a GPU.
 WITHIN_A_NODE, BETWEEN_NODES = 0.75 * 450e9, 0.75 * 50e9
-BACKWARD = 0.38  # of the step, during which gradients travel (`benchmarks/step.py`)
+# Of the step, during which the queue's keys and gradients travel (`benchmarks/step.py`).
+FORWARD, BACKWARD = 0.22, 0.38
 
 
 @dataclass(frozen=True)
 class Volume:
     """Bytes that one worker sends in a step."""
 
-    gradients: float
     images: float
     keys: float
+    queue: float
+    gradients: float
 
     @classmethod
     def of(cls, config: PretrainConfig, num_workers: int) -> "Volume":
@@ -60,15 +64,17 @@ class Volume:
         num_own = config.training.batch_size / num_workers
         # A view, an original, and patches.
         num_keys = 2 + config.patches.rows * config.patches.columns
+        key = 4 * config.model.embedding_dim
         return cls(
-            gradients=2 * others / num_workers * 4 * num_parameters,
             images=others / num_workers * num_own * 3 * config.data.height * config.data.width,
-            keys=others * num_own * num_keys * 4 * config.model.embedding_dim,
+            keys=others / num_workers * num_own * num_keys * key,
+            queue=others * num_own * key,
+            gradients=2 * others / num_workers * 4 * num_parameters,
         )
 
     def total(self) -> float:
         """Return all bytes."""
-        return self.gradients + self.images + self.keys
+        return self.images + self.keys + self.queue + self.gradients
 
 
 def config_of(case: Case, num_groups: int, num_workers: int) -> PretrainConfig:
@@ -170,8 +176,11 @@ def model(step_seconds: float, dollars: float) -> Table:
         config = config_of(GPU, num_gpus, num_gpus)
         volume = Volume.of(config, num_gpus)
         rate = WITHIN_A_NODE if num_gpus <= GPUS_OF_A_NODE else BETWEEN_NODES
-        late = max(0.0, volume.gradients / rate - BACKWARD * step_seconds)
-        waiting = late + (volume.images + volume.keys) / rate
+        late = (
+            max(0.0, volume.queue / rate - FORWARD * step_seconds),
+            max(0.0, volume.gradients / rate - BACKWARD * step_seconds),
+        )
+        waiting = sum(late) + (volume.images + volume.keys) / rate
         steps = 1 / (step_seconds + waiting)
         speed = steps * config.training.batch_size
         table.add_row(

@@ -4,6 +4,7 @@ from itertools import chain
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -44,11 +45,11 @@ def keep_order() -> Tensor:
 
 
 def gather_own_rows() -> Tensor:
-    return distributed.gather_rows(own_rows(), num_groups=2)
+    return distributed.gather_rows(own_rows(), num_groups=2)()
 
 
 def gather_rows_of_a_transposed_tensor() -> Tensor:
-    return distributed.gather_rows(own_rows().transpose(1, 2), num_groups=2)
+    return distributed.gather_rows(own_rows().transpose(1, 2), num_groups=2)()
 
 
 NUM_GROUPS = 5  # of two rows each: the first process has three
@@ -67,7 +68,17 @@ def permute_unequal_parts(seeds: list[int]) -> list[Tensor]:
 
 
 def gather_unequal_parts() -> Tensor:
-    return distributed.gather_rows(own_part(), num_groups=NUM_GROUPS)
+    return distributed.gather_rows(own_part(), num_groups=NUM_GROUPS)()
+
+
+def gather_while_another_waits() -> Tensor:
+    signal = torch.zeros(1)
+    if distributed.rank() == 1:
+        dist.recv(signal, src=0)
+    gathered = distributed.gather_rows(own_rows(), num_groups=2)
+    if distributed.rank() == 0:
+        dist.send(signal, dst=1)
+    return gathered()
 
 
 def average_weighted_ranks() -> Tensor:
@@ -114,6 +125,12 @@ def test_rows_may_all_go_to_the_other_process_or_stay(run_in_pool, function, shi
 
 def test_gathered_rows_are_the_joined_rows_everywhere(run_in_pool):
     for rows in run_in_pool(gather_own_rows):
+        assert_close(rows, joined_rows())
+
+
+def test_to_gather_rows_a_process_waits_only_where_it_needs_them(run_in_pool):
+    # The second process takes part after the first one has gone on.
+    for rows in run_in_pool(gather_while_another_waits):
         assert_close(rows, joined_rows())
 
 
@@ -180,6 +197,6 @@ def test_a_process_alone_keeps_what_it_has():
 
     distributed.average_([rows])
 
-    assert distributed.gather_rows(rows, num_groups=2).tolist() == [0, 1, 2, 3, 4, 5]
+    assert distributed.gather_rows(rows, num_groups=2)().tolist() == [0, 1, 2, 3, 4, 5]
     assert distributed.share_from_first("a") == "a"
     assert distributed.gather_at_first("a") == ["a"]

@@ -27,7 +27,7 @@ from upreid_ray.core.checkpoint import (
 from upreid_ray.core.training import (
     StepDraw,
     TrainState,
-    encode_all_keys,
+    encode_shuffled_keys,
     render_views,
     train,
     train_step,
@@ -171,7 +171,7 @@ def test_the_schedules_are_applied_at_each_step():
 
 def test_the_keys_of_a_step_enter_the_queue_in_the_order_of_the_batch():
     state = fresh_state()
-    keys = encode_all_keys(fresh_state(), batch(0), StepDraw.of(TINY, 0))
+    keys = encode_shuffled_keys(fresh_state(), batch(0), StepDraw.of(TINY, 0))
 
     take_steps(state, 1)
 
@@ -183,19 +183,19 @@ def test_keys_are_of_their_images_whatever_the_shuffle():
     state, draw = float64_state(config), StepDraw.of(config, 0)
     unshuffled = StepDraw(draw.query, draw.key, torch.arange(8))
 
-    shuffled_keys = encode_all_keys(state, batch(0), draw)
+    shuffled_keys = encode_shuffled_keys(state, batch(0), draw)
 
     # With one group, normalization is among the same images in either order.
-    assert_close(shuffled_keys, encode_all_keys(state, batch(0), unshuffled))
+    assert_close(shuffled_keys, encode_shuffled_keys(state, batch(0), unshuffled))
 
 
 def test_the_shuffle_changes_the_company_of_an_image():
     state, draw = fresh_state(), StepDraw.of(TINY, 0)
     unshuffled = StepDraw(draw.query, draw.key, torch.arange(8))
 
-    shuffled_keys = encode_all_keys(state, batch(0), draw)
+    shuffled_keys = encode_shuffled_keys(state, batch(0), draw)
 
-    plain_keys = encode_all_keys(state, batch(0), unshuffled)
+    plain_keys = encode_shuffled_keys(state, batch(0), unshuffled)
     assert (shuffled_keys - plain_keys).abs().max() > 1e-3
 
 

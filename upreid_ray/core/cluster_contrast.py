@@ -209,9 +209,9 @@ def cluster_contrast_step(state: ClusterContrastState, batch: PersonBatch) -> di
 
     terms = person_step(state, batch, objective)
     labels = batch.labels.to(state.device, non_blocking=True)
-    memory.update(
-        distributed.gather_rows(torch.cat(seen), num_groups=state.config.num_groups),
-        distributed.gather_rows(labels, num_groups=state.config.num_groups),
-        momentum=training.memory_momentum,
+    all_features, all_labels = (
+        distributed.gather_rows(rows, num_groups=state.config.num_groups)
+        for rows in (torch.cat(seen), labels)
     )
+    memory.update(all_features(), all_labels(), momentum=training.memory_momentum)
     return terms

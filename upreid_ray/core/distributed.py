@@ -5,7 +5,7 @@ differ by one group.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -46,26 +46,32 @@ def own_groups(num_groups: int) -> range:
     return shares(num_groups, world_size())[rank()]
 
 
-def gather_rows(rows: Tensor, *, num_groups: int) -> Tensor:
-    """Concatenate the rows of all processes, in rank order.
+def gather_rows(rows: Tensor, *, num_groups: int) -> Callable[[], Tensor]:
+    """Begin to gather the rows of all processes; what is returned waits for them.
 
     Args:
         rows: ``[n, ...]``, the same number for each group of this process.
         num_groups: Of all processes.
+
+    Returns:
+        A function that returns ``[N, ...]``, the rows of all processes in rank order.
     """
     if world_size() == 1:
-        return rows
+        return lambda: rows
     parts = shares(num_groups, world_size())
     counts = [len(part) * len(rows) // len(parts[rank()]) for part in parts]
     most = max(counts)
     # Collectives want equal shapes: parts that have a group less are filled up.
     filled = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
     gathered = rows.new_empty(world_size() * most, *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, filled)
-    if most * world_size() == sum(counts):
-        return gathered
-    by_process = torch.split(gathered, most)
-    return torch.cat([part[:count] for part, count in zip(by_process, counts, strict=True)])
+    work = dist.all_gather_into_tensor(gathered, filled, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()  # type: ignore[union-attr]  # None only outside of the process group
+        by_process = torch.split(gathered, most)
+        return torch.cat([part[:count] for part, count in zip(by_process, counts, strict=True)])
+
+    return wait
 
 
 def permute_rows(rows: Tensor, permutation: Tensor, *, num_groups: int) -> Tensor:

@@ -302,16 +302,18 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
     draw = StepDraw.of(config, state.step)
     groups = distributed.own_groups(config.num_groups)
 
-    all_keys = encode_all_keys(state, images, draw)
+    keys = encode_shuffled_keys(state, images, draw)
+    # Only the next step needs those of others: they travel meanwhile.
+    new_keys = distributed.gather_rows(keys[:, 0], num_groups=config.num_groups)
     means: dict[str, Tensor] = {}
     for number, group in enumerate(groups):
         of_batch = slice(group * size, (group + 1) * size)
-        own = images[number * size : (number + 1) * size]
-        views = state.render_views(own, draw.query.rows(of_batch))
+        own = slice(number * size, (number + 1) * size)
+        views = state.render_views(images[own], draw.query.rows(of_batch))
         with state.local_gradients(unless=group == groups[-1]):
             terms = state.parallel_model(
                 views,
-                all_keys[of_batch],
+                keys[own],
                 statistics_momentum=group_momentum(number, len(groups)),
             )
             (terms["loss"] / state.mean_groups).backward()
@@ -333,20 +335,20 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
             num_steps=state.num_steps,
         )
     )
-    state.model.queue.enqueue(all_keys[:, 0])
+    state.model.queue.enqueue(new_keys())
     state.step += 1
     return means
 
 
-def encode_all_keys(state: TrainState, images: Tensor, draw: StepDraw) -> Tensor:
-    """Encode the keys of the whole batch, each worker its share.
+def encode_shuffled_keys(state: TrainState, images: Tensor, draw: StepDraw) -> Tensor:
+    """Encode the keys of this worker's images, each by the worker where the shuffle puts it.
 
     The images of the batch are shuffled over all groups of all workers first (shuffle-BN, He
     et al. 2020, https://arxiv.org/abs/1911.05722): were an image normalized among the same
     others as query and as key, these statistics would give the match away.
 
     Returns:
-        ``[B, E, D]``, in the order of the batch.
+        ``[b, E, D]``, in the order of the images.
     """
     config = state.config
     size, num_groups = config.training.group_size, config.num_groups
@@ -359,8 +361,8 @@ def encode_all_keys(state: TrainState, images: Tensor, draw: StepDraw) -> Tensor
         views = state.render_views(own, draw.key.rows(sources), for_keys=True)
         momentum = group_momentum(number, len(groups))
         keys.append(state.model.encode_keys(views, statistics_momentum=momentum))
-    gathered = distributed.gather_rows(torch.cat(keys), num_groups=num_groups)
-    return gathered[draw.shuffle.argsort().to(gathered.device, non_blocking=True)]
+    back = draw.shuffle.argsort()
+    return distributed.permute_rows(torch.cat(keys), back, num_groups=num_groups)
 
 
 def render_views(
