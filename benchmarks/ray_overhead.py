@@ -16,6 +16,7 @@ import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import patch
 
 import ray
 import torch
@@ -35,6 +36,7 @@ from upreid_ray.data.stream import Block, Columns, TrainingImages
 from upreid_ray.presets import PRESETS
 from upreid_ray.pretrain import fit
 from upreid_ray.tracking import environment
+from upreid_ray.train_job import KEEP_FREED_MEMORY
 
 # Workers and threads of each: one core is left to all else, or none is.
 ROWS = ((1, 1), (1, 2), (2, 1))
@@ -102,7 +104,8 @@ def plain(config: PretrainConfig, shards: str, folder: Path) -> float:
     """Return images/s of the plain loop."""
     num_workers = config.scaling.num_workers
     rendezvous = str(folder / f"rendezvous-{time.monotonic_ns()}")
-    mp.spawn(plain_worker, (num_workers, config, shards, rendezvous), nprocs=num_workers)
+    with patch.dict(os.environ, KEEP_FREED_MEMORY):  # as the workers on Ray
+        mp.spawn(plain_worker, (num_workers, config, shards, rendezvous), nprocs=num_workers)
     return float(Path(f"{rendezvous}.speed").read_text())
 
 
