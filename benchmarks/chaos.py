@@ -301,7 +301,7 @@ def main() -> int:
     )
     parser.add_argument("--job", default="pretrain", choices=("pretrain", "finetune", "sweep"))
     parser.add_argument("--kills", type=int, default=50, help="of the campaign")
-    parser.add_argument("--epochs", type=int, default=15, help="of a run; of each trial")
+    parser.add_argument("--epochs", type=int, default=25, help="of a run; of each trial")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--out", type=Path, help="folder for logs and runs, a new one")
     arguments = parser.parse_args()
@@ -333,6 +333,8 @@ def main() -> int:
     )
     for name in wrong[:5]:
         console.print(f"differs: {name}")
+    if num_kills < arguments.kills:
+        console.print(f"--kills {arguments.kills}: the job was done before; raise --epochs")
     tags = environment()
     console.print(
         f"{datetime.now(UTC):%Y-%m-%d}, commit {tags['mlflow.source.git.commit'][:10]}, "
