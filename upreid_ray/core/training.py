@@ -31,6 +31,7 @@ from upreid_ray.core.model import UPReID, Views
 from upreid_ray.core.patches import cut_patches
 from upreid_ray.core.precision import autocast
 from upreid_ray.core.schedule import key_momentum, learning_rate
+from upreid_ray.core.sgd import ChannelsLastSGD
 
 BatchT = TypeVar("BatchT")
 StateT = TypeVar("StateT", bound="State")
@@ -156,14 +157,12 @@ class TrainState(State):
             torch.manual_seed(config.seed)
             model = UPReID(config)
         model = model.to(device).to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(
+        optimizer = ChannelsLastSGD(
             model.query_encoder.parameters(),
             lr=config.optimizer.lr,
             momentum=config.optimizer.momentum,
             weight_decay=config.optimizer.weight_decay,
-            fused=True,
         )
-        # The first step would make it, uninitialized, even if it is skipped.
         for parameter in model.query_encoder.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         super().__init__(
