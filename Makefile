@@ -82,7 +82,7 @@ bench-peers: $(READY) $(VENV)/peers  ## the step and its augmentation beside lig
 $(VENV)/peers:
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps $(PEERS)
 
-chaos: $(READY)  ## kill processes of a run at random; its weights must not differ (45 minutes)
+chaos: $(READY)  ## kill processes of a run at random; its weights must not differ (an hour)
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 audit: $(READY)  ## look for known vulnerabilities of the locked requirements
