@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.step import Case, provenance
 from upreid_ray.core.convolution import TrimmedConv2d
 from upreid_ray.core.training import TrainState, train_step
-from upreid_ray.data.synthetic import draw, portraits
+from upreid_ray.data.sources.synthetic import draw, portraits
 
 SHORT_RUN = {
     "optimizer.lr": 0.02,

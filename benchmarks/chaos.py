@@ -34,9 +34,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from tests.cluster.nodes import Nodes
+from upreid_ray.config.presets import PRESETS
 from upreid_ray.core.checkpoint import BEST_FILE, MODEL_FILE, OPTIMIZER_FILE
-from upreid_ray.presets import PRESETS
-from upreid_ray.tracking import environment
+from upreid_ray.tracking.runs import environment
 
 ROOT = Path(__file__).parents[1]
 NUM_NODES = 2

@@ -34,22 +34,18 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from upreid_ray.config import PretrainConfig, SyntheticConfig
-from upreid_ray.data.images import ImageRules
-from upreid_ray.data.layouts import folder_records
-from upreid_ray.data.preparation import write_shards
-from upreid_ray.data.shards import Manifest, Shard, read_manifest
-from upreid_ray.data.sources import synthetic_records
-from upreid_ray.data.stream import (
-    Block,
-    Columns,
-    TrainingImages,
-    decode,
-    read_stream,
-    stream_blocks,
-)
-from upreid_ray.presets import PRESETS
-from upreid_ray.tracking import environment
+from upreid_ray.config.presets import PRESETS
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.config.run import SyntheticConfig
+from upreid_ray.data.shards.images import ImageRules
+from upreid_ray.data.shards.manifest import Manifest, Shard, read_manifest
+from upreid_ray.data.shards.preparation import write_shards
+from upreid_ray.data.sources.layouts import folder_records
+from upreid_ray.data.sources.source import synthetic_records
+from upreid_ray.data.stream.ray_data import read_stream, stream_blocks
+from upreid_ray.data.stream.rows import Columns, decode
+from upreid_ray.data.stream.training import Block, TrainingImages
+from upreid_ray.tracking.runs import environment
 
 KINDS = ("decode", "folder", "shards", "stream")
 

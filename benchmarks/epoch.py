@@ -30,23 +30,16 @@ from ray.data import DataIterator
 from rich.console import Console
 from rich.table import Table
 
-from upreid_ray.config import PretrainConfig
-from upreid_ray.data.images import ImageRules
-from upreid_ray.data.preparation import write_shards
-from upreid_ray.data.shards import MANIFEST_FILE, Manifest, read_manifest
-from upreid_ray.data.sources import synthetic_records
-from upreid_ray.data.stream import (
-    MAX_DATASET_BLOCKS,
-    Block,
-    Columns,
-    Round,
-    TrainingImages,
-    read_rows,
-    read_stream,
-    stream_blocks,
-)
-from upreid_ray.presets import PRESETS
-from upreid_ray.tracking import environment
+from upreid_ray.config.presets import PRESETS
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.data.shards.images import ImageRules
+from upreid_ray.data.shards.manifest import MANIFEST_FILE, Manifest, read_manifest
+from upreid_ray.data.shards.preparation import write_shards
+from upreid_ray.data.sources.source import synthetic_records
+from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS, read_stream, stream_blocks
+from upreid_ray.data.stream.rows import Columns, read_rows
+from upreid_ray.data.stream.training import Block, Round, TrainingImages
+from upreid_ray.tracking.runs import environment
 
 NUM_WORKERS = 2
 PAUSE_SECONDS = 20.0

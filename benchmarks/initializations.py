@@ -20,12 +20,13 @@ import ray
 import torch
 from rich.console import Console
 
-from upreid_ray import tracking
-from upreid_ray.compare import CompareResult, compare
-from upreid_ray.config import CompareConfig, FinetuneConfig, PretrainConfig
-from upreid_ray.presets import FINETUNE_PRESETS, PRESETS
-from upreid_ray.pretrain import fit
-from upreid_ray.run_folder import RunFolder
+from upreid_ray.config.downstream import CompareConfig, FinetuneConfig
+from upreid_ray.config.presets import FINETUNE_PRESETS, PRESETS
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.downstream.compare import CompareResult, compare
+from upreid_ray.tracking import runs
+from upreid_ray.train.folder import RunFolder
+from upreid_ray.train.pretrain import fit
 
 METHODS: dict[str, dict[str, Any]] = {
     "MoCo v2": {"loss.consistency_weight": 0, "loss.intrinsic_weight": 0},
@@ -54,8 +55,8 @@ def parent(folder: RunFolder, config: PretrainConfig) -> str:
     """Return the MLflow run of all pre-training, which is made if it is not there."""
     if folder.exists():
         return folder.recorded_run(config, ("run.",))
-    client = tracking.connect()
-    run_id = tracking.start_run(
+    client = runs.connect()
+    run_id = runs.start_run(
         client, experiment=config.run.experiment, name=folder.name, config=config
     )
     folder.record(config, run_id)
@@ -132,7 +133,7 @@ def main() -> None:
     console = Console(width=110)
     columns = ["frozen", *(f"{split:g}" for split in arguments.splits)]
     console.print(markdown(result, columns), markup=False)
-    tags = tracking.environment()
+    tags = runs.environment()
     console.print(
         f"{datetime.now(UTC):%Y-%m-%d}, commit {tags['mlflow.source.git.commit'][:10]}, "
         f"{os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()}), "

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from benchmarks.step import METHODS, Case, clock, new_state, provenance, spread
-from upreid_ray.config import AugmentationConfig, PretrainConfig
+from upreid_ray.config.pretrain import AugmentationConfig, PretrainConfig
 from upreid_ray.core.augment import draw_view_parameters, render_view
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.losses import global_consistency, info_nce, intrinsic_contrastive

@@ -26,17 +26,18 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from upreid_ray.config import PretrainConfig
+from upreid_ray.config.presets import PRESETS
+from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.training import TrainState, train, train_step
-from upreid_ray.data.images import ImageRules
-from upreid_ray.data.preparation import write_shards
-from upreid_ray.data.shards import read_manifest
-from upreid_ray.data.sources import synthetic_records
-from upreid_ray.data.stream import Block, Columns, TrainingImages
-from upreid_ray.presets import PRESETS
-from upreid_ray.pretrain import fit
-from upreid_ray.tracking import environment
-from upreid_ray.train_job import KEEP_FREED_MEMORY
+from upreid_ray.data.shards.images import ImageRules
+from upreid_ray.data.shards.manifest import read_manifest
+from upreid_ray.data.shards.preparation import write_shards
+from upreid_ray.data.sources.source import synthetic_records
+from upreid_ray.data.stream.rows import Columns
+from upreid_ray.data.stream.training import Block, TrainingImages
+from upreid_ray.tracking.runs import environment
+from upreid_ray.train.job import KEEP_FREED_MEMORY
+from upreid_ray.train.pretrain import fit
 
 # Workers and threads of each: one core is left to all else, or none is.
 ROWS = ((1, 1), (1, 2), (2, 1))

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from upreid_ray.core.reranking import reranked_distances
 from upreid_ray.core.retrieval import Labels, cosine_distances, score_rows
-from upreid_ray.tracking import environment
+from upreid_ray.tracking.runs import environment
 
 NUM_FEATURES = 2048
 # Query images, gallery images, persons, cameras.

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.step import Case, provenance
-from upreid_ray.config import PretrainConfig
+from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.model import UPReID
 from upreid_ray.core.training import TrainState, train_step
 

@@ -38,7 +38,7 @@ MARKS = {
 # Of the first part, by themselves.
 ALONE = {
     "imports for --help": "import upreid_ray.command_line",
-    "all imports of the job": "import upreid_ray.pretrain",
+    "all imports of the job": "import upreid_ray.train.pretrain",
     "a local Ray, with its import": "import ray; ray.init('local', logging_level='ERROR')",
 }
 

@@ -31,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from upreid_ray.config import PretrainConfig
+from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core import model, training
 from upreid_ray.core.encoder import running_statistics
 from upreid_ray.core.key_queue import KeyQueue

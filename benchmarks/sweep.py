@@ -22,15 +22,16 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from upreid_ray import sweep
 from upreid_ray.command_line import connect_to_ray
-from upreid_ray.config import PretrainConfig, SearchConfig
-from upreid_ray.presets import PRESETS
-from upreid_ray.report import PointOutcome, rank
-from upreid_ray.run_folder import RunFolder
-from upreid_ray.search_space import SweepPlan, format_value
-from upreid_ray.tracking import environment
-from upreid_ray.trial_record import TrialRecord
+from upreid_ray.config.presets import PRESETS
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.config.sweep import SearchConfig
+from upreid_ray.tracking.runs import environment
+from upreid_ray.train.folder import RunFolder
+from upreid_ray.tune import sweep
+from upreid_ray.tune.report import PointOutcome, rank
+from upreid_ray.tune.space import SweepPlan, format_value
+from upreid_ray.tune.trial_record import TrialRecord
 
 ROOT = Path(__file__).parents[1]
 

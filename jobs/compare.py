@@ -27,7 +27,7 @@ from upreid_ray.command_line import (
     require_init,
     run_job,
 )
-from upreid_ray.config import CompareConfig
+from upreid_ray.config.downstream import CompareConfig
 
 
 def main() -> dict[str, Any]:
@@ -56,7 +56,7 @@ def main() -> dict[str, Any]:
         common = common.override({"run.name": arguments.resume})
     config = CompareConfig.parse({**own, "finetune": common})
     # After the arguments: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.compare import CompareResult, compare  # noqa: PLC0415
+    from upreid_ray.downstream.compare import CompareResult, compare  # noqa: PLC0415
 
     def table(result: CompareResult) -> Table:
         """Show mAP and rank-1 in percent, mean and standard deviation."""

@@ -21,7 +21,7 @@ from upreid_ray.command_line import (
     require_init,
     run_job,
 )
-from upreid_ray.config import EvaluateConfig
+from upreid_ray.config.downstream import EvaluateConfig
 
 
 def main() -> dict[str, Any]:
@@ -32,7 +32,7 @@ def main() -> dict[str, Any]:
     require_init(arguments)
     config = override(EvaluateConfig(), arguments)
     # After the arguments: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.evaluate import evaluate  # noqa: PLC0415
+    from upreid_ray.downstream.evaluate import evaluate  # noqa: PLC0415
 
     connect_to_ray()
     result = evaluate(config)

@@ -27,8 +27,8 @@ def main() -> dict[str, Any]:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file")
     arguments = parser.parse(sys.argv[1:])
     # After the arguments: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.export import export  # noqa: PLC0415
-    from upreid_ray.initialization import resolve  # noqa: PLC0415
+    from upreid_ray.downstream.export import export  # noqa: PLC0415
+    from upreid_ray.train.initialization import resolve  # noqa: PLC0415
 
     init = resolve(arguments.init)
     report = export(init, arguments.to, arguments.out)

@@ -40,7 +40,7 @@ def main() -> dict[str, Any]:
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})
     # After the arguments: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.finetune import finetune  # noqa: PLC0415
+    from upreid_ray.train.finetune import finetune  # noqa: PLC0415
 
     connect_to_ray()
     return asdict(finetune(config, resume=arguments.resume is not None))

@@ -32,16 +32,17 @@ from rich.console import Console
 from rich.table import Table
 
 from upreid_ray.command_line import JobParser, connect_to_ray, run_job
-from upreid_ray.config import InputError, RunFailed, SyntheticConfig
-from upreid_ray.data.archives import PARQUET_COLUMNS
-from upreid_ray.data.audit import audit
-from upreid_ray.data.duplicates import MAX_DISTANCE
-from upreid_ray.data.images import ImageRules
-from upreid_ray.data.page import write_page
-from upreid_ray.data.preparation import write_shards
-from upreid_ray.data.progress import image_progress
-from upreid_ray.data.shards import Manifest, read_manifest
-from upreid_ray.data.sources import source_records, synthetic_records
+from upreid_ray.config.errors import InputError, RunFailed
+from upreid_ray.config.run import SyntheticConfig
+from upreid_ray.data.shards.audit import audit
+from upreid_ray.data.shards.duplicates import MAX_DISTANCE
+from upreid_ray.data.shards.images import ImageRules
+from upreid_ray.data.shards.manifest import Manifest, read_manifest
+from upreid_ray.data.shards.page import write_page
+from upreid_ray.data.shards.preparation import write_shards
+from upreid_ray.data.shards.progress import image_progress
+from upreid_ray.data.sources.archives import PARQUET_COLUMNS
+from upreid_ray.data.sources.source import source_records, synthetic_records
 
 logger = logging.getLogger("upreid_ray")
 

@@ -32,7 +32,7 @@ def main() -> dict[str, Any]:
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})
     # After the arguments: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.pretrain import fit  # noqa: PLC0415
+    from upreid_ray.train.pretrain import fit  # noqa: PLC0415
 
     connect_to_ray()
     return asdict(fit(config, resume=arguments.resume is not None))

@@ -29,9 +29,11 @@ from upreid_ray.command_line import (
     read_pretrain_settings,
     run_job,
 )
-from upreid_ray.config import InputError, JobConfig, PretrainConfig, SearchConfig
-from upreid_ray.presets import SPACES
-from upreid_ray.search_space import SweepPlan, check_plan
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.config.run import JobConfig
+from upreid_ray.config.sweep import SearchConfig
+from upreid_ray.tune.space import SPACES, SweepPlan, check_plan
 
 AXIS = "space."
 
@@ -42,8 +44,8 @@ def main() -> dict[str, Any]:
     plan = None if arguments.resume is not None else _plan(arguments)
     run = _run(arguments)
     # After the arguments: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray import sweep  # noqa: PLC0415
-    from upreid_ray.run_folder import RunFolder  # noqa: PLC0415
+    from upreid_ray.train.folder import RunFolder  # noqa: PLC0415
+    from upreid_ray.tune import sweep  # noqa: PLC0415
 
     folder = RunFolder.of(run, "sweep")
     connect_to_ray(show_workers=False)

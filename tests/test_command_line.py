@@ -17,15 +17,11 @@ from upreid_ray.command_line import (
     override,
     read_pretrain_settings,
 )
-from upreid_ray.config import (
-    ClusterContrastConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    InputError,
-    PretrainConfig,
-    Section,
-)
-from upreid_ray.presets import AUGMENTATIONS, METHODS, PRESETS
+from upreid_ray.config.downstream import ClusterContrastConfig, EvaluateConfig, FinetuneConfig
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.presets import AUGMENTATIONS, METHODS, PRESETS
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.config.section import Section
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,15 +13,11 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 
 import ray
 
-from upreid_ray.config import (
-    DownstreamConfig,
-    InputError,
-    PretrainConfig,
-    RunFailed,
-    RunStopped,
-    Section,
-)
-from upreid_ray.presets import AUGMENTATIONS, METHODS, PRESETS
+from upreid_ray.config.downstream import DownstreamConfig
+from upreid_ray.config.errors import InputError, RunFailed, RunStopped
+from upreid_ray.config.presets import AUGMENTATIONS, METHODS, PRESETS
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.config.section import Section
 
 logger = logging.getLogger("upreid_ray")
 

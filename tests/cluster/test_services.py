@@ -29,10 +29,10 @@ import yaml
 from moto.server import ThreadedMotoServer
 
 from tests.cluster.processes import ROOT, ending, free_ports
-from upreid_ray import tracking
-from upreid_ray.config import RunConfig
-from upreid_ray.presets import PRESETS
-from upreid_ray.run_folder import RunFolder
+from upreid_ray.config.presets import PRESETS
+from upreid_ray.config.run import RunConfig
+from upreid_ray.tracking import registry, runs
+from upreid_ray.train.folder import RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,7 +131,7 @@ def services() -> Iterator[Services]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        for name, value in tracking.HTTP_DEFAULTS.items():
+        for name, value in runs.HTTP_DEFAULTS.items():
             patch.setenv(name, value)
         for _ in range(2):  # a pod that starts again finds its bucket there
             subprocess.run(bucket["command"], check=True)
@@ -163,11 +163,11 @@ def wait(uri: str, process: subprocess.Popen[bytes]) -> None:
 
 def register(folder: Path, score: float) -> tuple[str, str]:
     """Do what a job does: start a run, log to it, register a version; return their names."""
-    client = tracking.connect()
-    run_id = tracking.start_run(client, experiment="upreid", name="a-run", config=CONFIG)
-    tracking.log_metrics(client, run_id, {"eval/mAP": score})
+    client = runs.connect()
+    run_id = runs.start_run(client, experiment="upreid", name="a-run", config=CONFIG)
+    runs.log_metrics(client, run_id, {"eval/mAP": score})
     tags = {"evaluation": "a", "score.mAP": str(score)}
-    version = tracking.register_backbone(
+    version = registry.register_backbone(
         client, run_id=run_id, name="upreid-resnet18", folder=folder, tags=tags
     )
     return run_id, version
@@ -197,7 +197,7 @@ def test_jobs_that_begin_at_the_same_moment_share_experiment_and_registry(
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(job, scores))
 
-    client = tracking.connect()
+    client = runs.connect()
     (experiment,) = client.search_experiments(filter_string="name = 'upreid'")
     assert len(client.search_runs([experiment.experiment_id])) == len(scores)
     versions = {version for _, version in made}
@@ -207,7 +207,7 @@ def test_jobs_that_begin_at_the_same_moment_share_experiment_and_registry(
     champion = client.get_model_version_by_alias("upreid-resnet18", "champion")
     assert champion.tags["score.mAP"] == "0.5"
     uri = "models:/upreid-resnet18@champion"
-    folder = tracking.download(client, tracking.find_version(client, uri))
+    folder = registry.download(client, registry.find_version(client, uri))
     assert (folder / "backbone.safetensors").read_bytes() == b"weights"
     keys = [o["Key"] for o in boto3.client("s3").list_objects_v2(Bucket="upreid")["Contents"]]
     assert any(key.startswith("mlflow/") and key.endswith("backbone.json") for key in keys)

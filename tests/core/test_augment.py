@@ -11,14 +11,9 @@ from torch import Generator, Tensor
 from torch.testing import assert_close
 from torchvision import tv_tensors
 
-from upreid_ray.config import AugmentationConfig
-from upreid_ray.core.augment import (
-    ViewParameters,
-    draw_view_parameters,
-    normalize,
-    render_view,
-)
-from upreid_ray.presets import AUGMENTATIONS
+from upreid_ray.config.presets import AUGMENTATIONS
+from upreid_ray.config.pretrain import AugmentationConfig
+from upreid_ray.core.augment import ViewParameters, draw_view_parameters, normalize, render_view
 
 HEIGHT, WIDTH = 64, 32
 NUM_DRAWS = 20_000  # ours, which are cheap

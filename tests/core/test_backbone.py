@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.core.tiny import tiny
-from upreid_ray.config import InputError
+from upreid_ray.config.errors import InputError
 from upreid_ray.core.backbone import build_backbone, read_backbone
 from upreid_ray.core.model import UPReID
 

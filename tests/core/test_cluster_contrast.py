@@ -15,14 +15,14 @@ from torch.testing import assert_close
 from tests import reference
 from tests.core.test_finetuning import IMAGES
 from tests.core.tiny import people
-from upreid_ray.config import (
+from upreid_ray.config.downstream import (
     ClusterContrastConfig,
     ClusteringConfig,
     ClusterTrainingConfig,
     FinetuneOptimizerConfig,
-    InputError,
-    ScalingConfig,
 )
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.checkpoint import BestBackbone, load_checkpoint, save_checkpoint

@@ -6,13 +6,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
-from upreid_ray.config import InputError, ModelConfig
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.pretrain import ModelConfig
 from upreid_ray.core.backbone import build_backbone
-from upreid_ray.core.encoder import (
-    Encoder,
-    group_momentum,
-    running_statistics,
-)
+from upreid_ray.core.encoder import Encoder, group_momentum, running_statistics
 
 
 def test_embeddings_have_unit_length():

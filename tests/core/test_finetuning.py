@@ -12,12 +12,12 @@ from torch.testing import assert_close
 
 from tests import reference
 from tests.core.tiny import people
-from upreid_ray.config import (
+from upreid_ray.config.downstream import (
     FinetuneConfig,
     FinetuneOptimizerConfig,
     FinetuneTrainingConfig,
-    ScalingConfig,
 )
+from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.backbone import Description, build_backbone
 from upreid_ray.core.checkpoint import (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.core.tiny import TINY, float64_state, fresh_state, people, tiny
-from upreid_ray.config import PretrainConfig
+from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.model import UPReID, Views
 from upreid_ray.core.training import StepDraw, render_views, train_step
 

@@ -10,11 +10,7 @@ from torch.testing import assert_close
 
 from tests import reference
 from upreid_ray.core import retrieval
-from upreid_ray.core.reranking import (
-    jaccard_distances,
-    reciprocal_encoding,
-    reranked_distances,
-)
+from upreid_ray.core.reranking import jaccard_distances, reciprocal_encoding, reranked_distances
 
 
 def random_features(seed: int, num_images: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests import reference
-from upreid_ray.config import AugmentationConfig
+from upreid_ray.config.pretrain import AugmentationConfig
 from upreid_ray.core import retrieval
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.retrieval import (

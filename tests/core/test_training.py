@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.core.tiny import TINY, float64_state, fresh_state, people, tiny
-from upreid_ray.config import InputError, PretrainConfig
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.checkpoint import (
     BestBackbone,

@@ -5,15 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upreid_ray.config import (
+from upreid_ray.config.pretrain import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
     PatchesConfig,
     PretrainConfig,
-    ScalingConfig,
     TrainingConfig,
 )
+from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core.training import TrainState
 
 TINY = PretrainConfig(

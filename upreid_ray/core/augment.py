@@ -18,7 +18,7 @@ from typing import Self
 import torch
 from torch import Generator, Tensor
 
-from upreid_ray.config import AugmentationConfig
+from upreid_ray.config.pretrain import AugmentationConfig
 
 NUM_ATTEMPTS = 10  # a box that does not fit is drawn again, as often as torchvision does
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as torchvision and PIL weigh the channels

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from upreid_ray.config import BackboneName, InputError, first_line
+from upreid_ray.config.errors import InputError, first_line
+from upreid_ray.config.run import BackboneName
 from upreid_ray.core.convolution import TrimmedConv2d
 
 # Where tools keep the state dict in what they save: PyTorch's ImageNet example, MoCo and

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from upreid_ray.config import InputError, first_line
+from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.core.backbone import Description, read_backbone
 from upreid_ray.core.training import State
 

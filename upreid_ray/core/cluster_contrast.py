@@ -15,7 +15,8 @@ from scipy import sparse
 from sklearn.cluster import DBSCAN
 from torch import Tensor, nn
 
-from upreid_ray.config import ClusterContrastConfig, ClusteringConfig, InputError
+from upreid_ray.config.downstream import ClusterContrastConfig, ClusteringConfig
+from upreid_ray.config.errors import InputError
 from upreid_ray.core import distributed
 from upreid_ray.core.backbone import Description, NeckedBackbone
 from upreid_ray.core.finetuning import DownstreamState, PersonBatch, person_step

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from upreid_ray.config import InputError, ModelConfig
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.pretrain import ModelConfig
 from upreid_ray.core.backbone import build_backbone, read_backbone
 
 

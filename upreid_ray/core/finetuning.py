@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upreid_ray.config import AugmentationConfig, DownstreamConfig, FinetuneConfig
+from upreid_ray.config.downstream import DownstreamConfig, FinetuneConfig
+from upreid_ray.config.pretrain import AugmentationConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.augment import ViewParameters, draw_view_parameters, render_view
 from upreid_ray.core.backbone import Description, NeckedBackbone

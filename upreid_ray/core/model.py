@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from upreid_ray.config import PretrainConfig
+from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.encoder import Encoder, checkpoint_activations, running_statistics
 from upreid_ray.core.key_queue import KeyQueue
 from upreid_ray.core.losses import global_consistency, info_nce, intrinsic_contrastive

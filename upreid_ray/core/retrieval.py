@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upreid_ray.config import AugmentationConfig
+from upreid_ray.config.pretrain import AugmentationConfig
 from upreid_ray.core.augment import normalize
 
 JUNK_PID = -1

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from upreid_ray.config import AugmentationConfig, PretrainConfig
+from upreid_ray.config.pretrain import AugmentationConfig, PretrainConfig
 from upreid_ray.core.model import Views
 from upreid_ray.core.training import StepDraw, render_views
 

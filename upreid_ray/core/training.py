@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from upreid_ray.config import DownstreamConfig, PretrainConfig
+from upreid_ray.config.downstream import DownstreamConfig
+from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.augment import ViewParameters, draw_view_parameters, normalize, render_view
 from upreid_ray.core.backbone import Description

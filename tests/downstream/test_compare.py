@@ -1,0 +1,253 @@
+"""Comparing initializations: rows and statistics, and a whole comparison on a real Ray."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from upreid_ray.config.downstream import CompareConfig, FinetuneConfig
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.presets import FINETUNE_PRESETS
+from upreid_ray.config.run import ScalingConfig
+from upreid_ray.core.backbone import build_backbone
+from upreid_ray.downstream.compare import (
+    FROZEN,
+    RANDOM,
+    Row,
+    Spread,
+    Trial,
+    compare,
+    num_side_by_side,
+    plot,
+    resolve_rows,
+    summarize,
+)
+from upreid_ray.tracking import runs
+
+
+def trial(label: str, column: str, seed: int) -> Trial:
+    return Trial(f"{label}-{column}-{seed}", label, column, lambda _: {})
+
+
+def weights(file: Path) -> str:
+    """Write the weights of a backbone that was not trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        save_file(build_backbone("resnet18").state_dict(), file)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ("random", Row("random", ("random",))),
+        ("models:/a@champion", Row("models:/a@champion", ("models:/a@champion",))),
+        ("moco=a.pth", Row("moco", ("a.pth",))),
+        ("up=models:/a/1,models:/a/2", Row("up", ("models:/a/1", "models:/a/2"))),
+        ("runs/lr=0.1/step-1", Row("runs/lr=0.1/step-1", ("runs/lr=0.1/step-1",))),
+    ],
+)
+def test_a_row_has_a_label_and_initializations(text, row):
+    assert Row.parse(text) == row
+
+
+@pytest.mark.parametrize("text", ["=a.pth", "moco=", "moco=a.pth,,b.pth"])
+def test_a_row_of_which_a_part_is_empty_is_refused(text):
+    with pytest.raises(InputError, match=f"^--init {text}: not of the form"):
+        Row.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "gpus", "has", "number"),
+    [
+        (1, 1.0, 0, {"CPU": 2}, 1),
+        (2, 0.5, 0, {"CPU": 9}, 4),
+        (1, 1.0, 1.0, {"CPU": 64, "GPU": 4}, 4),
+        (1, 1.0, 0.25, {"CPU": 64, "GPU": 1}, 4),
+        (1, 1.0, 0.25, {"CPU": 4, "GPU": 1}, 2),
+        (8, 1.0, 1.0, {"CPU": 64, "GPU": 4}, 1),
+    ],
+)
+def test_as_many_runs_are_side_by_side_as_fit(workers, cpus, gpus, has, number):
+    scaling = ScalingConfig(
+        num_workers=workers,
+        cpus_per_worker=cpus,
+        use_gpu=gpus > 0,
+        gpus_per_worker=gpus or 1.0,
+    )
+
+    assert num_side_by_side(scaling, has) == number
+
+
+def test_random_is_always_a_row_and_paths_are_whole(tmp_path, monkeypatch):
+    weights(tmp_path / "a.safetensors")
+    monkeypatch.chdir(tmp_path)
+
+    rows, descriptions = resolve_rows([Row("a", ("a.safetensors",))])
+
+    whole = str(tmp_path / "a.safetensors")
+    assert rows == [Row(RANDOM, (RANDOM,)), Row("a", (whole,))]
+    assert descriptions[whole].backbone == "resnet18"
+
+
+def test_a_random_row_of_the_user_is_the_only_one():
+    assert resolve_rows([Row("chance", (RANDOM,))]) == ([Row("chance", (RANDOM,))], {})
+
+
+def test_rows_of_the_same_label_are_refused():
+    with pytest.raises(InputError, match=r"^--init a: names two rows"):
+        resolve_rows([Row("a", ("x.pth",)), Row("a", ("y.pth",))])
+
+
+def test_a_spread_has_the_sample_deviation():
+    spread = Spread.of([0.1, 0.2, 0.6])
+
+    assert spread.mean == pytest.approx(0.3)
+    assert spread.std == pytest.approx((0.07) ** 0.5)
+    assert str(spread) == "30.0 +- 26.5"
+    assert str(Spread.of([0.25])) == "25.0"
+
+
+def test_a_cell_has_the_runs_that_ended_and_names_those_that_failed():
+    trials = [trial("a", "0.1", seed) for seed in range(3)] + [trial("b", "0.1", 0)]
+    outcomes = {trials[0]: {"mAP": 0.2}, trials[2]: {"mAP": 0.4}}
+    errors = {trials[1]: "out of memory", trials[3]: "no loss"}
+
+    result = summarize(trials, outcomes, errors, run_id="r", result_dir="d")
+
+    assert result.scores["a"]["0.1"]["mAP"].values == (0.2, 0.4)
+    assert result.failed == {"a": {"0.1": ["out of memory"]}, "b": {"0.1": ["no loss"]}}
+    assert result.cell("a", "0.1", "mAP") == "30.0 +- 14.1 (1 failed)"
+    assert result.cell("b", "0.1", "mAP") == "(1 failed)"
+
+
+def test_the_plot_is_a_picture():
+    trials = [trial("a", column, 0) for column in (FROZEN, "0.1", "1")]
+    outcomes = {each: {"mAP": 0.5} for each in trials}
+
+    content = plot(summarize(trials, outcomes, {}, run_id="r", result_dir="d"), "mAP")
+
+    assert content.startswith(b"\x89PNG")
+
+
+def test_the_settings_of_the_runs_have_their_own_names():
+    settings = dict(CompareConfig(init=("random",)).flatten())
+
+    assert settings["training.epochs"] == FinetuneConfig().training.epochs
+    assert (settings["init"], settings["seeds"]) == (("random",), 3)
+    assert "subset.persons" not in settings
+
+
+# From here on on a real Ray.
+
+
+@pytest.fixture(scope="module")
+def config(folder) -> CompareConfig:
+    common = FINETUNE_PRESETS["demo"].override(
+        {
+            "data.synthetic.num_train_identities": 8,
+            "data.synthetic.num_test_identities": 4,
+            "data.synthetic.num_unlabeled_identities": 0,
+            "data.synthetic.num_cameras": 2,
+            "data.synthetic.height": 64,
+            "data.synthetic.width": 32,
+            "training.epochs": 1,
+            "training.num_persons": 4,
+            "training.num_images": 2,
+            "training.precision": "fp32",
+            "scaling.cpus_per_worker": 0.5,
+            "scaling.threads_per_worker": 1,
+            "run.name": "tiny",
+            "run.storage_path": str(folder / "runs"),
+        }
+    )
+    file = weights(folder / "a.safetensors")
+    return CompareConfig(init=(f"a={file}",), splits=(0.5,), seeds=1, finetune=common)
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, config) -> SimpleNamespace:
+    result = compare(config)
+    client = runs.connect()
+    experiment = client.get_experiment_by_name("upreid").experiment_id
+    return SimpleNamespace(
+        result=result, client=client, experiment=experiment, run=client.get_run(result.run_id)
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_every_row_is_scored_frozen_and_fine_tuned(finished):
+    scores = finished.result.scores
+
+    assert {label: set(columns) for label, columns in scores.items()} == {
+        RANDOM: {FROZEN, "0.5"},
+        "a": {FROZEN, "0.5"},
+    }
+    assert finished.result.failed == {}
+    assert scores["a"][FROZEN]["mAP"] != scores[RANDOM][FROZEN]["mAP"]
+
+
+@pytest.mark.ray
+def test_runs_are_nested_and_register_nothing(finished):
+    nested = finished.client.search_runs(
+        [finished.experiment],
+        f"tags.mlflow.parentRunId = '{finished.result.run_id}' AND status = 'FINISHED'",
+    )
+
+    assert len(nested) == 4
+    assert finished.client.search_registered_models() == []
+
+
+@pytest.mark.ray
+def test_the_comparison_has_its_table_and_plot(finished):
+    written = json.loads((Path(finished.result.result_dir) / "comparison.json").read_text())
+    files = {f.path for f in finished.client.list_artifacts(finished.result.run_id)}
+
+    means = finished.result.scores["a"]["0.5"]
+    assert written["scores"]["a"]["0.5"]["mAP"]["mean"] == means["mAP"].mean
+    assert files >= {"comparison.json", "comparison.png"}
+    assert finished.run.data.metrics["0.5/a/mAP"] == means["mAP"].mean
+
+
+@pytest.mark.ray
+def test_a_finished_comparison_runs_nothing_again(finished, config):
+    before = len(finished.client.search_runs([finished.experiment]))
+
+    again = compare(config, resume=True)
+
+    assert again == finished.result
+    assert len(finished.client.search_runs([finished.experiment])) == before
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init": ("b=missing.pth",)}, "missing.pth: "),
+        ({"init": ("b=random,random",)}, "--seeds 1: fewer than "),
+        ({"splits": (0.1,)}, "--splits 0.1: --training.num_persons 4: exceeds the 2 persons "),
+        ({"finetune.run.name": "tiny"}, "--run.name tiny: exists already"),
+        ({"finetune.data.root": "nowhere"}, "nowhere: does not exist"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_starts(
+    finished, config, settings, message
+):
+    before = len(finished.client.search_runs([finished.experiment]))
+
+    with pytest.raises(InputError) as refused:
+        compare(config.override({"finetune.run.name": None, **settings}))
+
+    assert str(refused.value).startswith(message)
+    assert "\n" not in str(refused.value)
+    assert len(finished.client.search_runs([finished.experiment])) == before
+
+
+@pytest.mark.ray
+def test_a_comparison_is_continued_with_its_own_settings_alone(finished, config):
+    with pytest.raises(InputError, match=r"^--training\.epochs 2: run tiny was started with 1"):
+        compare(config.override({"finetune.training.epochs": 2}), resume=True)

@@ -1,0 +1,177 @@
+"""Scoring a frozen backbone on a real Ray: the same scores as in one process, and refusals."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from upreid_ray.config.downstream import EvaluateConfig
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.pretrain import AugmentationConfig
+from upreid_ray.core.retrieval import extract_features, retrieval_scores
+from upreid_ray.data.shards.manifest import read_manifest
+from upreid_ray.data.stream.labelled import LabelledImages
+from upreid_ray.downstream.evaluate import evaluate
+from upreid_ray.tracking import runs
+from upreid_ray.train import initialization
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+def person(seed: int, pid: int) -> Image.Image:
+    """Make an image of noise in the colour of a person."""
+    random = np.random.default_rng((seed, pid))
+    color = np.random.default_rng(pid).integers(0, 256, 3)
+    noise = random.integers(0, 256, (48, 24, 3))
+    return Image.fromarray(((color + noise) // 2).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def market(folder) -> Path:
+    """Make a set of two blocks, 100 persons and 2 cameras, in Market-1501's layout."""
+    root = folder / "market"
+    for pid in range(1, 101):
+        for number, (part, camid) in enumerate(
+            [("query", 1), ("bounding_box_test", 1), ("bounding_box_test", 2)]
+        ):
+            (root / part).mkdir(parents=True, exist_ok=True)
+            person(number, pid).save(root / part / f"{pid:04d}_c{camid}s1_{number:06d}_00.jpg")
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(folder, market) -> EvaluateConfig:
+    return EvaluateConfig().override(
+        {
+            "backbone": "resnet18",
+            "data.root": str(market),
+            "data.height": 64,
+            "data.width": 32,
+            "rerank": True,
+            "scaling.cpus_per_worker": 0.5,
+            "run.storage_path": str(folder / "runs"),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster, config) -> SimpleNamespace:
+    result = evaluate(config)
+    return SimpleNamespace(result=result, run=runs.connect().get_run(result.run_id))
+
+
+def test_scores_are_those_of_one_process(finished, config):
+    init = initialization.random("resnet18", seed=0)
+    shards = finished.run.data.tags["shards"]
+    images = LabelledImages(shards, read_manifest(shards), height=64, width=32)
+    blocks = [images.read(number) for number in range(images.num_blocks)]
+    assert len(blocks) == 2
+    block = {name: np.concatenate([each[name] for each in blocks]) for name in blocks[0]}
+    images_of = init.description
+    normalization = AugmentationConfig(mean=images_of.mean, std=images_of.std)
+
+    features = extract_features(
+        init.extractor(), [torch.from_numpy(block["image"])], normalization
+    )
+
+    pids, camids, is_query = (
+        torch.from_numpy(block[name]) for name in ("pid", "camid", "is_query")
+    )
+    expected = retrieval_scores(
+        torch.cdist(features[is_query], features[~is_query]),
+        pids[is_query],
+        camids[is_query],
+        pids[~is_query],
+        camids[~is_query],
+    ).summary()
+    found = {name: finished.result.scores[name] for name in expected}
+    assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_colours_are_found_again(finished):
+    assert finished.result.scores["mAP"] > 0.5
+
+
+def test_reranked_scores_stand_apart(finished):
+    names = {name for name in finished.result.scores if name.endswith("_reranked")}
+
+    assert names == {f"{n}_reranked" for n in ("mAP", "rank1", "rank5", "rank10", "mINP")}
+
+
+def test_the_run_has_the_scores_and_says_what_was_scored(finished):
+    assert finished.run.info.status == "FINISHED"
+    assert finished.run.data.metrics["eval/mAP"] == finished.result.scores["mAP"]
+    assert finished.run.data.tags["init"] == "random"
+    assert len(finished.run.data.tags["evaluation"]) == 64
+
+
+def test_the_folder_of_the_run_has_the_scores(finished):
+    written = json.loads((Path(finished.result.result_dir) / "scores.json").read_text())
+
+    assert written["scores"] == finished.result.scores
+
+
+def test_the_set_is_prepared_once(finished, config):
+    again = evaluate(config)
+
+    assert again.scores == finished.result.scores
+    assert len(list((Path(config.run.storage_path) / "data").iterdir())) == 1
+
+
+def test_another_pool_and_a_file_of_the_same_weights_score_the_same(finished, config, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    save_file(initialization.random("resnet18", seed=0).weights, file)
+    same = {"init": str(file), "scaling.num_workers": 2, "rerank": False}
+
+    result = evaluate(config.override(same))
+
+    assert result.scores["mAP"] == pytest.approx(finished.result.scores["mAP"], abs=1e-3)
+
+
+def refusal(config: EvaluateConfig, settings: dict[str, object]) -> str:
+    with pytest.raises(InputError) as refused:
+        evaluate(config.override(settings))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_set_without_query_images_is_refused(ray_cluster, config, market, tmp_path):
+    (tmp_path / "bounding_box_test").symlink_to(market / "bounding_box_test")
+
+    assert "has no query images" in refusal(config, {"data.root": str(tmp_path)})
+
+
+def test_a_set_without_labels_is_refused(ray_cluster, config, market):
+    root = str(market / "query")
+
+    assert "has no query images" in refusal(config, {"data.root": root})
+
+
+def test_a_set_without_a_match_is_refused(ray_cluster, config, tmp_path):
+    for part, camid in (("query", 1), ("bounding_box_test", 1)):
+        (tmp_path / part).mkdir()
+        person(0, 1).save(tmp_path / part / f"0001_c{camid}s1_000001_00.jpg")
+
+    message = refusal(config, {"data.root": str(tmp_path)})
+    assert message.endswith("no query image has a match in the gallery under another camera")
+
+
+def test_a_root_that_does_not_exist_is_refused(ray_cluster, config, tmp_path):
+    root = str(tmp_path / "nothing")
+
+    assert refusal(config, {"data.root": root}).startswith(f"{root}: does not exist")
+
+
+def test_an_initialization_that_does_not_exist_is_refused_before_a_run_begins(config):
+    client = runs.connect()
+    before = len(client.search_runs([e.experiment_id for e in client.search_experiments()]))
+
+    assert refusal(config, {"init": "models:/nobody@champion"}).startswith("models:/nobody")
+
+    after = len(client.search_runs([e.experiment_id for e in client.search_experiments()]))
+    assert after == before

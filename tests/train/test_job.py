@@ -1,0 +1,98 @@
+"""What the driver does around training, without any."""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from upreid_ray.config.presets import PRESETS
+from upreid_ray.tracking import run_log, runs
+from upreid_ray.train.folder import SNAPSHOT_FILE, STOP_FILE, RunFolder
+from upreid_ray.train.job import KEEP_FREED_MEMORY, _stopped_by_sigterm, deliver_metrics
+
+NOWHERE = "http://127.0.0.1:9"  # nothing answers there
+# Prints the page faults of a thread that makes and frees a tensor of 128 MiB, 20 times, once it
+# has done so as often before: it takes about 9 until there is room that fits.
+FAULTS = """
+import resource, threading, torch
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**25)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+thread = threading.Thread(target=lambda: (faults(), print(faults())))
+thread.start()
+thread.join()
+"""
+
+
+@pytest.fixture
+def run(folder) -> RunFolder:
+    return RunFolder(str(folder), "a-run")
+
+
+def test_metrics_that_a_worker_could_not_deliver_are_delivered_at_the_end(run):
+    client = runs.connect()
+    run_id = runs.start_run(client, experiment="late", name="a", config=PRESETS["demo"])
+    worker = run_log.RunLog(run_id, NOWHERE, run.local_path())
+    worker.metrics(3, {"train/loss": 4.5})
+    worker.close(0.1)
+
+    deliver_metrics(run, run_id)
+
+    history = client.get_metric_history(run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(3, 4.5)]
+
+
+def test_a_folder_that_was_on_another_machine_has_nothing_to_deliver(run):
+    elsewhere = RunFolder(run.storage, "elsewhere")
+
+    deliver_metrics(elsewhere, "no-run")
+
+    assert not elsewhere.local_path().exists()
+
+
+def test_the_first_sigterm_asks_the_run_to_stop_and_the_next_one_is_not_caught(run):
+    before = signal.getsignal(signal.SIGTERM)
+
+    with _stopped_by_sigterm(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        asked, then = run.read(STOP_FILE), signal.getsignal(signal.SIGTERM)
+
+    assert (asked, then) == ("", before)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("text", ["", '{"checkpoint_results": [', "{}"])
+def test_a_list_of_checkpoints_is_removed_if_it_is_torn(tmp_path, text):
+    folder = RunFolder(str(tmp_path), "run")
+    folder.write(SNAPSHOT_FILE, text)
+
+    folder.remove_torn_snapshot()
+
+    assert folder.read(SNAPSHOT_FILE) == (text if text == "{}" else None)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_a_worker_keeps_the_memory_that_a_step_frees(monkeypatch):
+    for name in KEEP_FREED_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    faults = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS],
+                env=os.environ | settings,
+                capture_output=True,
+                check=True,
+                text=True,
+            ).stdout
+        )
+        for settings in ({}, KEEP_FREED_MEMORY)
+    ]
+
+    assert faults[0] > 10 * faults[1]

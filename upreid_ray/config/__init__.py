@@ -1,0 +1,1 @@
+"""Every setting: errors, sections, runs, downstream jobs, sweeps, presets."""

@@ -1,0 +1,129 @@
+"""Every setting of a run, in one frozen tree.
+
+One setting has one name: ``optimizer.lr`` is the flag ``--optimizer.lr``, the key in a sweep,
+the MLflow parameter and the path in a checkpoint's ``config.json``.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from types import NoneType
+from typing import Annotated, Any, Self, get_args, get_origin
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
+
+from upreid_ray.config.errors import InputError
+
+CONFIDENTIAL = "confidential"  # type of an error about a value that must not be shown
+
+
+def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        msg = "the first of the two bounds must not exceed the second"
+        raise ValueError(msg)
+    return bounds
+
+
+def _plain(value: Any, annotation: Any) -> Any:  # noqa: ANN401, any setting
+    """Return a value as pydantic reads it; text may say ``none`` or ``first,second``."""
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    if not isinstance(value, str):
+        return value
+    if NoneType in get_args(annotation):
+        if value.lower() == "none":
+            return None
+        annotation = get_args(annotation)[0]
+    return value.split(",") if get_origin(annotation) is tuple else value
+
+
+def _without_secret(uri: str) -> str:
+    if "@" in urlsplit(uri).netloc:
+        raise PydanticCustomError(
+            CONFIDENTIAL,
+            "no user or password in a URI, which is logged; give them in the environment",
+        )
+    return uri
+
+
+Uri = Annotated[str, AfterValidator(_without_secret)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ascending)]
+PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
+Color = tuple[Probability, Probability, Probability]
+Deviation = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+Jitter = Annotated[float, Field(ge=0, lt=1)]
+Pixels = Annotated[int, Field(ge=32, le=1024)]
+MAX_NAME = 100
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MAX_NAME)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown names."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    def flatten(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        """Yield ``(dotted path, value)`` of every setting, depth first."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                yield from value.flatten(f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    def override(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy with the settings or sections at these dotted paths replaced.
+
+        Args:
+            values: Dotted path to new value. Text is read as the setting's type: ``none`` is
+                None, and commas separate the members of a tuple.
+
+        Raises:
+            InputError: A path is unknown, a value is refused, or the whole is inconsistent.
+        """
+        tree = self.model_dump()
+        for path, value in values.items():
+            *parents, name = path.split(".")
+            node: Any = tree
+            section: Any = self
+            for parent in parents:
+                node = node.get(parent) if isinstance(node, dict) else None
+                section = getattr(section, parent, None)
+            if not isinstance(node, dict) or name not in node:
+                near = difflib.get_close_matches(path, dict(self.flatten()), n=1)
+                hint = f"; did you mean --{near[0]}?" if near else "; see --help"
+                msg = f"--{path}: no such setting{hint}"
+                raise InputError(msg)
+            node[name] = _plain(value, type(section).model_fields[name].annotation)
+        return self.parse(tree)
+
+    @classmethod
+    def parse(cls, tree: Mapping[str, Any]) -> Self:
+        """Validate a nested mapping, such as the parsed JSON of ``model_dump_json``.
+
+        Raises:
+            InputError: With the first refused setting, its flag and its value.
+        """
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            first = error.errors()[0]
+            path = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
+            message = first["msg"].removeprefix("Value error, ")
+            if not path:
+                raise InputError(message) from None
+            got = "" if first["type"] == CONFIDENTIAL else f" (got {first['input']!r})"
+            msg = f"--{path}: {message[0].lower()}{message[1:]}{got}"
+            raise InputError(msg) from None

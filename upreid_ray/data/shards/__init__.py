@@ -1,0 +1,1 @@
+"""Records -> a set of Parquet shards with a manifest."""

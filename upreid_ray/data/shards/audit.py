@@ -1,0 +1,71 @@
+"""Whether a set on disk is what its manifest says."""
+
+import hashlib
+from collections.abc import Callable
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+
+from upreid_ray.config.errors import first_line
+from upreid_ray.data.shards.images import RefusedImageError, usable_image
+from upreid_ray.data.shards.manifest import Manifest, Shard
+from upreid_ray.storage import open_folder
+
+
+def audit(
+    uri: str, manifest: Manifest, *, decode: bool, on_progress: Callable[[int], None]
+) -> dict[str, str]:
+    """Read every shard of a set, one Ray Data task each.
+
+    Args:
+        uri: Folder or URI.
+        manifest: Of the set.
+        decode: Whether every image is decoded too.
+        on_progress: Called with the number of images done since the last call.
+
+    Returns:
+        What is wrong with each file that is damaged, by name.
+    """
+    rows = [{"number": number} for number in range(len(manifest.shards))]
+    tasks = ray.data.from_items(rows, override_num_blocks=len(rows))
+
+    def look(row: dict[str, int]) -> dict[str, str]:
+        shard = manifest.shards[row["number"]]
+        try:
+            _check(uri, shard, decode=decode)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            return {"name": shard.name, "wrong": first_line(error)}
+        return {"name": shard.name, "wrong": ""}
+
+    results = tasks.map(look)
+    results.context.enable_progress_bars = False
+    sizes = {shard.name: shard.num_images for shard in manifest.shards}
+    damaged = {}
+    for row in results.iter_rows():
+        on_progress(sizes[row["name"]])
+        if row["wrong"]:
+            damaged[row["name"]] = row["wrong"]
+    return dict(sorted(damaged.items()))
+
+
+def _check(uri: str, shard: Shard, *, decode: bool) -> None:
+    """Raise if a shard is not what the manifest says."""
+    filesystem, path = open_folder(uri)
+    with filesystem.open_input_file(f"{path}/{shard.name}") as stream:
+        content = stream.read_buffer()
+    if len(content) != shard.num_bytes:
+        msg = f"has {len(content)} bytes instead of {shard.num_bytes}"
+        raise ValueError(msg)
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        msg = "has another sha256 than when it was written"
+        raise ValueError(msg)
+    if not decode:
+        return
+    table = pq.read_table(pa.BufferReader(content), columns=["key", "image"])
+    for key, image in zip(*(column.to_pylist() for column in table), strict=True):
+        try:
+            usable_image(image, max_height=None)
+        except RefusedImageError as error:
+            msg = f"image {key!r} {error}"
+            raise ValueError(msg) from error

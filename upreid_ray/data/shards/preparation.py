@@ -1,0 +1,443 @@
+"""Records -> shards with a manifest, in Ray Data tasks.
+
+A shard is written by one task, which reads, checks and measures its images. Duplicates can be
+told only when all images were measured: then the shards that have some are written again,
+without decoding anything. Each file appears whole, says in its metadata what it was written
+for, and is kept by a later call with the same arguments: so a killed one continues.
+"""
+
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+from numpy.typing import NDArray
+from pyarrow import fs
+
+from upreid_ray.config.errors import InputError, first_line
+from upreid_ray.data.shards.duplicates import equal_originals, near_originals
+from upreid_ray.data.shards.images import (
+    MAX_IMAGE_BYTES,
+    ImageRules,
+    RefusedImageError,
+    check,
+    measure,
+    usable_image,
+)
+from upreid_ray.data.shards.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    REFUSED_FILE,
+    SCHEMA,
+    TRAIN_SPLITS,
+    Manifest,
+    Shard,
+    read_manifest,
+)
+from upreid_ray.data.sources.records import Records, Refused, Row
+from upreid_ray.storage import is_file, open_folder, write_whole
+
+ROW_GROUP_IMAGES = 64
+SHARD_BYTES = 128 * 2**20
+# Small sets are cut finer, so that several cores prepare them.
+SMALL_SHARD_IMAGES = 512
+NUM_SMALL_SHARDS = 8
+# Column of a task's records: the place of an image in the source, by which it is read.
+PLACE = "place"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A shard on disk, and what is known of it without its images.
+
+    Attributes:
+        shard: Its entry in the manifest.
+        refused: What its task refused.
+        mean: Of each channel over its images, ``[3]``, zero if it has none.
+        mean_square: Of each channel, ``[3]``.
+    """
+
+    shard: Shard
+    refused: tuple[Refused, ...]
+    mean: tuple[float, ...]
+    mean_square: tuple[float, ...]
+
+    def to_json(self) -> str:
+        """Return it as text."""
+        return json.dumps(asdict(self) | {"shard": self.shard.model_dump()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return what `to_json` was called on."""
+        fields = json.loads(text)
+        return cls(
+            shard=Shard(**fields["shard"]),
+            refused=tuple(Refused(**each) for each in fields["refused"]),
+            mean=tuple(fields["mean"]),
+            mean_square=tuple(fields["mean_square"]),
+        )
+
+
+def write_shards(
+    records: Records,
+    uri: str,
+    *,
+    source: str,
+    seed: int,
+    rules: ImageRules,
+    on_progress: Callable[[int], None],
+) -> Manifest:
+    """Write the records as shards, and the manifest last.
+
+    A set that is whole already is left as it is, and shards that an earlier, killed call with
+    the same arguments finished are kept.
+
+    Args:
+        records: What there is.
+        uri: Folder or URI, made if it does not exist.
+        source: Noted in the manifest.
+        seed: Of the order of the images.
+        rules: What is asked of the images.
+        on_progress: Called with the number of images done since the last call.
+
+    Raises:
+        InputError: The folder holds another set or cannot be written, or no image is usable.
+    """
+    plan = records.digest(FORMAT_VERSION, seed, rules)
+    filesystem, path = open_folder(uri)
+    if is_file(filesystem, f"{path}/{MANIFEST_FILE}"):
+        manifest = read_manifest(uri)
+        if manifest.plan != plan:
+            msg = f"--out {uri}: holds another set of shards; choose an empty folder"
+            raise InputError(msg)
+        on_progress(len(records))
+        return manifest
+    try:
+        filesystem.create_dir(path, recursive=True)
+    except OSError as error:
+        msg = f"{uri}: cannot be written ({first_line(error)})"
+        raise InputError(msg) from error
+
+    writer = ShardWriter(uri, plan, rules, records.read, records.num_readers)
+    parts = plan_shards(records.table, seed=seed)
+    written: dict[str, Written] = {}
+    for each in _in_tasks(ray.data.from_arrow(list(parts)), writer.write):
+        written[each.shard.name] = each
+        on_progress(each.shard.num_images + len(each.refused))
+    if rules.duplicates != "keep":
+        removal = _duplicates(uri, written, rules)
+        rows = [{"name": name, "again": json.dumps(again)} for name, again in removal.items()]
+        if rows:
+            tasks = ray.data.from_items(rows, override_num_blocks=len(rows))
+            for each in _in_tasks(tasks, writer.remove):
+                written[each.shard.name] = each
+
+    used, refused = _outcome(records, written.values(), source)
+    if refused:
+        lines = "".join(json.dumps(asdict(one)) + "\n" for one in refused)
+        write_whole(filesystem, f"{path}/{REFUSED_FILE}", lines.encode())
+    mean, std = _statistics(used)
+    manifest = Manifest(
+        version=FORMAT_VERSION,
+        source=source,
+        plan=plan,
+        rules=asdict(rules),
+        row_group_images=ROW_GROUP_IMAGES,
+        shards=tuple(each.shard for each in used),
+        num_refused=dict(Counter(one.kind for one in refused)),
+        mean=mean,
+        std=std,
+    )
+    content = manifest.model_dump_json(indent=1).encode()
+    write_whole(filesystem, f"{path}/{MANIFEST_FILE}", content)
+    return manifest
+
+
+def _outcome(
+    records: Records, written: Iterable[Written], source: str
+) -> tuple[list[Written], list[Refused]]:
+    """Return the shards that have images, by name, and all that was refused, by key.
+
+    Raises:
+        InputError: No shard has images.
+    """
+    shards = sorted(written, key=lambda each: each.shard.name)
+    refused = [*records.refused, *(one for each in shards for one in each.refused)]
+    used = [each for each in shards if each.shard.num_images]
+    if not used:
+        first = refused[0]
+        msg = (
+            f"{source}: none of {len(records)} images can be used; {first.key}: {first.reason}"
+        )
+        raise InputError(msg)
+    return used, sorted(refused, key=lambda one: one.key)
+
+
+def plan_shards(table: pa.Table, *, seed: int) -> Iterator[pa.Table]:
+    """Yield the records of each shard: a random part of a split, of bounded size.
+
+    Returns:
+        The columns of the records, the ``name`` of the shard, and `PLACE`. Of records with
+        units, a shard has whole ones.
+    """
+    table = table.append_column(PLACE, pa.array(np.arange(len(table))))
+    for split in sorted(pc.unique(table.column("split")).to_pylist()):
+        members = table.filter(pc.equal(table.column("split"), split))
+        num_shards = max(
+            math.ceil(pc.sum(members.column("num_bytes")).as_py() / SHARD_BYTES),
+            min(NUM_SMALL_SHARDS, math.ceil(len(members) / SMALL_SHARD_IMAGES)),
+        )
+        for number, part in enumerate(_random_parts(members, num_shards, seed)):
+            name = f"{split}-{number:05d}-of-{num_shards:05d}.parquet"
+            yield members.take(pa.array(part)).append_column(
+                "name", pa.array([name] * len(part))
+            )
+
+
+def _random_parts(members: pa.Table, num_parts: int, seed: int) -> list[NDArray[np.int64]]:
+    """Cut the rows of a table at random, and shuffle those of each part."""
+    draw = np.random.default_rng(seed)
+    if "unit" not in members.column_names:
+        return np.array_split(draw.permutation(len(members)), num_parts)
+    _, unit = np.unique(members.column("unit").to_numpy(), return_inverse=True)
+    num_units = int(unit.max()) + 1
+    part_of_unit = np.empty(num_units, np.int64)
+    order = draw.permutation(num_units)
+    for number, units in enumerate(np.array_split(order, min(num_parts, num_units))):
+        part_of_unit[units] = number
+    part = part_of_unit[unit]
+    return [draw.permutation(np.flatnonzero(part == n)) for n in range(part.max() + 1)]
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """What tasks do.
+
+    Attributes:
+        uri: Of the set.
+        plan: As in the manifest.
+        rules: What is asked of the images.
+        read: As in `Records`.
+        num_readers: As in `Records`.
+    """
+
+    uri: str
+    plan: str
+    rules: ImageRules
+    read: Callable[[Row], bytes]
+    num_readers: int
+
+    def write(self, part: pa.Table) -> Written:
+        """Write a shard unless it is there.
+
+        Args:
+            part: From `plan_shards`.
+        """
+        filesystem, path = open_folder(self.uri)
+        name, split = part.column("name")[0].as_py(), part.column("split")[0].as_py()
+        if not self._is_mine(filesystem, f"{path}/{name}"):
+            table, refused = self._table(part, split)
+            self._save(filesystem, f"{path}/{name}", table, refused)
+        return self._written(filesystem, path, name, split)
+
+    def remove(self, removal: pa.Table) -> Written:
+        """Write a shard again without its duplicates.
+
+        Args:
+            removal: One row, with the ``name`` of the shard and ``again``: a JSON object with
+                the row and the original's key of each image that is to go.
+        """
+        filesystem, path = open_folder(self.uri)
+        name = removal.column("name")[0].as_py()
+        again = {int(k): v for k, v in json.loads(removal.column("again")[0].as_py()).items()}
+        with filesystem.open_input_file(f"{path}/{name}") as stream:
+            table = pq.read_table(stream)
+        refused = json.loads(table.schema.metadata[b"refused"])
+        keys = table.column("key").to_pylist()
+        refused += [
+            asdict(Refused(keys[row], "duplicate", f"is a duplicate of {original}"))
+            for row, original in again.items()
+        ]
+        stays = np.ones(len(table), bool)
+        stays[list(again)] = False
+        split = table.column("split")[0].as_py()
+        self._save(filesystem, f"{path}/{name}", table.filter(pa.array(stays)), refused)
+        return self._written(filesystem, path, name, split)
+
+    def _is_mine(self, filesystem: fs.FileSystem, file: str) -> bool:
+        """Tell whether a shard is there, whole, and was written for this plan."""
+        if not is_file(filesystem, file):
+            return False
+        try:
+            with filesystem.open_input_file(file) as stream:
+                metadata = pq.read_schema(stream).metadata or {}
+        except (pa.ArrowException, OSError):
+            return False
+        return bool(metadata.get(b"plan") == self.plan.encode())
+
+    def _table(self, part: pa.Table, split: str) -> tuple[pa.Table, list[dict[str, str]]]:
+        """Read and check the images of a shard; return them and what was refused."""
+        records = part.append_column("order", pa.array(np.arange(len(part))))
+        in_source = records.sort_by(PLACE).to_pylist()  # as they lie on disk
+        rows, refused = [], []
+        for record, encoded in zip(in_source, self._read_all(in_source), strict=True):
+            try:
+                if isinstance(encoded, Exception):
+                    raise RefusedImageError("unreadable", first_line(encoded)) from encoded
+                image = usable_image(encoded, max_height=self.rules.max_height)
+                measures = measure(image.picture)
+                if split in TRAIN_SPLITS:
+                    check(measures, self.rules)
+            except RefusedImageError as error:
+                refused.append(asdict(Refused(record["key"], error.kind, str(error))))
+                continue
+            labels = {name: record[name] for name in ("key", "pid", "camid", "split")}
+            rows.append((record["order"], {**labels, "image": image.encoded, **vars(measures)}))
+        rows.sort(key=lambda row: row[0])
+        return pa.Table.from_pylist([row for _, row in rows], schema=SCHEMA), refused
+
+    def _read_all(self, rows: Sequence[Row]) -> Iterator[bytes | Exception]:
+        """Yield the encoded images of rows, or why one cannot be read."""
+
+        def read_one(row: Row) -> bytes | Exception:
+            if row["num_bytes"] > MAX_IMAGE_BYTES:
+                return ValueError(f"has {row['num_bytes']} bytes, too many for an image")
+            try:
+                return self.read(row)
+            except (OSError, ValueError, InputError) as error:
+                return error
+
+        if self.num_readers == 1:
+            yield from map(read_one, rows)
+            return
+        with ThreadPoolExecutor(self.num_readers) as pool:
+            yield from pool.map(read_one, rows)
+
+    def _save(
+        self,
+        filesystem: fs.FileSystem,
+        file: str,
+        table: pa.Table,
+        refused: list[dict[str, str]],
+    ) -> None:
+        metadata = {"plan": self.plan, "refused": json.dumps(refused)}
+        buffer = io.BytesIO()
+        small = [name for name in _leaves(table.schema) if name != "image"]
+        pq.write_table(
+            table.replace_schema_metadata(metadata),
+            buffer,
+            row_group_size=ROW_GROUP_IMAGES,
+            # Images do not get smaller, nor would anybody look for the least of them.
+            compression={"image": "none"} | dict.fromkeys(small, "zstd"),
+            use_dictionary=small,
+            write_statistics=small,
+            write_page_checksum=True,
+        )
+        write_whole(filesystem, file, buffer.getvalue())
+
+    def _written(self, filesystem: fs.FileSystem, path: str, name: str, split: str) -> Written:
+        """Describe a shard from what is on disk."""
+        with filesystem.open_input_file(f"{path}/{name}") as stream:
+            content = stream.read_buffer()
+        table = pq.read_table(pa.BufferReader(content), columns=["mean", "mean_square"])
+        shard = Shard(
+            name=name,
+            split=split,
+            num_images=len(table),
+            num_bytes=len(content),
+            sha256=sha256(content).hexdigest(),
+        )
+        mean, mean_square = (
+            tuple(np.stack(column.to_numpy()).astype(np.float64).mean(0).tolist())
+            if len(table)
+            else (0.0, 0.0, 0.0)
+            for column in table
+        )
+        refused = json.loads(table.schema.metadata[b"refused"])
+        return Written(shard, tuple(Refused(**one) for one in refused), mean, mean_square)
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    """Return the columns of a Parquet file, as which the members of a list have one."""
+    return [
+        f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name
+        for field in schema
+    ]
+
+
+def _in_tasks(inputs: ray.data.Dataset, do: Callable[[pa.Table], Written]) -> Iterator[Written]:
+    """Do something with each block of a dataset in a task; yield the results as they come."""
+
+    def do_one(block: pa.Table) -> dict[str, list[str]]:
+        return {"written": [do(block).to_json()]}
+
+    results = inputs.map_batches(do_one, batch_size=None, batch_format="pyarrow")
+    results.context.enable_progress_bars = False
+    for row in results.iter_rows():
+        yield Written.from_json(row["written"])
+
+
+def _duplicates(
+    uri: str, written: dict[str, Written], rules: ImageRules
+) -> dict[str, dict[int, str]]:
+    """Return for each shard with duplicates their rows, and the key of what each repeats."""
+    filesystem, path = open_folder(uri)
+    names = [
+        name
+        for name, each in sorted(written.items())
+        if each.shard.split in TRAIN_SPLITS and each.shard.num_images
+    ]
+    column = "fingerprint" if rules.duplicates == "near" else "digest"
+    tables = []
+    for name in names:
+        with filesystem.open_input_file(f"{path}/{name}") as stream:
+            tables.append(pq.read_table(stream, columns=["key", column]))
+    if not tables:
+        return {}
+    keys = pa.chunked_array(
+        [
+            chunk.cast(pa.large_string())
+            for table in tables
+            for chunk in table.column("key").chunks
+        ]
+    )
+    values: Any = pa.concat_tables(tables, promote_options="none").column(column)
+    if rules.duplicates == "near":
+        originals = near_originals(values.to_numpy(), max_distance=rules.max_distance)
+    else:
+        originals = equal_originals(
+            np.frombuffer(b"".join(values.to_pylist()), dtype=np.dtype("V16"))
+        )
+    repeats = np.flatnonzero(originals != np.arange(len(originals)))
+    names_of = keys.take(pa.array(originals[repeats])).to_pylist()
+    starts = np.cumsum([0, *(len(table) for table in tables)])
+    removal: dict[str, dict[int, str]] = {}
+    for place, original in zip(repeats.tolist(), names_of, strict=True):
+        number = int(np.searchsorted(starts, place, "right")) - 1
+        removal.setdefault(names[number], {})[place - int(starts[number])] = original
+    return removal
+
+
+def _statistics(
+    written: Sequence[Written],
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Return mean and deviation of each channel over the training images, else over all."""
+    used = [each for each in written if each.shard.split in TRAIN_SPLITS] or written
+    weights = np.array([each.shard.num_images for each in used], np.float64)
+    weights /= weights.sum()
+    mean = weights @ np.array([each.mean for each in used])
+    mean_square = weights @ np.array([each.mean_square for each in used])
+    std = np.sqrt(np.maximum(mean_square - mean**2, 0))
+    red, green, blue = (round(float(value), 4) for value in mean)
+    red_std, green_std, blue_std = (round(float(value), 4) for value in std)
+    return (red, green, blue), (red_std, green_std, blue_std)

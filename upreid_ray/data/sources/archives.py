@@ -1,0 +1,301 @@
+"""Files that hold many images -> records: tar files, LMDB, Parquet.
+
+Names inside of an archive become keys and nothing else: nothing is unpacked.
+"""
+
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from upreid_ray.config.errors import InputError, first_line
+from upreid_ray.data.sources.layouts import num_readers
+from upreid_ray.data.sources.pickles import read_pickle
+from upreid_ray.data.sources.records import (
+    Records,
+    Refused,
+    Row,
+    is_image_name,
+    make_records,
+    not_text,
+)
+from upreid_ray.storage import is_local, open_folder, reading
+
+LMDB_FILE = "data.mdb"
+LMDB_KEYS_FILE = "keys.pkl"
+# Columns of a Parquet source that are taken under these names if no other is given.
+PARQUET_COLUMNS = ("image", "key", "pid", "camid", "split")
+SPLITS = ("train", "query", "gallery", "unlabeled")
+
+
+def tar_records(source: str, tars: Sequence[str]) -> Records:
+    """Return the images in tar files, such as WebDataset's shards.
+
+    A key is the name in the tar file, after that of the tar file if there are several. A tar
+    file that is damaged gives the images before the damage.
+
+    Raises:
+        InputError: A file cannot be read or is compressed, or there are no images.
+    """
+    keys: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    refused: list[Refused] = []
+    for number, uri in enumerate(tars):
+        filesystem, path = open_folder(uri)
+        prefix = f"{path.rpartition('/')[2]}/" if len(tars) > 1 else ""
+        with reading(uri), filesystem.open_input_file(path) as stream:
+            try:
+                for member in _members(stream):
+                    key = f"{prefix}{member.name}"
+                    refusal = not_text(key) or _not_plain(key, member)
+                    if refusal:
+                        refused.append(refusal)
+                    else:
+                        keys.append(key)
+                        places.append((number, member.offset_data, member.size))
+            except tarfile.TarError as error:
+                refused.append(Refused(uri, "unreadable", f"ends early: {first_line(error)}"))
+    if not keys and refused:
+        msg = f"{refused[0].key}: {refused[0].reason}"
+        raise InputError(msg)
+    files, offsets, sizes = np.array(places, np.int64).reshape(-1, 3).T
+    columns = {"key": keys, "num_bytes": sizes, "file": files, "offset": offsets}
+    readers = num_readers(open_folder(tars[0])[0]) if tars else 1
+    return make_records(
+        source, columns, TarReader(tuple(tars)), num_readers=readers, refused=refused
+    )
+
+
+@dataclass(frozen=True)
+class TarReader:
+    """Reads images out of tar files."""
+
+    tars: tuple[str, ...]
+
+    def __call__(self, row: Row) -> bytes:
+        """Return the bytes of a member."""
+        content: bytes = _opened(self.tars[row["file"]]).read_at(
+            row["num_bytes"], row["offset"]
+        )
+        return content
+
+
+@lru_cache(maxsize=32)
+def _opened(uri: str) -> pa.NativeFile:
+    filesystem, path = open_folder(uri)
+    return filesystem.open_input_file(path)
+
+
+def _members(stream: pa.NativeFile) -> Iterable[tarfile.TarInfo]:
+    """Yield the images of a tar file; links and such too, to be refused."""
+    with tarfile.open(fileobj=stream, mode="r:") as tar:
+        for member in tar:
+            tar.members.clear()  # type: ignore[attr-defined]  # it keeps every member otherwise
+            if not member.isdir() and is_image_name(member.name):
+                yield member
+
+
+def _not_plain(key: str, member: tarfile.TarInfo) -> Refused | None:
+    """Refuse what has no bytes of its own in the tar file, or not in one piece."""
+    if member.isreg() and not member.issparse():
+        return None
+    return Refused(key, "unreadable", "is a link, a device or a sparse file")
+
+
+def lmdb_records(source: str) -> Records:
+    """Return the images in an LMDB, as LUPerson comes.
+
+    The keys are those of a pickled list, or of ``keys`` in a pickled dictionary, in
+    ``keys.pkl`` in or beside the folder; without it, all keys of the LMDB.
+
+    Raises:
+        InputError: It cannot be read, is not local, or has no images.
+    """
+    filesystem, path = open_folder(source)
+    if not is_local(filesystem):
+        msg = f"{source}: an LMDB is mapped into memory, so it must be on a local disk"
+        raise InputError(msg)
+    file = Path(path, LMDB_FILE) if Path(path).is_dir() else Path(path)
+    places = [folder / LMDB_KEYS_FILE for folder in file.parents[:2]]
+    listed = next((place for place in places if place.is_file()), None)
+    raw: list[str | bytes] = [] if listed is None else _listed_keys(listed)
+    try:
+        env = _opened_lmdb(str(file))
+        stat = env.stat()
+        if listed is None:
+            with env.begin() as transaction:
+                raw += transaction.cursor().iternext(values=False)
+    except lmdb.Error as error:
+        msg = f"{source}: cannot be read as LMDB ({first_line(error)})"
+        raise InputError(msg) from error
+    pages = stat["leaf_pages"] + stat["overflow_pages"]
+    mean_size = pages * stat["psize"] // max(1, stat["entries"])
+    keys: list[str] = []
+    refused: list[Refused] = []
+    for each in raw:
+        key = each if isinstance(each, str) else each.decode(errors="surrogateescape")
+        refusal = not_text(key)
+        if refusal:
+            refused.append(refusal)
+        else:
+            keys.append(key)
+    columns = {"key": keys, "num_bytes": np.full(len(keys), mean_size)}
+    return make_records(source, columns, LmdbReader(str(file)), refused=refused)
+
+
+def _listed_keys(file: Path) -> list[str | bytes]:
+    content = read_pickle(file.read_bytes(), str(file))
+    if isinstance(content, dict):
+        content = content.get("keys")
+    if not isinstance(content, list) or not all(isinstance(k, str | bytes) for k in content):
+        msg = f"{file}: holds neither a list of keys nor a dictionary with such a list as keys"
+        raise InputError(msg)
+    return content
+
+
+@dataclass(frozen=True)
+class LmdbReader:
+    """Reads images out of an LMDB."""
+
+    file: str
+
+    def __call__(self, row: Row) -> bytes:
+        """Return the value of a key."""
+        try:
+            with _opened_lmdb(self.file).begin() as transaction:
+                content: bytes | None = transaction.get(row["key"].encode())
+        except lmdb.Error as error:
+            msg = f"the LMDB cannot be read: {first_line(error)}"
+            raise OSError(msg) from error
+        if content is None:
+            msg = "the LMDB has no such key"
+            raise ValueError(msg)
+        return content
+
+
+# A process may open an LMDB only once.
+@lru_cache(maxsize=1)
+def _opened_lmdb(file: str) -> lmdb.Environment:
+    return lmdb.open(file, subdir=False, readonly=True, lock=False, readahead=False)
+
+
+def parquet_records(source: str, files: Sequence[str], columns: Mapping[str, str]) -> Records:
+    """Return the images in Parquet files.
+
+    Reading one image of a row group costs the whole of it, so a row group of the source stays
+    together: its images go into one shard, shuffled with those of others.
+
+    Args:
+        source: Named in errors.
+        files: Paths or URIs.
+        columns: Names of the columns for ``image`` (encoded bytes), ``key``, ``pid``,
+            ``camid`` and ``split`` where they have others; a dot leads into a structure
+            (``image.bytes``). Without keys, an image is called after its file and row.
+
+    Raises:
+        InputError: A file cannot be read, or a column is missing or does not fit.
+    """
+    tables = []
+    unit = 0
+    for number, uri in enumerate(files):
+        filesystem, path = open_folder(uri)
+        with reading(uri), filesystem.open_input_file(path) as stream:
+            file = pq.ParquetFile(stream)
+            names = _column_names(uri, file.schema_arrow, columns)
+            labels = file.read([name for name in names.values() if name != names["image"]])
+            sizes = [
+                file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)
+            ]
+            size = file.metadata.num_rows
+            table = {
+                column: _field(labels, name)
+                for column, name in names.items()
+                if column != "image"
+            }
+            stem = path.rpartition("/")[2]
+            table.setdefault("key", pa.array([f"{stem}/{row:08d}" for row in range(size)]))
+            groups = np.repeat(np.arange(len(sizes)), sizes)
+            table |= {
+                "num_bytes": pa.array(_mean_sizes(file, names["image"])[groups]),
+                "file": pa.array(np.full(size, number)),
+                "row_group": pa.array(groups),
+                "row": pa.array(np.concatenate([np.arange(n) for n in [*sizes, 0]])),
+                "unit": pa.array(unit + groups),
+            }
+            unit += len(sizes)
+            tables.append(pa.table(table))
+    try:
+        joined = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        msg = f"{source}: its files do not fit each other ({first_line(error)})"
+        raise InputError(msg) from error
+    table = {name: joined.column(name) for name in joined.column_names}
+    if "split" in table:
+        unknown = set(pc.unique(table["split"]).to_pylist()) - set(SPLITS)
+        if unknown:
+            msg = f"{source}: the split {unknown.pop()!r} is none of {', '.join(SPLITS)}"
+            raise InputError(msg)
+    image = columns.get("image", "image")
+    return make_records(source, table, ParquetReader(tuple(files), image))
+
+
+def _column_names(uri: str, schema: pa.Schema, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the column of the file for each of ours that it has."""
+    names = {}
+    for ours in PARQUET_COLUMNS:
+        name = given.get(ours, ours)
+        if name.partition(".")[0] in schema.names:
+            names[ours] = name
+        elif ours in given or ours == "image":
+            msg = f"{uri}: has no column {name}; name it with --columns {ours}=NAME (it has "
+            msg += ", ".join(schema.names[:20]) + ")"
+            raise InputError(msg)
+    return names
+
+
+def _field(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """Return a column, or what the dots of its name lead to."""
+    column, *parts = name.split(".")
+    return pc.struct_field(table.column(column), parts) if parts else table.column(column)
+
+
+def _mean_sizes(file: pq.ParquetFile, image: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Return the mean size of an image of each row group, in bytes."""
+    sizes = []
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        columns = [group.column(i) for i in range(group.num_columns)]
+        of_image = [c.total_uncompressed_size for c in columns if c.path_in_schema == image]
+        sizes.append(sum(of_image) // max(1, group.num_rows))
+    return np.array(sizes, np.int64)
+
+
+@dataclass(frozen=True)
+class ParquetReader:
+    """Reads images out of Parquet files."""
+
+    files: tuple[str, ...]
+    image: str
+
+    def __call__(self, row: Row) -> bytes:
+        """Return the image of a row."""
+        images = _row_group(self.files[row["file"]], row["row_group"], self.image)
+        content = images[row["row"]].as_py()
+        if not isinstance(content, bytes):
+            msg = "has no bytes" if content is None else "is not bytes"
+            raise ValueError(msg)
+        return content
+
+
+@lru_cache(maxsize=1)
+def _row_group(uri: str, number: int, image: str) -> pa.ChunkedArray:
+    filesystem, path = open_folder(uri)
+    with filesystem.open_input_file(path) as stream:
+        return _field(pq.ParquetFile(stream).read_row_group(number, columns=[image]), image)

@@ -1,0 +1,90 @@
+"""Lists of paths -> records."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+from pyarrow import fs
+
+from upreid_ray.config.errors import InputError
+from upreid_ray.data.sources.layouts import NUM_REMOTE_READERS
+from upreid_ray.data.sources.pickles import read_pickle
+from upreid_ray.data.sources.records import Records, Refused, Row, make_records, not_text
+from upreid_ray.storage import is_local, open_folder, opened_folder, read_file, reading
+
+# Files whose sizes are looked up; the others are taken to be as large.
+NUM_SIZES = 256
+
+
+def listed_paths(source: str) -> list[str]:
+    """Return the entries of a list: a line each, or a pickled list or tuple.
+
+    Raises:
+        InputError: It cannot be read, or holds something else.
+    """
+    filesystem, path = open_folder(source)
+    with reading(source):
+        content = read_file(filesystem, path)
+    if path.endswith((".pkl", ".pickle")):
+        entries = read_pickle(content, source)
+        if not isinstance(entries, list | tuple) or not all(
+            isinstance(entry, str | bytes) for entry in entries
+        ):
+            msg = f"{source}: holds no list of paths"
+            raise InputError(msg)
+        return [
+            e if isinstance(e, str) else e.decode(errors="surrogateescape") for e in entries
+        ]
+    lines = content.decode(errors="surrogateescape").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def listed_records(source: str, paths: Sequence[str]) -> Records:
+    """Return the images that are listed; a file that is not there is refused when it is read.
+
+    Paths are absolute, relative to the folder of the list, or URIs. They are the keys.
+
+    Raises:
+        InputError: The list is empty.
+    """
+    refused: list[Refused] = []
+    keys: list[str] = []
+    for path in paths:
+        refusal = not_text(path)
+        if refusal:
+            refused.append(refusal)
+        else:
+            keys.append(path)
+    reader = ListedReader(source.rpartition("/")[0] or ("/" if source[:1] == "/" else "."))
+    locations = [reader.location(key) for key in keys[:: -(-len(keys) // NUM_SIZES) or 1]]
+    sizes = [found[0].get_file_info(found[1]) for found in locations]
+    known = [info.size for info in sizes if info.type == fs.FileType.File]
+    mean_size = sum(known) // max(1, len(known))
+    return make_records(
+        source,
+        {"key": keys, "num_bytes": np.full(len(keys), mean_size)},
+        reader,
+        num_readers=1 if all(is_local(where) for where, _ in locations) else NUM_REMOTE_READERS,
+        refused=refused,
+    )
+
+
+@dataclass(frozen=True)
+class ListedReader:
+    """Reads images that are files; their keys are paths, from a folder on if not absolute."""
+
+    folder: str
+
+    def location(self, key: str) -> tuple[fs.FileSystem, str]:
+        """Return the filesystem and the path of an image."""
+        if "://" in key:
+            return open_folder(key)
+        if PurePosixPath(key).is_absolute():
+            return fs.LocalFileSystem(), key
+        filesystem, path = opened_folder(self.folder)
+        return filesystem, f"{path}/{key}"
+
+    def __call__(self, row: Row) -> bytes:
+        """Return the bytes of a file."""
+        return read_file(*self.location(row["key"]))

@@ -1,0 +1,147 @@
+"""Records: what the images of a source are, without their pixels.
+
+Millions of them are a table, not objects: a few columns, and a function that reads the image
+of a row in whichever process gets the row.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from upreid_ray.config.errors import InputError, first_line
+
+Split = Literal["train", "query", "gallery", "unlabeled"]
+Row = Mapping[str, Any]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+
+FIELDS = {
+    "key": pa.large_string(),
+    "split": pa.string(),
+    "pid": pa.int32(),
+    "camid": pa.int32(),
+    "num_bytes": pa.int64(),
+}
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An image that does not go in.
+
+    Attributes:
+        key: Of the image; of its file where there is no key.
+        kind: One word, to be counted.
+        reason: A line.
+    """
+
+    key: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Records:
+    """The images of a source.
+
+    Attributes:
+        table: A row an image, sorted by ``key``, which is unique; also ``split``, ``pid``,
+            ``camid`` (null where unknown) and ``num_bytes`` (of the encoded image; may be an
+            estimate). Rows with an equal ``unit``, if there is such a column, are read
+            together and stay in one shard. Other columns are for ``read``.
+        read: Returns the encoded image of a row in any process; raises OSError or ValueError
+            with the reason if it cannot.
+        num_readers: Images that a process reads at a time; more than one where reading waits
+            for a network.
+        refused: What the source names but cannot be an image.
+    """
+
+    table: pa.Table
+    read: Callable[[Row], bytes]
+    num_readers: int
+    refused: tuple[Refused, ...]
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.table)
+
+    def digest(self, *asked: object) -> str:
+        """Identify the images, and what is asked of them."""
+        digest = hashlib.sha256(repr(asked).encode())
+        keys = self.table.column("key").combine_chunks()
+        digest.update(pc.binary_length(keys).to_numpy().tobytes())
+        digest.update(memoryview(keys.buffers()[2])[: pc.sum(pc.binary_length(keys)).as_py()])
+        for name in ("pid", "camid", "num_bytes"):
+            # Persons and cameras are never as negative as what stands for none here.
+            column = pc.fill_null(self.table.column(name).cast(pa.int64()), -(2**40))
+            digest.update(column.to_numpy().tobytes())
+        return digest.hexdigest()
+
+
+def make_records(
+    source: str,
+    columns: Mapping[str, Sequence[Any] | pa.Array],
+    read: Callable[[Row], bytes],
+    *,
+    num_readers: int = 1,
+    refused: Iterable[Refused] = (),
+) -> Records:
+    """Sort rows by key, fill in the columns that are missing, and leave out second mentions.
+
+    Args:
+        source: Named in errors.
+        columns: Of `Records.table`; all but ``key`` and ``num_bytes`` may be missing.
+        read: As in `Records`.
+        num_readers: As in `Records`.
+        refused: As in `Records`.
+
+    Raises:
+        InputError: There are no images, or a column has values that do not fit it.
+    """
+    size = len(columns["key"])
+    if size == 0:
+        endings = " ".join(IMAGE_SUFFIXES)
+        msg = f"{source}: no images found (files that end in {endings})"
+        raise InputError(msg)
+    filled = {"split": pa.repeat("unlabeled", size), **columns}
+    table = {}
+    for name in [*FIELDS, *(name for name in filled if name not in FIELDS)]:
+        try:
+            if name not in filled:
+                table[name] = pa.nulls(size, FIELDS[name])
+            elif isinstance(filled[name], pa.Array | pa.ChunkedArray):
+                table[name] = filled[name].cast(FIELDS.get(name, filled[name].type))
+            else:
+                table[name] = pa.array(filled[name], FIELDS.get(name))
+        except (pa.ArrowException, OverflowError) as error:
+            msg = f"{source}: the column {name} cannot be used ({first_line(error)})"
+            raise InputError(msg) from error
+    records = pa.table(table)
+    order = pc.sort_indices(records, [("key", "ascending")])
+    keys = records.column("key").take(order).combine_chunks()
+    repeated = np.concatenate([[False], pc.equal(keys[1:], keys[:-1]).to_numpy(False)])
+    again = [
+        Refused(key, "repeated", "another image of the source has this key")
+        for key in keys.filter(pa.array(repeated)).to_pylist()
+    ]
+    kept = records.take(order.filter(pa.array(~repeated))).combine_chunks()
+    return Records(kept, read, num_readers, (*refused, *again))
+
+
+def is_image_name(name: str) -> bool:
+    """Tell whether a name ends as those of images do."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def not_text(name: str) -> Refused | None:
+    """Refuse a name that cannot be a key because it is not text."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        shown = name.encode(errors="backslashreplace").decode()
+        return Refused(shown, "unreadable", "its name is not text (UTF-8)")
+    return None

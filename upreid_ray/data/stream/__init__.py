@@ -1,0 +1,1 @@
+"""A set of shards -> uint8 batches in a reproducible order."""

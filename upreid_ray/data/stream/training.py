@@ -1,0 +1,230 @@
+"""Shards -> uint8 batches, in an order that is a pure function of (seed, epoch, step).
+
+An epoch is a random order of row groups. It is cut into rounds of a few steps, and a round
+into blocks, one for each group of a batch; the rows of a block are shuffled. A Ray Data task
+reads and decodes one block, and a worker gets the blocks of its groups. The number of workers
+decides who gets which group of a step, never which images are in it.
+
+Nothing here imports torch: that would add seconds to the start of each task process.
+
+Dimensions: B images of a batch, W workers, b = B / W images of a worker's batch, H x W pixels.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.core.groups import shares
+from upreid_ray.data.shards.manifest import TRAIN_SPLITS, Manifest
+from upreid_ray.data.stream.rows import Columns, RowGroups, RowRange, decode, read_rows
+
+logger = logging.getLogger(__name__)
+# Between two tasks a core idles for about 80 ms: a block should be worth the wait, in images
+# and in bytes, and half a CPU for each task lets another one work meanwhile.
+MIN_BLOCK_IMAGES = 256
+MAX_BLOCK_IMAGES = 1024
+BLOCK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one task decodes for training: some rows of an epoch, shuffled.
+
+    Attributes:
+        epoch: Whose order counts.
+        start: First row of the epoch's order.
+        stop: Row after the last.
+        skip: Shuffled rows that a resumed run has seen already.
+    """
+
+    epoch: int
+    start: int
+    stop: int
+    skip: int
+
+    def __len__(self) -> int:
+        """Count the images that are still to be seen."""
+        return self.stop - self.start - self.skip
+
+
+@dataclass(frozen=True)
+class Round:
+    """A few steps that are read together.
+
+    Attributes:
+        first_step: Of the run.
+        num_steps: Steps that are still to be taken.
+        blocks: One for each group of a batch, together ``num_steps`` batches.
+    """
+
+    first_step: int
+    num_steps: int
+    blocks: tuple[Block, ...]
+
+    def by_worker(self, num_workers: int) -> list[list[Block]]:
+        """Return the blocks of the groups of each worker."""
+        parts = shares(len(self.blocks), num_workers)
+        return [[self.blocks[group] for group in part] for part in parts]
+
+
+class TrainingImages:
+    """The unlabeled images of a set of shards, in the order of training.
+
+    Attributes:
+        num_images: Of one epoch.
+        steps_per_epoch: Whole batches of one epoch; which images are left over differs.
+
+    Raises:
+        InputError: There are fewer images than one batch takes.
+    """
+
+    def __init__(self, uri: str, manifest: Manifest, config: PretrainConfig) -> None:
+        self._uri = uri
+        self._groups = RowGroups(manifest, TRAIN_SPLITS)
+        self._names = [shard.name for shard in manifest.shards]
+        self._config = config
+        fitting = BLOCK_BYTES // (3 * config.data.height * config.data.width)
+        num_images = max(MIN_BLOCK_IMAGES, min(MAX_BLOCK_IMAGES, fitting))
+        self._steps_per_block = -(-num_images // config.training.group_size)
+        self.num_images = self._groups.num_images
+        self.steps_per_epoch = self.num_images // config.training.batch_size
+        if self.steps_per_epoch == 0:
+            msg = (
+                f"--training.batch_size {config.training.batch_size}: exceeds the "
+                f"{self.num_images} training images of {uri}"
+            )
+            raise InputError(msg)
+
+    def rounds(self, start_step: int, stop_step: int) -> Iterator[Round]:
+        """Yield the rounds of these steps; the last one may go on beyond ``stop_step``."""
+        batch_size, group_size = (
+            self._config.training.batch_size,
+            self._config.training.group_size,
+        )
+        step = start_step
+        while step < stop_step:
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            seen = step_of_epoch % self._steps_per_block
+            first = step_of_epoch - seen
+            num_steps = min(self._steps_per_block, self.steps_per_epoch - first)
+            size = num_steps * group_size
+            rows = range(first * batch_size, (first + num_steps) * batch_size, size)
+            blocks = tuple(Block(epoch, row, row + size, seen * group_size) for row in rows)
+            yield Round(step, num_steps - seen, blocks)
+            step += num_steps - seen
+
+    def keys(self, step: int) -> list[str]:
+        """Return the names of the images of a step's batch, in order."""
+        this = next(self.rounds(step, step + 1))
+        size = self._config.training.group_size
+        names: list[str] = []
+        for block in this.blocks:
+            keys, _ = self._shuffled(block, "key", pa.string())
+            names += pc.fill_null(keys.slice(block.skip, size), "(damaged)").to_pylist()
+        return names
+
+    def rows(self, block: Block) -> tuple[list[RowRange], NDArray[np.int64]]:
+        """Return where the images of a block lie, and the order in which they are seen."""
+        seed, epoch = self._config.seed, block.epoch
+        order = np.random.default_rng((seed, epoch)).permutation(len(self._groups))
+        shuffle = np.random.default_rng((seed, epoch, block.start))
+        return (
+            self._groups.ranges(order, block.start, block.stop),
+            shuffle.permutation(block.stop - block.start),
+        )
+
+    def read(self, block: Block) -> Columns:
+        """Read, shuffle and decode the images of one block.
+
+        Returns:
+            ``image``, uint8 ``[n, 3, H, W]``, ``decoded``, bool ``[n]``, and ``shard``, int
+            ``[n]``, its place in the manifest. What does not decode, or lies in a shard that
+            cannot be read, is replaced by another image, so that all others keep their place.
+
+        Raises:
+            InputError: There is no other image.
+        """
+        encoded, shards = self._shuffled(block, "image", pa.binary())
+        columns = decode(encoded, self._config.data.height, self._config.data.width)
+        columns["shard"] = shards
+        if not columns["decoded"].any():
+            columns["image"] = self._others(block, self._names[int(shards[0])])
+        # What was seen is decoded too: a later image may be replaced by one of these.
+        return {name: column[block.skip :] for name, column in columns.items()}
+
+    def _shuffled(
+        self, block: Block, column: str, kind: pa.DataType
+    ) -> tuple[pa.Array, NDArray[np.int64]]:
+        """Return a column of the rows of one block and their shards, in the order of training.
+
+        What cannot be read is null.
+        """
+        ranges, order = self.rows(block)
+        values = []
+        for part in ranges:
+            try:
+                values += read_rows(self._uri, [part], [column]).column(column).chunks
+            except InputError as error:
+                logger.warning("left out: %s", error)
+                values.append(pa.nulls(part.stop - part.start, kind))
+        shards = np.repeat([p.number for p in ranges], [p.stop - p.start for p in ranges])
+        return pa.concat_arrays(values).take(pa.array(order)), shards[order]
+
+    def _others(self, block: Block, shard: str) -> NDArray[np.uint8]:
+        """Return images of the epoch's beginning instead of those of a block."""
+        if block.start == 0:
+            msg = f"{self._uri}/{shard}: its images do not decode, nor others of the set"
+            raise InputError(msg)
+        begin = self.read(Block(block.epoch, 0, min(block.start, MIN_BLOCK_IMAGES), 0))["image"]
+        return begin[np.arange(block.stop - block.start) % len(begin)]
+
+    def batches(
+        self,
+        rounds: Iterable[Round],
+        blocks: Iterator[Columns],
+        *,
+        rank: int = 0,
+        num_workers: int = 1,
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Yield one worker's batch of each step of the rounds.
+
+        Args:
+            rounds: From `rounds`.
+            blocks: Decoded blocks of the worker's groups, in the order of the rounds.
+            rank: Of the worker.
+            num_workers: W.
+
+        Yields:
+            uint8 ``[b, 3, H, W]``.
+
+        Raises:
+            InputError: More images fail to decode than --data.max_undecodable allows.
+        """
+        group_size, limit = self._config.training.group_size, self._config.data.max_undecodable
+        num_seen = 0
+        undecodable: Counter[int] = Counter()  # by shard
+        for this in rounds:
+            mine = list(islice(blocks, len(this.by_worker(num_workers)[rank])))
+            num_seen += sum(len(block["decoded"]) for block in mine)
+            for block in mine:
+                undecodable.update(block["shard"][~block["decoded"]].tolist())
+            if undecodable.total() > limit * max(num_seen, self.num_images / num_workers):
+                (number, count), *_ = undecodable.most_common(1)
+                msg = (
+                    f"{self._uri}: {undecodable.total()} of {num_seen} images do not decode, "
+                    f"more than --data.max_undecodable {limit} allows; {count} of them in "
+                    f"{self._names[number]}"
+                )
+                raise InputError(msg)
+            for start in range(0, this.num_steps * group_size, group_size):
+                groups = [block["image"][start : start + group_size] for block in mine]
+                yield np.concatenate(groups)

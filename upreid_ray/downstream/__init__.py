@@ -1,0 +1,1 @@
+"""What a backbone is for: scores, comparisons, files for other tools."""

@@ -1,0 +1,201 @@
+"""Retrieval with a frozen backbone: features on Ray Data, ranking in `core.retrieval`.
+
+Dimensions: N images, Q query images, G gallery images, F features.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from upreid_ray.config.downstream import EvaluateConfig
+from upreid_ray.config.pretrain import AugmentationConfig
+from upreid_ray.config.run import ScalingConfig
+from upreid_ray.core.reranking import reranked_distances
+from upreid_ray.core.retrieval import Labels, cosine_distances, extract_features, score_rows
+from upreid_ray.data.shards.manifest import read_manifest
+from upreid_ray.data.shards.on_demand import labelled_shards
+from upreid_ray.data.stream.labelled import EVALUATION_SPLITS, LabelledImages, check_labels
+from upreid_ray.data.stream.rows import Columns
+from upreid_ray.tracking import runs
+from upreid_ray.train.folder import RunFolder
+from upreid_ray.train.initialization import Initialization, requested
+from upreid_ray.train.worker import take_threads
+
+SCORES_FILE = "scores.json"
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What an evaluation finds.
+
+    Attributes:
+        run_id: Of the MLflow run.
+        init: What was scored; of a registered model the version.
+        scores: 0..1 by name; those of re-ranking end in ``_reranked``.
+        images_per_second: Of computing features.
+        result_dir: Folder of the run, with ``scores.json``.
+    """
+
+    run_id: str
+    init: str
+    scores: dict[str, float]
+    images_per_second: float
+    result_dir: str
+
+
+def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> EvaluateResult:
+    """Score a frozen backbone on the connected Ray cluster.
+
+    Args:
+        config: Of the run.
+        parent_run_id: MLflow run of which this one is a trial.
+
+    Raises:
+        InputError: Something that the user gave cannot be used; nothing was started.
+    """
+    client = runs.connect()
+    init = requested(config)
+    folder = RunFolder.of(config.run, f"evaluate-{init.description.backbone}")
+    shards = labelled_shards(config.data, folder.storage)
+    manifest = read_manifest(shards)
+    check_labels(shards, manifest)
+    size = {"height": init.description.height, "width": init.description.width}
+    images = LabelledImages(shards, manifest, **size)
+
+    run_id = runs.start_run(
+        client,
+        experiment=config.run.experiment,
+        name=folder.name,
+        config=config,
+        parent_run_id=parent_run_id,
+    )
+    with runs.running(client, run_id):
+        features = compute_features(images, init, config.scaling)
+        scores = features.scores(rerank=config.rerank)
+        metrics = {f"eval/{name}": value for name, value in scores.items()}
+        runs.log_metrics(client, run_id, metrics)
+        lineage = {
+            "init": init.uri,
+            "shards": shards,
+            "evaluation": manifest.digest(EVALUATION_SPLITS),
+        }
+        runs.set_tags(client, run_id, lineage)
+        result = EvaluateResult(
+            run_id, init.uri, scores, features.images_per_second, folder.uri
+        )
+        folder.write(SCORES_FILE, json.dumps({**lineage, "scores": scores}, indent=1))
+    return result
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features and labels of query and gallery.
+
+    Attributes:
+        values: ``[N, F]``, unit length.
+        pids: ``[N]``.
+        camids: ``[N]``.
+        is_query: ``[N]``, bool.
+        images_per_second: With which they were computed, without the start of the actors.
+    """
+
+    values: Tensor
+    pids: Tensor
+    camids: Tensor
+    is_query: Tensor
+    images_per_second: float
+
+    def scores(self, *, rerank: bool) -> dict[str, float]:
+        """Return the retrieval scores by name."""
+        query, gallery = self.values[self.is_query], self.values[~self.is_query]
+        labels = [
+            Labels(self.pids[part], self.camids[part])
+            for part in (self.is_query, ~self.is_query)
+        ]
+        scores = score_rows(cosine_distances(query, gallery), *labels).summary()
+        if rerank:
+            reranked = score_rows(reranked_distances(query, gallery), *labels).summary()
+            scores |= {f"{name}_reranked": value for name, value in reranked.items()}
+        return scores
+
+
+def compute_features(
+    images: LabelledImages,
+    init: Initialization,
+    scaling: ScalingConfig,
+) -> Features:
+    """Compute the features of all images: tasks decode, a pool of actors runs the backbone."""
+
+    def read_one(ids: Columns) -> Columns:
+        return images.read(int(ids["id"][0]))
+
+    dataset = (
+        ray.data.range(images.num_blocks, override_num_blocks=images.num_blocks)
+        .map_batches(read_one, batch_size=None)
+        .map_batches(
+            _Extractor,
+            fn_constructor_args=(ray.put(init), scaling),
+            batch_size=None,
+            # One block is computed while the next one is on its way.
+            compute=ActorPoolStrategy(
+                size=min(scaling.num_workers, images.num_blocks),
+                max_tasks_in_flight_per_actor=2,
+            ),
+            num_cpus=scaling.cpus_per_worker,
+            num_gpus=scaling.gpus_per_worker if scaling.use_gpu else 0,
+        )
+    )
+    dataset.context.enable_progress_bars = False
+    blocks: list[Columns] = []
+    started = arrived = time.perf_counter()
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("computing features", total=images.num_blocks)
+        for block in dataset.iter_batches(batch_size=None):
+            if len(blocks) == 1:  # the first one has waited for the actors
+                started = arrived
+            arrived = time.perf_counter()
+            blocks.append(block)
+            progress.advance(task)
+    seconds = time.perf_counter() - started
+    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    num_timed = len(columns["pid"]) - (len(blocks[0]["pid"]) if len(blocks) > 1 else 0)
+    return Features(
+        values=torch.from_numpy(columns["features"]),
+        pids=torch.from_numpy(columns["pid"]),
+        camids=torch.from_numpy(columns["camid"]),
+        is_query=torch.from_numpy(columns["is_query"]),
+        images_per_second=num_timed / seconds,
+    )
+
+
+class _Extractor:
+    """An actor with a backbone on its device."""
+
+    def __init__(
+        self,
+        init: "ray.ObjectRef[Initialization]",
+        scaling: ScalingConfig,
+    ) -> None:
+        self._device = torch.device("cuda" if scaling.use_gpu else "cpu")
+        if not scaling.use_gpu:
+            take_threads(scaling, scaling.num_workers)
+        start: Initialization = ray.get(init)
+        extractor = start.extractor().to(memory_format=torch.channels_last)
+        self._extractor = extractor.to(self._device)
+        images = start.description
+        self._normalization = AugmentationConfig(mean=images.mean, std=images.std)
+
+    def __call__(self, block: Columns) -> Columns:
+        """Replace the images of a block by their features."""
+        images = torch.from_numpy(block.pop("image"))
+        features = extract_features(self._extractor, [images], self._normalization)
+        return {**block, "features": features.cpu().numpy()}

@@ -1,0 +1,153 @@
+"""Metrics and files that wait on disk until MLflow takes them."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric
+from mlflow.tracking import MlflowClient
+from PIL.Image import Image
+
+from upreid_ray.tracking.runs import _limit_patience
+
+logger = logging.getLogger(__name__)
+MAX_METRICS_PER_BATCH = 1000  # MLflow's own limit
+RETRY_SECONDS = 5.0
+
+
+class RunLog:
+    """Metrics and files of a run: on disk at once, with MLflow when it answers.
+
+    Training writes lines to a file; a thread delivers them in order and notes how far it came,
+    so that a process that continues the run delivers the rest. A line that is delivered twice
+    has the same time stamp and counts once.
+    """
+
+    def __init__(self, run_id: str, uri: str, folder: Path) -> None:
+        _limit_patience()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run_id = run_id
+        self._uri = uri
+        self._folder = folder
+        self._lines = folder / "metrics.jsonl"
+        self._delivered = folder / "metrics.delivered"
+        self._wake = threading.Condition()
+        self._closing = False
+        self._newest = self._recover()
+        self._thread = threading.Thread(target=self._deliver, daemon=True, name="mlflow")
+        self._thread.start()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Log values of this step under names of the form ``section/name``.
+
+        A step that was logged before is left out: a resumed run repeats the steps after its
+        checkpoint.
+        """
+        new = {
+            name: value for name, value in values.items() if step > self._newest.get(name, -1)
+        }
+        if new:
+            self._newest |= dict.fromkeys(new, step)
+            self._append({"step": step, "time": int(time.time() * 1000), "metrics": new})
+
+    def picture(self, name: str, image: Image) -> None:
+        """Log an image as the artifact ``name``."""
+        image.save(self._folder / name)
+        self._append({"file": name})
+
+    def close(self, timeout_seconds: float) -> None:
+        """Wait until all is delivered, but no longer than this."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout_seconds)
+        if self._offset() < self._lines.stat().st_size:
+            logger.warning("MLflow does not answer; undelivered metrics are in %s", self._lines)
+
+    def _recover(self) -> dict[str, int]:
+        """End a line that a crash cut off; return the newest step of each metric there is."""
+        newest: dict[str, int] = {}
+        with self._lines.open("a+") as stream:
+            stream.seek(0)
+            text = stream.read()
+            if text and not text.endswith("\n"):
+                stream.write("\n")
+        for line in text.splitlines():
+            entry = _parse(line)
+            newest |= dict.fromkeys(entry.get("metrics", {}), entry.get("step", -1))
+        return newest
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with self._wake:
+            with self._lines.open("a") as stream:
+                stream.write(json.dumps(entry) + "\n")
+            self._wake.notify()
+
+    def _deliver(self) -> None:
+        client: MlflowClient | None = None
+        offset = self._offset()
+        while True:
+            lines = self._pending(offset)
+            if not lines:
+                with self._wake:
+                    if self._closing and self._lines.stat().st_size == offset:
+                        return
+                    self._wake.wait(RETRY_SECONDS)
+                continue
+            try:
+                client = client or MlflowClient(self._uri)  # a database is asked at once
+                self._send(client, [_parse(line) for line in lines])
+                offset += sum(len(line.encode()) for line in lines)
+                self._delivered.write_text(str(offset))
+            except Exception as error:  # whatever server and disk do must not stop training
+                logger.debug("MLflow: %s", error)
+                time.sleep(RETRY_SECONDS)
+
+    def _offset(self) -> int:
+        """Return up to where lines are delivered: 0 if the note of it was cut off."""
+        text = self._delivered.read_text() if self._delivered.exists() else ""
+        return int(text) if text.isdigit() else 0
+
+    def _pending(self, offset: int) -> list[str]:
+        """Return what is to be delivered next: lines of metrics, or one that names a file.
+
+        Many lines at once, so that a slow server keeps up.
+        """
+        lines: list[str] = []
+        num_metrics = 0
+        with self._lines.open() as stream:
+            stream.seek(offset)
+            for line in stream:
+                entry = _parse(line)
+                num_metrics += len(entry.get("metrics", {}))
+                is_too_much = "file" in entry or num_metrics > MAX_METRICS_PER_BATCH
+                if not line.endswith("\n") or (lines and is_too_much):
+                    break
+                lines.append(line)
+                if "file" in entry:
+                    break
+        return lines
+
+    def _send(self, client: MlflowClient, entries: Sequence[dict[str, Any]]) -> None:
+        if "file" in entries[0]:
+            client.log_artifact(self._run_id, str(self._folder / entries[0]["file"]))
+            return
+        metrics = [
+            Metric(name, value, entry["time"], entry["step"])
+            for entry in entries
+            for name, value in entry.get("metrics", {}).items()
+        ]
+        client.log_batch(self._run_id, metrics=metrics)
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """Return an entry of the log; a line that a crash cut off is an empty one."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}

@@ -1,0 +1,1 @@
+"""One run on Ray Train, from its settings to a registered version."""

@@ -1,0 +1,252 @@
+"""What every Ray Train worker of a fine-tuning run does."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from ray.data import DataIterator
+from torch import nn
+
+from upreid_ray.config.downstream import ClusterContrastConfig, DownstreamConfig, FinetuneConfig
+from upreid_ray.config.errors import InputError, RunFailed
+from upreid_ray.core import distributed
+from upreid_ray.core.backbone import build_backbone
+from upreid_ray.core.cluster_contrast import (
+    OUTLIER,
+    ClusterContrastState,
+    centroids,
+    cluster_contrast_step,
+    pseudo_labels,
+)
+from upreid_ray.core.finetuning import (
+    DownstreamState,
+    FinetuneState,
+    PersonBatch,
+    finetune_step,
+)
+from upreid_ray.core.training import StepReport, train
+from upreid_ray.data.shards.manifest import read_manifest
+from upreid_ray.data.stream.persons import (
+    ChosenImages,
+    ClusterImages,
+    PersonBatches,
+    PersonBlock,
+    PersonImages,
+)
+from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS, read_stream, stream_blocks
+from upreid_ray.data.stream.rows import Columns
+from upreid_ray.train.initialization import Initialization
+from upreid_ray.train.worker import Worker, WorkerSettings, logger, prepare_process
+
+ConfigT = TypeVar("ConfigT", bound=DownstreamConfig)
+
+
+@dataclass(frozen=True)
+class DownstreamWorkerSettings(WorkerSettings[ConfigT], Generic[ConfigT]):
+    """What the driver tells the workers of a fine-tuning run.
+
+    Attributes:
+        init: Where the backbone begins; its description is that of the images of this run.
+    """
+
+    init: Initialization
+
+    def backbone(self) -> nn.Module:
+        """Return the backbone to start from."""
+        backbone = build_backbone(
+            self.init.description.backbone, last_stride=self.config.training.last_stride
+        )
+        backbone.load_state_dict(self.init.weights)
+        return backbone
+
+
+def finetune_worker(
+    settings: dict[str, DownstreamWorkerSettings[FinetuneConfig]],
+) -> RunFailed | None:
+    """Train from the newest checkpoint, or from the beginning; return why it ended early."""
+    device = prepare_process(settings["settings"].config.scaling)
+    return FinetuneWorker(settings["settings"], device).train()
+
+
+def cluster_contrast_worker(
+    settings: dict[str, DownstreamWorkerSettings[ClusterContrastConfig]],
+) -> RunFailed | InputError | None:
+    """Train from the newest checkpoint, or from the beginning; return why it ended early."""
+    device = prepare_process(settings["settings"].config.scaling)
+    try:
+        return ClusterContrastWorker(settings["settings"], device).train()
+    except InputError as error:  # images that cannot be clustered now never can
+        return error
+
+
+class FinetuneWorker(Worker):
+    """One process of a supervised fine-tuning run."""
+
+    state: FinetuneState
+
+    def __init__(
+        self, settings: DownstreamWorkerSettings[FinetuneConfig], device: torch.device
+    ) -> None:
+        images = settings.init.description
+        self.images = PersonImages(
+            settings.shards,
+            read_manifest(settings.shards),
+            settings.config,
+            height=images.height,
+            width=images.width,
+        )
+        state = FinetuneState(
+            settings.config,
+            settings.backbone(),
+            images,
+            num_persons=self.images.num_persons,
+            steps_per_epoch=self.images.steps_per_epoch,
+            device=device,
+        )
+        super().__init__(settings, state)
+
+    def steps(self) -> Iterator[StepReport]:
+        """Train from ``state.step`` to the end, and report each step."""
+        batches = stream_batches(
+            self.images.batches, _put_encoded(self.images), self.state, self.state.num_steps
+        )
+        return train(self.state, batches, finetune_step)
+
+    def keys(self, step: int) -> list[str]:
+        """Return the names of the images of the batch that step ``step`` (from 0 on) takes."""
+        return self.images.keys(self.images.batches.rows(step))
+
+
+class ClusterContrastWorker(Worker):
+    """One process of an unsupervised fine-tuning run."""
+
+    state: ClusterContrastState
+
+    def __init__(
+        self, settings: DownstreamWorkerSettings[ClusterContrastConfig], device: torch.device
+    ) -> None:
+        images = settings.init.description
+        self.config = settings.config
+        self.images = ClusterImages(
+            settings.shards,
+            read_manifest(settings.shards),
+            settings.config,
+            height=images.height,
+            width=images.width,
+        )
+        state = ClusterContrastState(
+            settings.config, settings.backbone(), images, device=device
+        )
+        super().__init__(settings, state)
+
+    def steps(self) -> Iterator[StepReport]:
+        """Train from ``state.step`` to the end, clustering before each epoch."""
+        state = self.state
+        encoded = _put_encoded(self.images)
+        while state.step < state.num_steps:
+            step_of_epoch = state.step % state.steps_per_epoch
+            if step_of_epoch == 0:
+                with self.meter.paused():
+                    self._cluster()
+            stop = state.step - step_of_epoch + state.steps_per_epoch
+            labels = state.model.memory.labels.cpu().numpy()
+            batches = stream_batches(self.images.batches(labels), encoded, state, stop)
+            yield from train(state, batches, cluster_contrast_step, stop_step=stop)
+
+    def keys(self, step: int) -> list[str]:
+        """Return the names of the images of a step's batch; none of an epoch that is over.
+
+        Its clusters, which decided what was in the batch, are gone.
+        """
+        last = self.state.step - 1
+        if step // self.state.steps_per_epoch != last // self.state.steps_per_epoch:
+            return []
+        labels = self.state.model.memory.labels.cpu().numpy()
+        return self.images.keys(self.images.batches(labels).rows(step))
+
+    def _cluster(self) -> None:
+        """Begin an epoch with new clusters; every worker takes part, rank 0 finds them.
+
+        Raises:
+            InputError: On every worker, if there are too few.
+        """
+        state = self.state
+        state.average_running_statistics()
+        gathered = distributed.gather_at_first(self.features(self.images))
+        found: Any = None
+        if gathered is not None:
+            rows = np.concatenate([block["row"] for _, blocks in gathered for block in blocks])
+            features = torch.cat([features for features, _ in gathered if len(features)])
+            features = features[torch.from_numpy(rows).argsort()].to(state.device)
+            try:
+                labels = pseudo_labels(features, self.config.clustering)
+            except InputError as error:
+                found = error
+            else:
+                found = torch.from_numpy(labels), centroids(features, labels).cpu()
+                self._log_clusters(labels)
+        # Others wait for rank 0 no longer than torch's process group allows (30 minutes).
+        shared = distributed.share_from_first(found)
+        if isinstance(shared, InputError):
+            raise shared
+        pids, clusters = shared
+        state.model.memory.begin(pids, clusters.to(state.device))
+
+    def _log_clusters(self, labels: NDArray[np.int64]) -> None:
+        """Log how many clusters and outliers there are."""
+        num_clusters, share = int(labels.max()) + 1, float((labels == OUTLIER).mean())
+        if self.log is not None:
+            values = {"clusters/number": float(num_clusters), "clusters/outliers": share}
+            self.log.metrics(self.state.step, values)
+        logger.info(
+            "step %d/%d  %d clusters  %.1f%% outliers",
+            self.state.step,
+            self.state.num_steps,
+            num_clusters,
+            100 * share,
+        )
+
+
+def _put_encoded(images: ChosenImages) -> "ray.ObjectRef | None":
+    """Put the encoded images where tasks find them; rank 0 does so for all."""
+    return ray.put(images.encoded()) if distributed.rank() == 0 else None
+
+
+def stream_batches(
+    batches: PersonBatches,
+    encoded: "ray.ObjectRef | None",
+    state: DownstreamState,
+    stop_step: int,
+) -> Iterator[PersonBatch]:
+    """Yield this worker's batches from the next step to ``stop_step``, decoded on Ray Data.
+
+    Args:
+        batches: Of the run.
+        encoded: The images, at rank 0.
+        state: Says which step is the next.
+        stop_step: Step after the last.
+    """
+    rank, num_workers = distributed.rank(), distributed.world_size()
+    num_steps = batches.steps_per_block * max(1, MAX_DATASET_BLOCKS // state.config.num_groups)
+
+    def read(block: PersonBlock) -> Columns:
+        return batches.read(ray.get(encoded), block)
+
+    while state.step < stop_step:
+        start = state.step
+        stop = min(start + num_steps, stop_step)
+        iterators: list[DataIterator] = []
+        if rank == 0:
+            iterators = stream_blocks(read, batches.rounds(start, stop, num_workers))
+        mine = distributed.share_from_first(iterators)[rank]
+        decoded = read_stream(mine, rank=rank, num_workers=num_workers)
+        for columns in batches.batches(
+            start, stop, decoded, rank=rank, num_workers=num_workers
+        ):
+            yield PersonBatch(
+                torch.from_numpy(columns["image"]), torch.from_numpy(columns["label"])
+            )

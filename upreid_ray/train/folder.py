@@ -1,0 +1,156 @@
+"""The folder of a run: what was asked for, and what came of it."""
+
+import json
+import logging
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pyarrow import fs
+
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.run import JobConfig
+from upreid_ray.config.section import Section
+from upreid_ray.storage import open_folder, write_whole
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+RESULT_FILE = "result.json"
+STOP_FILE = "stop"  # while it is there, the run ends at its next log entry
+NOT_FINITE_FILE = "not_finite.json"
+SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"  # Ray Train's list of the checkpoints
+CHECKPOINT = "step-"  # how the name of a checkpoint begins; digits follow, so that names sort
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where what a run leaves lives: ``storage/name``, with Ray Train's checkpoints.
+
+    Attributes:
+        storage: Folder (absolute) or URI of all runs.
+        name: Of the run.
+    """
+
+    storage: str
+    name: str
+
+    @classmethod
+    def of(cls, run: JobConfig, kind: str) -> Self:
+        """Return the folder that ``run`` names; a new one of this kind if it names none."""
+        storage = run.storage_path or os.environ.get("UPREID_RAY_STORAGE") or "runs"
+        if "://" not in storage:
+            storage = str(Path(storage).absolute())
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        return cls(storage, run.name or f"{kind}-{stamp}")
+
+    @property
+    def uri(self) -> str:
+        """Folder or URI of this run."""
+        return f"{self.storage}/{self.name}"
+
+    def exists(self) -> bool:
+        """Tell whether a run of this name was started."""
+        return self.read(RUN_FILE) is not None
+
+    def remove(self, file: str) -> None:
+        """Remove a file of this folder, if it is there."""
+        if self.read(file) is not None:
+            filesystem, path = open_folder(self.uri)
+            filesystem.delete_file(f"{path}/{file}")
+
+    def record(self, config: Section, run_id: str) -> None:
+        """Note the settings and the MLflow run, which `recorded_run` finds again."""
+        record = {"run_id": run_id, "config": config.model_dump(mode="json")}
+        self.write(RUN_FILE, json.dumps(record, indent=1))
+
+    def write(self, file: str, content: str | bytes) -> None:
+        """Write a file of this folder; whoever reads it finds it whole or not at all.
+
+        Raises:
+            InputError: The storage cannot be written.
+        """
+        filesystem, path = open_folder(self.uri)
+        try:
+            filesystem.create_dir(path, recursive=True)
+            encoded = content.encode() if isinstance(content, str) else content
+            write_whole(filesystem, f"{path}/{file}", encoded)
+        except OSError as error:
+            msg = f"--run.storage_path {self.storage}: cannot be written ({error})"
+            raise InputError(msg) from error
+
+    def folders(self) -> list[str]:
+        """Return the names of the folders in this one."""
+        filesystem, path = open_folder(self.uri)
+        found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return [each.base_name for each in found if each.type == fs.FileType.Directory]
+
+    def read(self, file: str) -> str | None:
+        """Return the text of a file of this folder, None if there is none."""
+        filesystem, path = open_folder(self.uri)
+        if filesystem.get_file_info(f"{path}/{file}").type != fs.FileType.File:
+            return None
+        with filesystem.open_input_stream(f"{path}/{file}") as stream:
+            text: str = stream.read().decode()
+        return text
+
+    def checkpoints(self) -> list[str]:
+        """Return the names of the checkpoints of this run, whole or not, the oldest first."""
+        return sorted(name for name in self.folders() if name.startswith(CHECKPOINT))
+
+    def remove_torn_snapshot(self) -> None:
+        """Remove Ray Train's list of checkpoints if it is not whole.
+
+        Ray Train writes it in place. It cannot begin with a torn one, but without one it can:
+        then the checkpoints themselves are looked at.
+        """
+        text = self.read(SNAPSHOT_FILE)
+        if text is None:
+            return
+        try:
+            json.loads(text)
+        except ValueError:
+            logger.warning("%s/%s is damaged: looking at checkpoints", self.uri, SNAPSHOT_FILE)
+            self.remove(SNAPSHOT_FILE)
+
+    def recorded_run(self, config: Section, free: Sequence[str]) -> str:
+        """Return the id of the MLflow run that was started here with the same settings.
+
+        Args:
+            config: Now; may differ in the free settings.
+            free: First parts of the settings that change nothing about the weights.
+
+        Raises:
+            InputError: There is none, or a setting differs that would change the weights.
+        """
+        run_id, recorded = self.recorded()
+        before = dict(type(config).parse(recorded).flatten())
+        for setting, value in config.flatten():
+            if not setting.startswith(tuple(free)) and value != before[setting]:
+                msg = f"--{setting} {value}: run {self.name} was started with {before[setting]}"
+                raise InputError(msg)
+        return run_id
+
+    def recorded(self) -> tuple[str, dict[str, Any]]:
+        """Return the id of the MLflow run that was started here, and its settings.
+
+        Raises:
+            InputError: There is none.
+        """
+        text = self.read(RUN_FILE)
+        if text is None:
+            msg = f"--resume {self.name}: no such run in {self.storage}"
+            raise InputError(msg)
+        record = json.loads(text)
+        return record["run_id"], record["config"]
+
+    def local_path(self) -> Path:
+        """Return a local folder for what is not in the storage yet."""
+        if "://" in self.storage:
+            return Path(tempfile.gettempdir(), "upreid_ray", self.name)
+        return Path(self.uri)

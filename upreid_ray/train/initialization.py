@@ -1,0 +1,93 @@
+"""What downstream work starts from: a registered version, a checkpoint, a file, or chance."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from upreid_ray.config.downstream import DownstreamConfig, EvaluateConfig, LabelledDataConfig
+from upreid_ray.core.backbone import Description, build_backbone, read_backbone
+from upreid_ray.core.checkpoint import read_exported
+from upreid_ray.tracking import registry, runs
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+USUAL_SIZE = {"height": 256, "width": 128}
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """A backbone to start from.
+
+    Attributes:
+        uri: Where it came from; of a registered version the version itself, not an alias.
+        description: Of the architecture, and of the images that it expects.
+        weights: Its whole state dict, on the CPU.
+        neck: State dict of the neck of a fine-tuned one, else empty.
+        lineage: Tags of the registered version, empty for all else.
+    """
+
+    uri: str
+    description: Description
+    weights: dict[str, Tensor]
+    neck: dict[str, Tensor] = field(default_factory=dict)
+    lineage: dict[str, str] = field(default_factory=dict)
+
+    def extractor(self) -> nn.Module:
+        """Return what turns images ``[B, 3, H, W]`` into features ``[B, F]``."""
+        return self.description.extractor(self.weights, self.neck)
+
+
+def random(backbone: str, *, seed: int) -> Initialization:
+    """Return a random initialization of an architecture."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        weights = build_backbone(backbone).state_dict()
+    return Initialization("random", _usual(backbone), weights)
+
+
+def resolve(init: str) -> Initialization:
+    """Return the initialization that a user names.
+
+    Args:
+        init: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, a checkpoint folder, or a file
+            of weights in a format of `read_backbone`.
+
+    Raises:
+        InputError: It does not exist, or is not a whole backbone.
+    """
+    if init.startswith("models:"):
+        client = runs.connect()
+        version = registry.find_version(client, init)
+        folder = registry.download(client, version)
+        uri = f"models:/{version.name}/{version.version}"
+        lineage = dict(version.tags)
+        return Initialization(uri, *read_exported(folder), lineage)
+    path = Path(init)
+    if path.is_dir():
+        return Initialization(init, *read_exported(path))
+    name, weights = read_backbone(path)
+    return Initialization(init, _usual(name), weights)
+
+
+def requested(config: DownstreamConfig | EvaluateConfig) -> Initialization:
+    """Return the initialization that a run asks for, with its settings of the images.
+
+    Raises:
+        InputError: It does not exist, or is not a whole backbone.
+    """
+    if config.init == "random":
+        return for_images(random(config.backbone, seed=config.seed), config.data)
+    return for_images(resolve(config.init), config.data)
+
+
+def for_images(init: Initialization, data: LabelledDataConfig) -> Initialization:
+    """Let the user's settings of the images count more than those of the pre-training."""
+    names = ("height", "width", "mean", "std")
+    given = {n: getattr(data, n) for n in names if getattr(data, n) is not None}
+    return replace(init, description=init.description.model_copy(update=given))
+
+
+def _usual(backbone: str) -> Description:
+    """Describe a backbone of which nothing is known but its architecture."""
+    return Description.model_validate({"backbone": backbone, **USUAL_SIZE, **IMAGENET})

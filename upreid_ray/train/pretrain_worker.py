@@ -1,0 +1,75 @@
+"""What every Ray Train worker of a pre-training run does."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from ray.data import DataIterator
+from torch import Tensor
+
+from upreid_ray.config.errors import RunFailed
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.core import distributed
+from upreid_ray.core.sheet import view_sheet
+from upreid_ray.core.training import StepDraw, StepReport, TrainState, train, train_step
+from upreid_ray.data.shards.manifest import read_manifest
+from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS, read_stream, stream_blocks
+from upreid_ray.data.stream.training import TrainingImages
+from upreid_ray.train.worker import Worker, WorkerSettings, prepare_process
+
+
+def pretrain_worker(settings: dict[str, WorkerSettings[PretrainConfig]]) -> RunFailed | None:
+    """Train from the newest checkpoint, or from the beginning; return why it ended early."""
+    device = prepare_process(settings["settings"].config.scaling)
+    return PretrainWorker(settings["settings"], device).train()
+
+
+class PretrainWorker(Worker):
+    """One process of a pre-training run."""
+
+    state: TrainState
+
+    def __init__(self, settings: WorkerSettings[PretrainConfig], device: torch.device) -> None:
+        self.config = settings.config
+        manifest = read_manifest(settings.shards)
+        self.images = TrainingImages(settings.shards, manifest, self.config)
+        state = TrainState(
+            self.config, steps_per_epoch=self.images.steps_per_epoch, device=device
+        )
+        super().__init__(settings, state)
+
+    def steps(self) -> Iterator[StepReport]:
+        """Train from ``state.step`` to the end, and report each step."""
+        return train(self.state, self._batches(), train_step)
+
+    def keys(self, step: int) -> list[str]:
+        """Return the names of the images of the batch that step ``step`` (from 0 on) takes."""
+        return self.images.keys(step)
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Yield this worker's batches from the next step to the last."""
+        rank, num_workers = distributed.rank(), distributed.world_size()
+        num_rounds = max(1, MAX_DATASET_BLOCKS // self.config.num_groups)
+        step = self.state.step
+        while step < self.state.num_steps:
+            rounds = list(islice(self.images.rounds(step, self.state.num_steps), num_rounds))
+            step = rounds[-1].first_step + rounds[-1].num_steps
+            iterators: list[DataIterator] = []
+            if rank == 0:
+                blocks = [each.by_worker(num_workers) for each in rounds]
+                iterators = stream_blocks(self.images.read, blocks)
+            mine = distributed.share_from_first(iterators)[rank]
+            decoded = read_stream(mine, rank=rank, num_workers=num_workers)
+            for images in self.images.batches(
+                rounds, decoded, rank=rank, num_workers=num_workers
+            ):
+                batch = torch.from_numpy(images)
+                if self.state.step == 0:
+                    self._log_views(batch)
+                yield batch.pin_memory() if self.state.device.type == "cuda" else batch
+
+    def _log_views(self, images: Tensor) -> None:
+        """Keep a picture of what the encoders see of the first batch."""
+        if self.log is not None:
+            sheet = view_sheet(images, StepDraw.of(self.config, 0), self.config)
+            self.log.picture("views.png", sheet)

@@ -1,0 +1,264 @@
+"""What a sweep found: its ranked points, as tables, pictures and one page of HTML."""
+
+import base64
+import html
+import io
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from string import Template
+
+import matplotlib as mpl
+import optuna
+import optuna.visualization.matplotlib as plots
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from optuna.trial import FrozenTrial, create_trial
+from rich.table import Table
+
+from upreid_ray.tune.points import distribution, encode
+from upreid_ray.tune.space import Point, SweepPlan, format_value
+from upreid_ray.tune.trial_record import METRIC, TrialRecord
+
+SCORED = ("finished", "stopped")
+# Fewer trials say nothing about which setting matters.
+MIN_IMPORTANCE_TRIALS = 4
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>$title</title>
+<style>
+body { font: 15px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0 }
+th, td { border-bottom: 1px solid #ccc; padding: .2rem .8rem; text-align: left }
+img { max-width: 100% }
+figure { margin: 2rem 0 }
+pre { background: #f4f4f4; padding: 1rem; overflow-x: auto }
+</style>
+<h1>$title</h1>
+<p>$summary</p>
+<h2>Points</h2>
+$points
+<p>mAP of the frozen backbone: the mean over the seeds of a point, and their standard deviation.
+Points that were trained longer come first.</p>
+$pictures
+<h2>Trials</h2>
+$trials
+<h2>Best settings</h2>
+<pre>$best</pre>
+</html>
+""")
+CAPTIONS = {
+    "rungs.png": "mAP at each evaluation; a line that ends early was stopped.",
+    "parallel.png": "Each line is a trial. Weights below the lowest of the space stand for 0.",
+    "importance.png": "Share of the variance of the first mAP that each setting explains.",
+}
+
+
+@dataclass(frozen=True)
+class PointOutcome:
+    """What came of a point.
+
+    Attributes:
+        point: Value of each swept setting.
+        records: Its trials that have a score, at least one.
+        has_diverged: Whether the loss of one of its trials was no number.
+    """
+
+    point: Point
+    records: list[TrialRecord]
+    has_diverged: bool
+
+    @property
+    def scores(self) -> list[float]:
+        """The best mAP of each trial."""
+        return [record.best for record in self.records if record.best is not None]
+
+    @property
+    def mean(self) -> float:
+        """Of the scores."""
+        return statistics.mean(self.scores)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of the scores; None of a single one."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    @property
+    def epochs(self) -> float:
+        """How far all of its trials came."""
+        return min(record.epochs for record in self.records)
+
+    @property
+    def best(self) -> TrialRecord:
+        """The trial with the best score."""
+        return max(self.records, key=lambda record: record.best or 0.0)
+
+
+def rank(records: Sequence[TrialRecord]) -> list[PointOutcome]:
+    """Return the points that have a score, the best first.
+
+    Points of which no trial diverged come first, then those that came farther, since a score
+    of a rung does not compare with one of the end, and then those with the better mean.
+    """
+    outcomes = []
+    for point in _unique([record.candidate.point for record in records]):
+        trials = [record for record in records if record.candidate.point == point]
+        scored = [each for each in trials if each.rungs and each.state in SCORED]
+        if scored:
+            has_diverged = any(each.state == "diverged" for each in trials)
+            outcomes.append(PointOutcome(point, scored, has_diverged))
+    return sorted(
+        outcomes, key=lambda each: (not each.has_diverged, each.epochs, each.mean), reverse=True
+    )
+
+
+def trial_table(records: Sequence[TrialRecord], num_epochs: int) -> Table:
+    """Return a table with a row for each trial."""
+    paths = list(records[0].candidate.point)
+    table = Table("trial", "seed", *_labels(paths).values(), "epochs", METRIC, "state")
+    for record in records:
+        table.add_row(
+            str(record.candidate.number),
+            str(record.candidate.seed),
+            *(format_value(record.candidate.point[path]) for path in paths),
+            f"{record.epochs:g}/{num_epochs}",
+            "" if record.best is None else f"{record.best:.4f}",
+            record.state,
+        )
+    return table
+
+
+def point_table(ranked: Sequence[PointOutcome], num_epochs: int) -> Table:
+    """Return a table with a row for each point, the best first."""
+    paths = list(ranked[0].point)
+    table = Table("rank", *_labels(paths).values(), "epochs", METRIC, "+-", "seeds")
+    for place, outcome in enumerate(ranked, start=1):
+        table.add_row(
+            str(place),
+            *(format_value(outcome.point[path]) for path in paths),
+            f"{outcome.epochs:g}/{num_epochs}",
+            f"{outcome.mean:.4f}",
+            "" if outcome.spread is None else f"{outcome.spread:.4f}",
+            str(len(outcome.scores)) + (", one diverged" if outcome.has_diverged else ""),
+        )
+    return table
+
+
+def pictures(plan: SweepPlan, records: Sequence[TrialRecord]) -> dict[str, bytes]:
+    """Return pictures as PNG files by name: rungs, parallel coordinates and importance.
+
+    Args:
+        plan: Of the sweep.
+        records: Its trials; those without a score are left out.
+    """
+    mpl.use("agg")
+    axes = plan.axes()
+    labels = _labels(axes)
+    study = optuna.create_study(direction="maximize")
+    for record in records:
+        if record.rungs and record.state in SCORED:
+            study.add_trial(
+                create_trial(
+                    value=record.best,
+                    params={
+                        labels[path]: value
+                        for path, value in encode(axes, record.candidate.point).items()
+                    },
+                    distributions={
+                        labels[path]: distribution(axis) for path, axis in axes.items()
+                    },
+                    intermediate_values={
+                        round(epoch): score for epoch, score in record.rungs.items()
+                    },
+                )
+            )
+    first = min((min(trial.intermediate_values) for trial in study.trials), default=0)
+
+    def first_rung(trial: FrozenTrial) -> float:
+        return trial.intermediate_values[first]
+
+    with warnings.catch_warnings():
+        # Optuna says that its pictures with matplotlib may change.
+        warnings.simplefilter("ignore")
+        drawn = {"rungs.png": plots.plot_intermediate_values(study)}
+        drawn["rungs.png"].set(title="", xlabel="epoch", ylabel=METRIC)
+        drawn["rungs.png"].xaxis.set_major_locator(MaxNLocator(integer=True))
+        drawn["parallel.png"] = plots.plot_parallel_coordinate(study, target_name=METRIC)
+        drawn["parallel.png"].set_title("")
+        if len(study.trials) >= MIN_IMPORTANCE_TRIALS:
+            drawn["importance.png"] = plots.plot_param_importances(
+                study, target=first_rung, target_name=f"{METRIC} at epoch {first}"
+            )
+            drawn["importance.png"].set_title("")
+    return {name: _png(axis) for name, axis in drawn.items()}
+
+
+def page(
+    title: str,
+    summary: str,
+    *,
+    points: Table,
+    trials: Table,
+    drawn: Mapping[str, bytes],
+    best: str,
+) -> str:
+    """Return the report as one page of HTML that needs no other file.
+
+    Args:
+        title: Of the page.
+        summary: A sentence.
+        points: From `point_table`.
+        trials: From `trial_table`.
+        drawn: From `pictures`.
+        best: The best settings, as JSON.
+    """
+    figures = [
+        f'<figure><img alt="{name}" src="data:image/png;base64,'
+        f'{base64.b64encode(content).decode()}"><figcaption>{CAPTIONS[name]}</figcaption>'
+        "</figure>"
+        for name, content in drawn.items()
+    ]
+    return PAGE.substitute(
+        title=html.escape(title),
+        summary=html.escape(summary),
+        points=_html_table(points),
+        trials=_html_table(trials),
+        pictures="\n".join(figures),
+        best=html.escape(best),
+    )
+
+
+def _html_table(table: Table) -> str:
+    """Return a table of text as HTML."""
+    columns = [list(map(str, (column.header, *column.cells))) for column in table.columns]
+    header, *rows = zip(*columns, strict=True)
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    return "\n".join(["<table>", *(f"<tr>{line}</tr>" for line in (names, *lines)), "</table>"])
+
+
+def _png(axes: Axes) -> bytes:
+    """Return a picture as a file, and free it."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None  # noqa: S101, these axes come from a figure
+    figure.set_size_inches(11, 5)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return file.getvalue()
+
+
+def _labels(paths: Iterable[str]) -> dict[str, str]:
+    """Return the names of settings without their sections, where these are different."""
+    names = {path: path.rpartition(".")[2] for path in paths}
+    times = Counter(names.values())
+    return {path: name if times[name] == 1 else path for path, name in names.items()}
+
+
+def _unique(points: Sequence[Point]) -> list[Point]:
+    return [point for place, point in enumerate(points) if point not in points[:place]]

@@ -1,0 +1,268 @@
+"""What a sweep tries: an axis for each setting, and the points that they span.
+
+An axis is a Python value in ``SPACES`` and text on the command line, such as
+``--space.optimizer.lr "loguniform(1e-3,1)"``.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.config.section import Section
+from upreid_ray.config.sweep import SearchConfig
+
+SPEC = re.compile(r"^(?P<kind>[a-z]+)\((?P<members>.*)\)$")
+ZERO = "zero"
+# Share of the draws of a log-uniform axis with zero that are 0.
+ZERO_SHARE = 0.2
+# What must be the same in all trials, or is not a trial's to choose.
+FIXED = {
+    "run.": "says where runs live",
+    "scaling.": "says which processes compute",
+    "checkpoint.": "changes no weights",
+    "training.log_every_steps": "changes no weights",
+    "training.epochs": "is the same for all trials; see --trial_epochs",
+    "evaluation.": "says how trials are scored",
+    "data.shards": "is the same for all trials",
+    "data.synthetic.": "is the same for all trials",
+    "seed": "is not swept; see --num_seeds",
+}
+
+Point = dict[str, Any]
+
+
+class _Spec:
+    """An axis as text, which `read_axis` reads back."""
+
+    def __str__(self) -> str:
+        members: list[str] = []
+        for field in fields(self):  # type: ignore[arg-type] # all of them are dataclasses
+            value = getattr(self, field.name)
+            if field.name == ZERO:
+                members += [ZERO] if value else []
+            else:
+                members += map(_text, value if isinstance(value, tuple) else [value])
+        return f"{type(self).__name__.lower()}({','.join(members)})"
+
+
+@dataclass(frozen=True)
+class Uniform(_Spec):
+    """Each number from ``low`` to ``high`` is as likely; whole ones if the setting is whole."""
+
+    low: float
+    high: float
+
+    @property
+    def floor(self) -> float:
+        """Where the axis begins."""
+        return self.low
+
+
+@dataclass(frozen=True)
+class LogUniform(_Spec):
+    """Each order of magnitude from ``low`` to ``high`` is as likely.
+
+    With ``zero``, the axis goes on below ``low``, and all that is there stands for 0, which
+    the smallest weights are close to: a searcher sees one axis without a gap.
+    """
+
+    low: float
+    high: float
+    zero: bool = False
+
+    @property
+    def floor(self) -> float:
+        """Where the axis begins."""
+        if not self.zero:
+            return self.low
+        return self.low * (self.low / self.high) ** (ZERO_SHARE / (1 - ZERO_SHARE))
+
+
+@dataclass(frozen=True)
+class Choice(_Spec):
+    """One of some values."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Grid(_Spec):
+    """Every one of some values, with every value of the other grids."""
+
+    values: tuple[Any, ...]
+
+
+Axis = Uniform | LogUniform | Choice | Grid
+Space = Mapping[str, Axis]
+
+
+class SweepPlan(Section):
+    """All that decides what a sweep does; nothing else is needed to go on with it."""
+
+    base: PretrainConfig
+    """Settings of all trials, where the space says nothing; the run has no name."""
+    search: SearchConfig
+    """How points are drawn, and trials stopped."""
+    space: dict[str, str]
+    """The axis of each swept setting, as text."""
+
+    def flatten(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        """Yield the settings as the command line names them."""
+        yield from self.base.flatten(prefix)
+        yield from self.search.flatten(prefix)
+        for path, axis in self.space.items():
+            yield f"{prefix}space.{path}", axis
+
+    def axes(self) -> dict[str, Axis]:
+        """Return the axes, checked against the settings.
+
+        Raises:
+            InputError: A setting does not exist, may not be swept or refuses a value.
+        """
+        return {path: read_axis(self.base, path, text) for path, text in self.space.items()}
+
+    @property
+    def num_epochs(self) -> int:
+        """Length of a trial."""
+        return self.search.trial_epochs or self.base.training.epochs
+
+    @property
+    def grace_epochs(self) -> int:
+        """Epochs before a trial may be stopped."""
+        return self.search.grace_epochs or self.base.evaluation.every_epochs
+
+
+def check_plan(plan: SweepPlan) -> None:
+    """Refuse a plan before anything starts.
+
+    Raises:
+        InputError: An axis is refused, there is none, or the rungs do not fit the trials.
+    """
+    if not plan.space:
+        msg = "--space.SETTING: nothing is swept; name a space or give an axis"
+        raise InputError(msg)
+    axes = plan.axes()
+    grids = [path for path, axis in axes.items() if isinstance(axis, Grid)]
+    if grids and plan.search.searcher == "tpe":
+        msg = (
+            f"--space.{grids[0]} {axes[grids[0]]}: --searcher tpe draws points one by one; "
+            "take choice(...)"
+        )
+        raise InputError(msg)
+    every = plan.base.evaluation.every_epochs
+    if plan.search.scheduler == "asha" and plan.grace_epochs % every:
+        msg = (
+            f"--grace_epochs {plan.grace_epochs}: trials are scored each "
+            f"--evaluation.every_epochs {every}, of which it must be a multiple"
+        )
+        raise InputError(msg)
+    if plan.search.scheduler == "asha" and plan.grace_epochs >= plan.num_epochs:
+        msg = (
+            f"--grace_epochs {plan.grace_epochs}: a trial of {plan.num_epochs} epochs ends "
+            "before it may be stopped; --scheduler none lets all go to the end"
+        )
+        raise InputError(msg)
+
+
+def read_axis(base: PretrainConfig, path: str, text: str) -> Axis:
+    """Return the axis of a setting.
+
+    Args:
+        base: Whose setting it is.
+        path: Dotted path of the setting.
+        text: ``uniform(a,b)``, ``loguniform(a,b)``, ``loguniform(a,b,zero)``,
+            ``choice(a,b,...)`` or ``grid(a,b,...)``.
+
+    Raises:
+        InputError: The setting may not be swept or does not exist, or the text is none of
+            these, or the setting refuses a value.
+    """
+    flag = f"--space.{path} {text}"
+    for fixed, reason in FIXED.items():
+        if path == fixed or (fixed.endswith(".") and path.startswith(fixed)):
+            msg = f"{flag}: {path} {reason}"
+            raise InputError(msg)
+    match = SPEC.match(text.strip())
+    kinds = {"uniform": Uniform, "loguniform": LogUniform, "choice": Choice, "grid": Grid}
+    if match is None or match["kind"] not in kinds:
+        msg = (
+            f"{flag}: must be uniform(a,b), loguniform(a,b), loguniform(a,b,zero), "
+            "choice(a,b,...) or grid(a,b,...)"
+        )
+        raise InputError(msg)
+    kind = kinds[match["kind"]]
+    members = [member.strip() for member in match["members"].split(",") if member.strip()]
+    if kind in (Choice, Grid):
+        values = tuple(_read(base, path, member, flag) for member in members)
+        if not values or len(set(values)) < len(values):
+            msg = f"{flag}: must have values, each of them once"
+            raise InputError(msg)
+        return Choice(values) if kind is Choice else Grid(values)
+    zero = kind is LogUniform and members[2:] == [ZERO]
+    bounds = [_read(base, path, member, flag) for member in members[:2]]
+    if zero:
+        _read(base, path, "0", flag)
+    if len(members) != 2 + zero or not all(type(bound) in (int, float) for bound in bounds):
+        msg = f"{flag}: must have two numbers, the least and the greatest"
+        raise InputError(msg)
+    low, high = bounds
+    if low >= high or (kind is LogUniform and low <= 0):
+        above = " and above 0" if kind is LogUniform else ""
+        msg = f"{flag}: the first number must be less than the second{above}"
+        raise InputError(msg)
+    return LogUniform(low, high, zero) if kind is LogUniform else Uniform(low, high)
+
+
+def format_value(value: Any) -> str:  # noqa: ANN401, the value of a setting
+    """Return a value with the digits that matter."""
+    return f"{value:.3g}" if isinstance(value, float) else _text(value)
+
+
+def _read(base: PretrainConfig, path: str, text: str, flag: str) -> Any:  # noqa: ANN401
+    """Return the value of one setting, whatever the others are."""
+    *parents, name = path.split(".")
+    section: Any = base
+    for parent in parents:
+        section = getattr(section, parent, None)
+    if not isinstance(section, Section) or name not in type(section).model_fields:
+        base.override({path: text})  # which says what is wrong with the path
+    try:
+        value = getattr(section.override({name: text}), name)
+    except InputError as error:
+        msg = f"{flag}: {str(error).removeprefix(f'--{name}: ')}"
+        raise InputError(msg) from error
+    if not isinstance(value, int | float | str | None):
+        msg = f"{flag}: {path} is not one value"
+        raise InputError(msg)
+    return value
+
+
+def _text(value: Any) -> str:  # noqa: ANN401, the value of a setting
+    return "none" if value is None else str(value)
+
+
+_I2: Space = {
+    "loss.consistency_weight": LogUniform(0.01, 1.0, zero=True),
+    "loss.intrinsic_weight": LogUniform(0.01, 1.0, zero=True),
+    "loss.consistency_temperature": LogUniform(0.05, 0.5),
+    "loss.intrinsic_temperature": LogUniform(0.05, 1.0),
+}
+_PATCHES: Space = {
+    "patches.rows": Choice((2, 3, 4, 6, 8)),
+    "patches.columns": Choice((1, 2)),
+    "patches.alignment": Choice(("view", "body")),
+    "patches.mining": Choice(("symmetry", "none")),
+}
+
+SPACES: dict[str, Space] = {
+    # The weights and temperatures of the two terms that make MoCo v2 into UP-ReID.
+    "i2": _I2,
+    # The grid of patches, and how they are cut and compared.
+    "patches": _PATCHES,
+    "all": {**_I2, **_PATCHES},
+    # Only what the command line adds.
+    "own": {},
+}
