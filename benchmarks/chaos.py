@@ -280,8 +280,7 @@ class Campaign:
             if now > steps:
                 steps, since, starts = now, time.monotonic(), 0
             if time.monotonic() - since > SECONDS or starts > RESUMES:
-                msg = f"no progress after step {steps}; see {self._job.folder}"
-                raise RuntimeError(msg)
+                raise RuntimeError(f"no progress after step {steps}; see {self._job.folder}")
             time.sleep(0.1)
 
 

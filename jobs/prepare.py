@@ -73,8 +73,7 @@ def main() -> dict[str, Any]:
         return _check(arguments)
     for name, value in (("SOURCE", arguments.source), ("--out", arguments.out)):
         if value is None:
-            msg = f"{name}: required; see --help"
-            raise InputError(msg)
+            raise InputError(f"{name}: required; see --help")
     return _prepare(arguments)
 
 
@@ -121,8 +120,9 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     given = vars(arguments)
     rules = ImageRules(**{name: given[name] for name in vars(ImageRules())})
     if rules.max_distance > MAX_DISTANCE:
-        msg = f"--max-distance {rules.max_distance}: images that far apart are no duplicates"
-        raise InputError(msg)
+        raise InputError(
+            f"--max-distance {rules.max_distance}: images that far apart are no duplicates"
+        )
     if arguments.source == "synthetic":
         records = synthetic_records(SyntheticConfig(seed=arguments.seed))
     else:
@@ -159,8 +159,9 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
     if damaged:
         for name, wrong in list(damaged.items())[:NUM_NAMED]:
             logger.error("%s/%s: %s", arguments.check, name, wrong)
-        msg = f"{arguments.check}: {len(damaged)} of {len(manifest.shards)} shards are damaged"
-        raise RunFailed(msg)
+        raise RunFailed(
+            f"{arguments.check}: {len(damaged)} of {len(manifest.shards)} shards are damaged"
+        )
     Console(stderr=True).print(_table(manifest))
     return {
         "result_dir": arguments.check,
@@ -175,8 +176,7 @@ def _at_least(least: NumberT) -> Callable[[str], NumberT]:
     def read(text: str) -> NumberT:
         number = type(least)(text)
         if not number >= least:
-            msg = f"must be at least {least} (got {number})"
-            raise argparse.ArgumentTypeError(msg)
+            raise argparse.ArgumentTypeError(f"must be at least {least} (got {number})")
         return number
 
     return read
@@ -187,8 +187,9 @@ def _columns(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split(",")]
     unknown = [ours for ours, _, theirs in pairs if ours not in PARQUET_COLUMNS or not theirs]
     if unknown:
-        msg = f"{unknown[0]!r} must be one of {', '.join(PARQUET_COLUMNS)}, then =NAME"
-        raise argparse.ArgumentTypeError(msg)
+        raise argparse.ArgumentTypeError(
+            f"{unknown[0]!r} must be one of {', '.join(PARQUET_COLUMNS)}, then =NAME"
+        )
     return {ours: theirs for ours, _, theirs in pairs}
 
 

@@ -76,15 +76,13 @@ def _plan(arguments: argparse.Namespace) -> SweepPlan:
         InputError: A setting or an axis is refused.
     """
     if arguments.space is None:
-        msg = f"SPACE: required; one of {', '.join(SPACES)}"
-        raise InputError(msg)
+        raise InputError(f"SPACE: required; one of {', '.join(SPACES)}")
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     space = {path: str(axis) for path, axis in SPACES[arguments.space].items()} | {
         name.removeprefix(AXIS): text for name, text in given.items() if name.startswith(AXIS)
     }
     for path in space.keys() & given.keys():
-        msg = f"--{path} {given[path]}: is swept; --{AXIS}{path} says how"
-        raise InputError(msg)
+        raise InputError(f"--{path} {given[path]}: is swept; --{AXIS}{path} says how")
     plan = SweepPlan(
         # The name is that of the sweep, not of its runs.
         base=read_pretrain_settings(arguments).override({"run.name": None}),
@@ -105,11 +103,10 @@ def _run(arguments: argparse.Namespace) -> JobConfig:
     if arguments.resume is not None:
         others = sorted(given.keys() - {"resume", "run.storage_path"})
         if others:
-            msg = (
+            raise InputError(
                 f"--resume {arguments.resume}: continues with its own settings; leave out "
                 f"{others[0]} {given[others[0]]}"
             )
-            raise InputError(msg)
         given["run.name"] = arguments.resume
     names = [f"run.{name}" for name in JobConfig.model_fields]
     return JobConfig.parse({n.removeprefix("run."): given[n] for n in names if n in given})

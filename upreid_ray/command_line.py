@@ -47,8 +47,7 @@ class JobParser(argparse.ArgumentParser):
             if flag.startswith("--") and flag not in known:
                 near = difflib.get_close_matches(flag, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "see --help"
-                msg = f"{flag}: unknown; {hint}"
-                raise InputError(msg)
+                raise InputError(f"{flag}: unknown; {hint}")
         return self.parse_args(words)
 
     def error(self, message: str) -> NoReturn:
@@ -106,11 +105,10 @@ def require_init(arguments: argparse.Namespace) -> None:
         InputError: There is no ``--init``.
     """
     if "init" not in arguments:
-        msg = (
+        raise InputError(
             "--init: required; models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, "
             "a file of weights, or random"
         )
-        raise InputError(msg)
 
 
 def override(config: ConfigT, arguments: argparse.Namespace) -> ConfigT:
@@ -151,17 +149,16 @@ def read_pretrain_settings(arguments: argparse.Namespace) -> PretrainConfig:
     if arguments.config is None:
         config = PRESETS[arguments.preset or "demo"]
     elif arguments.preset is not None:
-        msg = f"--config {arguments.config}: give either a preset or a file"
-        raise InputError(msg)
+        raise InputError(f"--config {arguments.config}: give either a preset or a file")
     else:
         try:
             tree = json.loads(arguments.config.read_text())
         except (OSError, ValueError) as error:
-            msg = f"--config {arguments.config}: cannot be read ({error})"
-            raise InputError(msg) from error
+            raise InputError(
+                f"--config {arguments.config}: cannot be read ({error})"
+            ) from error
         if not isinstance(tree, dict):
-            msg = f"--config {arguments.config}: is not an object of settings"
-            raise InputError(msg)
+            raise InputError(f"--config {arguments.config}: is not an object of settings")
         config = PretrainConfig.parse(tree)
     if arguments.augmentation is not None:
         config = config.override({"augmentation": AUGMENTATIONS[arguments.augmentation]})

@@ -24,8 +24,7 @@ def open_folder(uri: str) -> tuple[fs.FileSystem, str]:
         else:
             filesystem, path = fs.LocalFileSystem(), str(Path(uri).absolute())
     except (pa.ArrowException, OSError) as error:
-        msg = f"{uri}: cannot be opened ({first_line(error)})"
-        raise InputError(msg) from error
+        raise InputError(f"{uri}: cannot be opened ({first_line(error)})") from error
     return filesystem, path
 
 
@@ -104,5 +103,4 @@ def reading(source: str) -> Iterator[None]:
     except (pa.ArrowException, OSError) as error:
         name = getattr(error, "filename", None) or source
         reason = getattr(error, "strerror", None) or first_line(error)
-        msg = f"{name}: cannot be read ({reason})"
-        raise InputError(msg) from error
+        raise InputError(f"{name}: cannot be read ({reason})") from error

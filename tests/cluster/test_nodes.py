@@ -14,11 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.test_pretrain import TINY, newest_checkpoint
 
 from tests.cluster.network import Network
 from tests.cluster.nodes import Nodes
 from tests.cluster.processes import ROOT, tree
+from tests.train.test_pretrain import TINY, newest_checkpoint
 from upreid_ray.tune.trial_record import TrialRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]

@@ -63,13 +63,11 @@ def gloo_pool(folder: Path) -> Iterator[RunInPool]:
         answers = []
         for rank, (ours, _) in enumerate(pipes):
             if not ours.poll(SECONDS_TO_ANSWER):
-                msg = f"{function.__name__} does not return at rank {rank}"
-                raise TimeoutError(msg)
+                raise TimeoutError(f"{function.__name__} does not return at rank {rank}")
             answers.append(pickle.loads(ours.recv_bytes()))
         for rank, (_, failure) in enumerate(answers):
             if failure is not None:
-                msg = f"rank {rank}: {failure}"
-                raise RuntimeError(msg)
+                raise RuntimeError(f"rank {rank}: {failure}")
         return [result for result, _ in answers]
 
     try:

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tests.test_pretrain import TINY, Job, kill, train_workers
 
+from tests.train.test_pretrain import TINY, Job, kill, train_workers
 from upreid_ray.command_line import JobParser, add_pretrain_settings, read_pretrain_settings
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.pretrain import PretrainConfig

@@ -206,11 +206,10 @@ class DownstreamConfig(Section):
     def _groups_fill_the_batch(self) -> Self:
         persons, groups = self.training.num_persons, self.training.num_groups
         if persons % groups or persons == groups:
-            msg = (
+            raise ValueError(
                 f"--training.num_groups {groups} must cut the --training.num_persons "
                 f"{persons} into equal groups of two or more"
             )
-            raise ValueError(msg)
         self.scaling.check_workers(groups, "--training.num_groups")
         return self
 

@@ -209,11 +209,10 @@ class PretrainConfig(Section):
     def _groups_fill_the_batch(self) -> Self:
         batch_size, group_size = self.training.batch_size, self.training.group_size
         if batch_size % group_size:
-            msg = (
+            raise ValueError(
                 f"--training.group_size {group_size} must divide --training.batch_size "
                 f"{batch_size}"
             )
-            raise ValueError(msg)
         self.scaling.check_workers(
             self.num_groups,
             f"--training.batch_size {batch_size} / --training.group_size {group_size}",
@@ -223,12 +222,11 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _workers_have_gpus_of_their_own(self) -> Self:
         if self.scaling.num_workers > 1 and self.scaling.gpus_per_worker < 1:
-            msg = (
+            raise ValueError(
                 f"--scaling.gpus_per_worker {self.scaling.gpus_per_worker:g}: the "
                 f"{self.scaling.num_workers} workers of a run cannot share a GPU, only "
                 "runs with --scaling.num_workers 1 can"
             )
-            raise ValueError(msg)
         return self
 
     @model_validator(mode="after")
@@ -237,15 +235,13 @@ class PretrainConfig(Section):
             return self
         rows, columns = self.patches.rows, self.patches.columns
         if rows * columns == 1 or (self.patches.mining == "symmetry" and rows == 1):
-            msg = (
+            raise ValueError(
                 f"--patches.rows {rows} --patches.columns {columns} leaves no negatives for "
                 f"--patches.mining {self.patches.mining}"
             )
-            raise ValueError(msg)
         if min(self.data.height // rows, self.data.width // columns) < SMALLEST_PATCH:
-            msg = (
+            raise ValueError(
                 f"--patches.rows {rows} --patches.columns {columns} makes patches of less than "
                 f"{SMALLEST_PATCH} pixels from images of {self.data.height}x{self.data.width}"
             )
-            raise ValueError(msg)
         return self

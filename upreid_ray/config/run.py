@@ -73,11 +73,10 @@ class ScalingConfig(Section):
     def _bounds_are_in_order(self) -> Self:
         least, most = self.bounds
         if not least <= self.num_workers <= most:
-            msg = (
+            raise ValueError(
                 f"--scaling.num_workers {self.num_workers} must be from --scaling.min_workers "
                 f"{least} to --scaling.max_workers {most}"
             )
-            raise ValueError(msg)
         return self
 
     @property
@@ -93,11 +92,10 @@ class ScalingConfig(Section):
         """
         flag = "max" if self.max_workers else "num"
         if self.bounds[1] > num_groups:
-            msg = (
+            raise ValueError(
                 f"--scaling.{flag}_workers {self.bounds[1]} exceeds the {num_groups} groups of "
                 f"a batch ({source})"
             )
-            raise ValueError(msg)
 
 
 class JobConfig(Section):

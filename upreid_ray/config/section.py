@@ -27,8 +27,7 @@ CONFIDENTIAL = "confidential"  # type of an error about a value that must not be
 
 def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     if bounds[0] > bounds[1]:
-        msg = "the first of the two bounds must not exceed the second"
-        raise ValueError(msg)
+        raise ValueError("the first of the two bounds must not exceed the second")
     return bounds
 
 
@@ -104,8 +103,7 @@ class Section(BaseModel):
             if not isinstance(node, dict) or name not in node:
                 near = difflib.get_close_matches(path, dict(self.flatten()), n=1)
                 hint = f"; did you mean --{near[0]}?" if near else "; see --help"
-                msg = f"--{path}: no such setting{hint}"
-                raise InputError(msg)
+                raise InputError(f"--{path}: no such setting{hint}")
             node[name] = _plain(value, type(section).model_fields[name].annotation)
         return self.parse(tree)
 
@@ -125,5 +123,4 @@ class Section(BaseModel):
             if not path:
                 raise InputError(message) from None
             got = "" if first["type"] == CONFIDENTIAL else f" (got {first['input']!r})"
-            msg = f"--{path}: {message[0].lower()}{message[1:]}{got}"
-            raise InputError(msg) from None
+            raise InputError(f"--{path}: {message[0].lower()}{message[1:]}{got}") from None

@@ -130,11 +130,9 @@ def read_backbone(file: str | Path) -> tuple[str, dict[str, Tensor]]:
     ]
     if not prefixes:
         first = ", ".join(sorted(state_dict)[:3])
-        msg = f"{file}: holds no ResNet; its first tensors are {first}"
-        raise InputError(msg)
+        raise InputError(f"{file}: holds no ResNet; its first tensors are {first}")
     if len(prefixes) > 1 and len(of_query) != 1:
-        msg = f"{file}: holds several networks: {', '.join(sorted(prefixes))}"
-        raise InputError(msg)
+        raise InputError(f"{file}: holds several networks: {', '.join(sorted(prefixes))}")
     prefix = (of_query or prefixes)[0]
     weights = {
         name.removeprefix(prefix): tensor.float() if tensor.is_floating_point() else tensor
@@ -152,16 +150,14 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        msg = f"{path}: cannot be read as weights ({first_line(error)})"
-        raise InputError(msg) from error
+        raise InputError(f"{path}: cannot be read as weights ({first_line(error)})") from error
     if isinstance(content, dict):
         for container in CONTAINERS:
             if isinstance(content.get(container), dict):
                 content = content[container]
                 break
     if not isinstance(content, dict):
-        msg = f"{path}: holds no state dict"
-        raise InputError(msg)
+        raise InputError(f"{path}: holds no state dict")
     return {
         name: value
         for name, value in content.items()
@@ -191,8 +187,7 @@ def _identify(file: str | Path, weights: dict[str, Tensor]) -> tuple[str, dict[s
             return architecture, whole
     nearest = min(differing, key=lambda name: len(differing[name]))
     names = differing[nearest]
-    msg = (
+    raise InputError(
         f"{file}: is most like a {nearest}, but {len(names)} of its tensors are missing or "
         f"different, such as {', '.join(names[:3])}"
     )
-    raise InputError(msg)

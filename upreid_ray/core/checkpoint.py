@@ -176,21 +176,23 @@ def read_exported(folder: Path) -> tuple[Description, dict[str, Tensor], dict[st
             description = read_position(folder).description
             wrong = damage(folder)
             if wrong is not None:
-                msg = f"{folder}: a damaged checkpoint ({wrong}); take another one of the run"
-                raise InputError(msg)
+                raise InputError(
+                    f"{folder}: a damaged checkpoint ({wrong}); take another one of the run"
+                )
         else:
             inside = sorted(path.parent for path in folder.glob(f"*/{POSITION_FILE}"))
             hint = f"; give a checkpoint in it, such as {inside[-1]}" if inside else ""
-            msg = f"{folder}: neither {DESCRIPTION_FILE} nor {POSITION_FILE} in it{hint}"
-            raise InputError(msg)
+            raise InputError(
+                f"{folder}: neither {DESCRIPTION_FILE} nor {POSITION_FILE} in it{hint}"
+            )
         neck = _read_neck(neck_file) if description.has_neck else {}
     except (OSError, ValidationError, SafetensorError) as error:
-        msg = f"{folder}: its description cannot be read ({first_line(error)})"
-        raise InputError(msg) from error
+        raise InputError(
+            f"{folder}: its description cannot be read ({first_line(error)})"
+        ) from error
     name, weights = read_backbone(file)
     if name != description.backbone:
-        msg = f"{folder}: describes a {description.backbone}, but holds a {name}"
-        raise InputError(msg)
+        raise InputError(f"{folder}: describes a {description.backbone}, but holds a {name}")
     return description, weights, neck
 
 

@@ -59,12 +59,11 @@ def pseudo_labels(features: Tensor, config: ClusteringConfig) -> NDArray[np.int6
     num_clusters = labels.max() + 1
     if num_clusters < 2:  # noqa: PLR2004, two sides of a contrast
         found = "no cluster" if num_clusters == 0 else "a single cluster"
-        msg = (
+        raise InputError(
             f"--clustering.eps {config.eps}: finds {found} among {len(labels)} images, of "
             f"which {(labels == OUTLIER).sum()} are outliers; take a "
             f"{'larger' if num_clusters == 0 else 'different'} one"
         )
-        raise InputError(msg)
     return labels
 
 

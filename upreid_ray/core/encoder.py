@@ -32,11 +32,10 @@ class Encoder(nn.Module):
         if config.pretrained is not None:
             name, weights = read_backbone(config.pretrained)
             if name != config.backbone:
-                msg = (
+                raise InputError(
                     f"--model.backbone {config.backbone}: --model.pretrained "
                     f"{config.pretrained} is a {name}"
                 )
-                raise InputError(msg)
             self.backbone.load_state_dict(weights)
         num_features = next(
             module.num_features

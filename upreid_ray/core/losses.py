@@ -99,12 +99,10 @@ def intrinsic_contrastive(
     """
     num_patches = query_patches.shape[1]
     if rows * columns != num_patches:
-        msg = f"a grid of {rows}x{columns} does not have {num_patches} patches"
-        raise ValueError(msg)
+        raise ValueError(f"a grid of {rows}x{columns} does not have {num_patches} patches")
     num_alike = 1 if mining == "none" else columns
     if num_alike == num_patches:
-        msg = f"a grid of {rows}x{columns} has no negatives for mining={mining!r}"
-        raise ValueError(msg)
+        raise ValueError(f"a grid of {rows}x{columns} has no negatives for mining={mining!r}")
     kind = torch.arange(num_patches, device=query_patches.device) // num_alike
     positive = kind[:, None] == kind[None, :]  # [P, P], query patch by key patch
 

@@ -120,8 +120,7 @@ def score_rows(
         torch.cat(column) for column in zip(*parts, strict=True)
     )
     if len(average_precision) == 0:
-        msg = "no query has a match in the gallery under another camera"
-        raise ValueError(msg)
+        raise ValueError("no query has a match in the gallery under another camera")
     ranks = torch.arange(1, max_rank + 1, device=first_rank.device)
     return RetrievalScores(
         mean_average_precision=float(average_precision.mean()),

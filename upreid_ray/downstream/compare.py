@@ -73,8 +73,7 @@ class Row:
             return cls(text, (text,))
         row = cls(label, tuple(inits.split(",")))
         if not label or not all(row.inits):
-            msg = f"--init {text}: not of the form LABEL=INIT[,INIT...]"
-            raise InputError(msg)
+            raise InputError(f"--init {text}: not of the form LABEL=INIT[,INIT...]")
         return row
 
     def __str__(self) -> str:
@@ -166,16 +165,16 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
     folder = RunFolder.of(common.run, "compare")
     client = runs.connect()
     if not resume and folder.exists():
-        msg = (
+        raise InputError(
             f"--run.name {folder.name}: exists already; continue it with --resume {folder.name}"
         )
-        raise InputError(msg)
     check_resources(common.scaling)
     rows = [Row.parse(text) for text in config.init]
     for row in rows:
         if len(row.inits) > config.seeds:
-            msg = f"--seeds {config.seeds}: fewer than the initializations of row {row.label}"
-            raise InputError(msg)
+            raise InputError(
+                f"--seeds {config.seeds}: fewer than the initializations of row {row.label}"
+            )
     rows, descriptions = resolve_rows(rows)
     config = config.override({"init": tuple(str(row) for row in rows)})
     run_id = folder.recorded_run(config, FREE_SETTINGS) if resume else None
@@ -198,8 +197,9 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
                 outcomes[trial] = outcome
                 folder.write(f"{trial.name}.json", json.dumps(outcome))
         if not outcomes:
-            msg = f"every run failed, the first with: {next(iter(errors.values()))}"
-            raise RuntimeError(msg)
+            raise RuntimeError(
+                f"every run failed, the first with: {next(iter(errors.values()))}"
+            )
         result = summarize(trials, outcomes, errors, run_id=run_id, result_dir=folder.uri)
         _publish(result, folder, client)
     return result
@@ -223,8 +223,7 @@ def resolve_rows(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Description]
     labels = [row.label for row in rows]
     for label in labels:
         if labels.count(label) > 1:
-            msg = f"--init {label}: names two rows; tell them apart with LABEL=INIT"
-            raise InputError(msg)
+            raise InputError(f"--init {label}: names two rows; tell them apart with LABEL=INIT")
     descriptions: dict[str, Description] = {}
     found = {RANDOM: RANDOM}
     for init in dict.fromkeys(init for row in rows for init in row.inits if init != RANDOM):
@@ -329,8 +328,7 @@ def _of_split(
     try:
         images = images_of(shards, manifest, common.override(settings), height=256, width=128)
     except InputError as error:
-        msg = f"--splits {split:g}: {error}"
-        raise InputError(msg) from None
+        raise InputError(f"--splits {split:g}: {error}") from None
     num_steps = images.steps_per_epoch * common.training.epochs
     factor = -(-min_steps // num_steps)
     if factor > 1:

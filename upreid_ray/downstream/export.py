@@ -97,8 +97,7 @@ def export(init: Initialization, to: str, out: Path) -> ExportReport:
     consumer = CONSUMERS[to]
     is_safetensors = out.suffix == ".safetensors"
     if is_safetensors and not consumer.reads_safetensors:
-        msg = f"--out {out}: {to} reads no safetensors; end the name in .pth"
-        raise InputError(msg)
+        raise InputError(f"--out {out}: {to} reads no safetensors; end the name in .pth")
     part = out.with_name(f"{out.name}.part{out.suffix}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +107,7 @@ def export(init: Initialization, to: str, out: Path) -> ExportReport:
     except OSError as error:
         with suppress(OSError):
             part.unlink()
-        msg = f"--out {out}: cannot be written ({first_line(error)})"
-        raise InputError(msg) from error
+        raise InputError(f"--out {out}: cannot be written ({first_line(error)})") from error
     expected = {*build_backbone(init.description.backbone).state_dict(), *consumer.head}
     return ExportReport(
         matched=tuple(sorted(init.weights.keys() & expected)),
@@ -134,5 +132,6 @@ def _check(weights: dict[str, Tensor], file: Path) -> None:
     _, written = read_backbone(file)
     differing = [name for name, tensor in weights.items() if not written[name].equal(tensor)]
     if differing:
-        msg = f"{file} differs from the backbone in {len(differing)} tensors: {differing[:3]}"
-        raise RuntimeError(msg)
+        raise RuntimeError(
+            f"{file} differs from the backbone in {len(differing)} tensors: {differing[:3]}"
+        )

@@ -91,15 +91,13 @@ def find_version(client: MlflowClient, uri: str) -> ModelVersion:
     """
     match = MODEL_URI.match(uri)
     if match is None:
-        msg = f"{uri}: not of the form models:/NAME@ALIAS or models:/NAME/VERSION"
-        raise InputError(msg)
+        raise InputError(f"{uri}: not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
     try:
         if match["alias"] is not None:
             return client.get_model_version_by_alias(match["name"], match["alias"])
         return client.get_model_version(match["name"], match["version"])
     except MlflowException as error:
-        msg = f"{uri}: not in the registry ({first_line(error)})"
-        raise InputError(msg) from error
+        raise InputError(f"{uri}: not in the registry ({first_line(error)})") from error
 
 
 def download(client: MlflowClient, version: ModelVersion) -> Path:
@@ -112,8 +110,7 @@ def download(client: MlflowClient, version: ModelVersion) -> Path:
     try:
         folder: str = mlflow.artifacts.download_artifacts(uri, tracking_uri=client.tracking_uri)
     except (MlflowException, OSError) as error:
-        msg = f"{uri}: its files cannot be had ({first_line(error)})"
-        raise InputError(msg) from error
+        raise InputError(f"{uri}: its files cannot be had ({first_line(error)})") from error
     return Path(folder)
 
 

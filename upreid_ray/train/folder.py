@@ -81,8 +81,9 @@ class RunFolder:
             encoded = content.encode() if isinstance(content, str) else content
             write_whole(filesystem, f"{path}/{file}", encoded)
         except OSError as error:
-            msg = f"--run.storage_path {self.storage}: cannot be written ({error})"
-            raise InputError(msg) from error
+            raise InputError(
+                f"--run.storage_path {self.storage}: cannot be written ({error})"
+            ) from error
 
     def folders(self) -> list[str]:
         """Return the names of the folders in this one."""
@@ -132,8 +133,9 @@ class RunFolder:
         before = dict(type(config).parse(recorded).flatten())
         for setting, value in config.flatten():
             if not setting.startswith(tuple(free)) and value != before[setting]:
-                msg = f"--{setting} {value}: run {self.name} was started with {before[setting]}"
-                raise InputError(msg)
+                raise InputError(
+                    f"--{setting} {value}: run {self.name} was started with {before[setting]}"
+                )
         return run_id
 
     def recorded(self) -> tuple[str, dict[str, Any]]:
@@ -144,8 +146,7 @@ class RunFolder:
         """
         text = self.read(RUN_FILE)
         if text is None:
-            msg = f"--resume {self.name}: no such run in {self.storage}"
-            raise InputError(msg)
+            raise InputError(f"--resume {self.name}: no such run in {self.storage}")
         record = json.loads(text)
         return record["run_id"], record["config"]
 

@@ -119,8 +119,9 @@ class TrainJob:
         run_id = folder.recorded_run(config, FREE_SETTINGS) if resume else None
         if not resume and folder.exists():
             name = folder.name
-            msg = f"--run.name {name}: exists already; continue it with --resume {name}"
-            raise InputError(msg)
+            raise InputError(
+                f"--run.name {name}: exists already; continue it with --resume {name}"
+            )
         check_resources(config.scaling)
         return cls(config, folder, run_id, runs.connect(), parent_run_id)
 
@@ -236,11 +237,10 @@ class TrainJob:
             cause = first_cause(error)
             # What a trial raises, Ray Tune tries again.
             if self.parent_run_id is None and isinstance(cause, OSError):
-                msg = (
+                raise RunFailed(
                     f"run {self.folder.name}: {first_line(cause)}; what is saved is kept: mend "
                     f"that, and continue with --resume {self.folder.name}"
-                )
-                raise RunFailed(msg) from error
+                ) from error
             raise
 
 
@@ -280,21 +280,19 @@ def check_resources(scaling: ScalingConfig) -> None:
         held = int(has.get("GPU", 0) / scaling.gpus_per_worker)
         if held < least:
             flag = "min_workers" if scaling.min_workers else "num_workers"
-            msg = (
+            raise InputError(
                 f"--scaling.{flag} {least}: this machine has {has.get('GPU', 0):g} GPUs; "
                 "--scaling.use_gpu false trains on CPUs"
             )
-            raise InputError(msg)
         most = min(most, held)
     # Ray starts as many workers as it finds room for. Less than a whole CPU left would keep
     # the tasks that decode images waiting for ever.
     needed = most * scaling.cpus_per_worker + 1
     if has.get("CPU", 0) < needed:
-        msg = (
+        raise InputError(
             f"--scaling.cpus_per_worker {scaling.cpus_per_worker:g}: {most} workers and one "
             f"task that decodes need {needed:g} CPUs, this machine has {has.get('CPU', 0):g}"
         )
-        raise InputError(msg)
 
 
 def evaluation_shards(chosen: str | None, shards: str) -> str | None:

@@ -86,8 +86,7 @@ def draw_points(plan: SweepPlan) -> list[Point]:
         if not drawn:
             break
     if not points:
-        msg = f"--space: no point of it can be trained; {refusals[-1]}"
-        raise InputError(msg)
+        raise InputError(f"--space: no point of it can be trained; {refusals[-1]}")
     if refusals:
         logger.info("%d points are left out, such as: %s", len(refusals), refusals[0])
     if drawn and num_drawn < plan.search.num_trials:

@@ -142,29 +142,25 @@ def check_plan(plan: SweepPlan) -> None:
         InputError: An axis is refused, there is none, or the rungs do not fit the trials.
     """
     if not plan.space:
-        msg = "--space.SETTING: nothing is swept; name a space or give an axis"
-        raise InputError(msg)
+        raise InputError("--space.SETTING: nothing is swept; name a space or give an axis")
     axes = plan.axes()
     grids = [path for path, axis in axes.items() if isinstance(axis, Grid)]
     if grids and plan.search.searcher == "tpe":
-        msg = (
+        raise InputError(
             f"--space.{grids[0]} {axes[grids[0]]}: --searcher tpe draws points one by one; "
             "take choice(...)"
         )
-        raise InputError(msg)
     every = plan.base.evaluation.every_epochs
     if plan.search.scheduler == "asha" and plan.grace_epochs % every:
-        msg = (
+        raise InputError(
             f"--grace_epochs {plan.grace_epochs}: trials are scored each "
             f"--evaluation.every_epochs {every}, of which it must be a multiple"
         )
-        raise InputError(msg)
     if plan.search.scheduler == "asha" and plan.grace_epochs >= plan.num_epochs:
-        msg = (
+        raise InputError(
             f"--grace_epochs {plan.grace_epochs}: a trial of {plan.num_epochs} epochs ends "
             "before it may be stopped; --scheduler none lets all go to the end"
         )
-        raise InputError(msg)
 
 
 def read_axis(base: PretrainConfig, path: str, text: str) -> Axis:
@@ -183,36 +179,31 @@ def read_axis(base: PretrainConfig, path: str, text: str) -> Axis:
     flag = f"--space.{path} {text}"
     for fixed, reason in FIXED.items():
         if path == fixed or (fixed.endswith(".") and path.startswith(fixed)):
-            msg = f"{flag}: {path} {reason}"
-            raise InputError(msg)
+            raise InputError(f"{flag}: {path} {reason}")
     match = SPEC.match(text.strip())
     kinds = {"uniform": Uniform, "loguniform": LogUniform, "choice": Choice, "grid": Grid}
     if match is None or match["kind"] not in kinds:
-        msg = (
+        raise InputError(
             f"{flag}: must be uniform(a,b), loguniform(a,b), loguniform(a,b,zero), "
             "choice(a,b,...) or grid(a,b,...)"
         )
-        raise InputError(msg)
     kind = kinds[match["kind"]]
     members = [member.strip() for member in match["members"].split(",") if member.strip()]
     if kind in (Choice, Grid):
         values = tuple(_read(base, path, member, flag) for member in members)
         if not values or len(set(values)) < len(values):
-            msg = f"{flag}: must have values, each of them once"
-            raise InputError(msg)
+            raise InputError(f"{flag}: must have values, each of them once")
         return Choice(values) if kind is Choice else Grid(values)
     zero = kind is LogUniform and members[2:] == [ZERO]
     bounds = [_read(base, path, member, flag) for member in members[:2]]
     if zero:
         _read(base, path, "0", flag)
     if len(members) != 2 + zero or not all(type(bound) in (int, float) for bound in bounds):
-        msg = f"{flag}: must have two numbers, the least and the greatest"
-        raise InputError(msg)
+        raise InputError(f"{flag}: must have two numbers, the least and the greatest")
     low, high = bounds
     if low >= high or (kind is LogUniform and low <= 0):
         above = " and above 0" if kind is LogUniform else ""
-        msg = f"{flag}: the first number must be less than the second{above}"
-        raise InputError(msg)
+        raise InputError(f"{flag}: the first number must be less than the second{above}")
     return LogUniform(low, high, zero) if kind is LogUniform else Uniform(low, high)
 
 
@@ -232,11 +223,9 @@ def _read(base: PretrainConfig, path: str, text: str, flag: str) -> Any:  # noqa
     try:
         value = getattr(section.override({name: text}), name)
     except InputError as error:
-        msg = f"{flag}: {str(error).removeprefix(f'--{name}: ')}"
-        raise InputError(msg) from error
+        raise InputError(f"{flag}: {str(error).removeprefix(f'--{name}: ')}") from error
     if not isinstance(value, int | float | str | None):
-        msg = f"{flag}: {path} is not one value"
-        raise InputError(msg)
+        raise InputError(f"{flag}: {path} is not one value")
     return value
 
 

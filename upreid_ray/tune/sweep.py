@@ -93,16 +93,14 @@ def start(plan: SweepPlan, folder: RunFolder) -> SweepResult:
     """
     check_plan(plan)
     if folder.exists():
-        msg = (
+        raise InputError(
             f"--run.name {folder.name}: exists already; continue it with --resume {folder.name}"
         )
-        raise InputError(msg)
     if len(folder.name) > MAX_NAME - len(RETRAINED):
-        msg = (
+        raise InputError(
             f"--run.name {folder.name}: must be shorter than {MAX_NAME + 1 - len(RETRAINED)} "
             "characters, for runs of trials are named after it"
         )
-        raise InputError(msg)
     num_concurrent(plan)
     draw_points(plan)
     client = runs.connect()
@@ -151,8 +149,9 @@ def _run(settings: TrialSettings, client: runs.Client) -> SweepResult:
         if not ranked:
             console.print(trial_table(records, plan.num_epochs))
             reasons = [record.reason for record in records if record.reason]
-            msg = f"no trial of {folder.name} has a score; {reasons[0] if reasons else ''}"
-            raise RunFailed(msg)
+            raise RunFailed(
+                f"no trial of {folder.name} has a score; {reasons[0] if reasons else ''}"
+            )
         best = ranked[0]
         winner = plan.base.override(best.point)
         points = point_table(ranked, plan.num_epochs)
@@ -266,11 +265,10 @@ def _shards(plan: SweepPlan, folder: RunFolder) -> tuple[str, str]:
     TrainingImages(shards, read_manifest(shards), base)
     evaluation = evaluation_shards(base.evaluation.shards, shards)
     if evaluation is None:
-        msg = (
+        raise InputError(
             f"--evaluation.shards none: {shards} has no query and gallery images, by which "
             "trials are judged"
         )
-        raise InputError(msg)
     return shards, evaluation
 
 
@@ -292,12 +290,11 @@ def num_concurrent(plan: SweepPlan) -> int:
     cpus = scaling.num_workers * scaling.cpus_per_worker
     if num_workers < scaling.num_workers or num_cpus < cpus + 1:
         num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
-        msg = (
+        raise InputError(
             f"--scaling.num_workers {scaling.num_workers}: a trial needs "
             f"{scaling.num_workers} times {scaling.cpus_per_worker:g} CPUs and {gpus:g} GPUs, "
             f"and a CPU that decodes; the cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs"
         )
-        raise InputError(msg)
     held = min(num_workers // scaling.num_workers, _times(num_cpus, cpus + 1))
     return min(held, plan.search.max_concurrent or held)
 
@@ -368,8 +365,9 @@ def _run_trials(settings: TrialSettings) -> None:
     ).fit()
     records = settings.records()
     if len(records) < num_trials or any(record.state == "running" for record in records):
-        msg = f"sweep {folder.name} was stopped; continue it with --resume {folder.name}"
-        raise RunStopped(msg)
+        raise RunStopped(
+            f"sweep {folder.name} was stopped; continue it with --resume {folder.name}"
+        )
 
 
 def _set_up_tune() -> None:

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tests.data.test_archives import PEOPLE, Runs, make_lmdb, make_tar, read_all
 
+from tests.data.sources.test_archives import PEOPLE, Runs, make_lmdb, make_tar, read_all
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.run import SyntheticConfig
 from upreid_ray.data.sources.source import source_records, synthetic_records

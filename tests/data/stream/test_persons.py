@@ -5,8 +5,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.data.test_stream import flat, write_set
 
+from tests.data.stream.test_stream import flat, write_set
 from upreid_ray.config.downstream import ClusterContrastConfig, PersonTrainingConfig
 from upreid_ray.data.stream.persons import ClusterImages, PersonBatches, PersonSampler, subset
 

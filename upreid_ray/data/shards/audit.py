@@ -55,11 +55,9 @@ def _check(uri: str, shard: Shard, *, decode: bool) -> None:
     with filesystem.open_input_file(f"{path}/{shard.name}") as stream:
         content = stream.read_buffer()
     if len(content) != shard.num_bytes:
-        msg = f"has {len(content)} bytes instead of {shard.num_bytes}"
-        raise ValueError(msg)
+        raise ValueError(f"has {len(content)} bytes instead of {shard.num_bytes}")
     if hashlib.sha256(content).hexdigest() != shard.sha256:
-        msg = "has another sha256 than when it was written"
-        raise ValueError(msg)
+        raise ValueError("has another sha256 than when it was written")
     if not decode:
         return
     table = pq.read_table(pa.BufferReader(content), columns=["key", "image"])
@@ -67,5 +65,4 @@ def _check(uri: str, shard: Shard, *, decode: bool) -> None:
         try:
             usable_image(image, max_height=None)
         except RefusedImageError as error:
-            msg = f"image {key!r} {error}"
-            raise ValueError(msg) from error
+            raise ValueError(f"image {key!r} {error}") from error

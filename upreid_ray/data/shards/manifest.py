@@ -105,11 +105,13 @@ def read_manifest(uri: str) -> Manifest:
     try:
         return Manifest.model_validate_json(read_file(filesystem, f"{path}/{MANIFEST_FILE}"))
     except FileNotFoundError:
-        msg = f"{uri}: no {MANIFEST_FILE}; make shards with jobs/prepare.py SOURCE --out {uri}"
-        raise InputError(msg) from None
+        raise InputError(
+            f"{uri}: no {MANIFEST_FILE}; make shards with jobs/prepare.py SOURCE --out {uri}"
+        ) from None
     except (pa.ArrowException, OSError, ValidationError) as error:
-        msg = f"{uri}/{MANIFEST_FILE}: cannot be read ({first_line(error)})"
-        raise InputError(msg) from error
+        raise InputError(
+            f"{uri}/{MANIFEST_FILE}: cannot be read ({first_line(error)})"
+        ) from error
 
 
 def read_refused(uri: str) -> list[Refused]:

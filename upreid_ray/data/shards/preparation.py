@@ -118,15 +118,15 @@ def write_shards(
     if is_file(filesystem, f"{path}/{MANIFEST_FILE}"):
         manifest = read_manifest(uri)
         if manifest.plan != plan:
-            msg = f"--out {uri}: holds another set of shards; choose an empty folder"
-            raise InputError(msg)
+            raise InputError(
+                f"--out {uri}: holds another set of shards; choose an empty folder"
+            )
         on_progress(len(records))
         return manifest
     try:
         filesystem.create_dir(path, recursive=True)
     except OSError as error:
-        msg = f"{uri}: cannot be written ({first_line(error)})"
-        raise InputError(msg) from error
+        raise InputError(f"{uri}: cannot be written ({first_line(error)})") from error
 
     writer = ShardWriter(uri, plan, rules, records.read, records.num_readers)
     parts = plan_shards(records.table, seed=seed)
@@ -176,10 +176,9 @@ def _outcome(
     used = [each for each in shards if each.shard.num_images]
     if not used:
         first = refused[0]
-        msg = (
+        raise InputError(
             f"{source}: none of {len(records)} images can be used; {first.key}: {first.reason}"
         )
-        raise InputError(msg)
     return used, sorted(refused, key=lambda one: one.key)
 
 

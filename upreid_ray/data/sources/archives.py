@@ -63,8 +63,7 @@ def tar_records(source: str, tars: Sequence[str]) -> Records:
             except tarfile.TarError as error:
                 refused.append(Refused(uri, "unreadable", f"ends early: {first_line(error)}"))
     if not keys and refused:
-        msg = f"{refused[0].key}: {refused[0].reason}"
-        raise InputError(msg)
+        raise InputError(f"{refused[0].key}: {refused[0].reason}")
     files, offsets, sizes = np.array(places, np.int64).reshape(-1, 3).T
     columns = {"key": keys, "num_bytes": sizes, "file": files, "offset": offsets}
     readers = num_readers(open_folder(tars[0])[0]) if tars else 1
@@ -120,8 +119,9 @@ def lmdb_records(source: str) -> Records:
     """
     filesystem, path = open_folder(source)
     if not is_local(filesystem):
-        msg = f"{source}: an LMDB is mapped into memory, so it must be on a local disk"
-        raise InputError(msg)
+        raise InputError(
+            f"{source}: an LMDB is mapped into memory, so it must be on a local disk"
+        )
     file = Path(path, LMDB_FILE) if Path(path).is_dir() else Path(path)
     places = [folder / LMDB_KEYS_FILE for folder in file.parents[:2]]
     listed = next((place for place in places if place.is_file()), None)
@@ -133,8 +133,7 @@ def lmdb_records(source: str) -> Records:
             with env.begin() as transaction:
                 raw += transaction.cursor().iternext(values=False)
     except lmdb.Error as error:
-        msg = f"{source}: cannot be read as LMDB ({first_line(error)})"
-        raise InputError(msg) from error
+        raise InputError(f"{source}: cannot be read as LMDB ({first_line(error)})") from error
     pages = stat["leaf_pages"] + stat["overflow_pages"]
     mean_size = pages * stat["psize"] // max(1, stat["entries"])
     keys: list[str] = []
@@ -155,8 +154,9 @@ def _listed_keys(file: Path) -> list[str | bytes]:
     if isinstance(content, dict):
         content = content.get("keys")
     if not isinstance(content, list) or not all(isinstance(k, str | bytes) for k in content):
-        msg = f"{file}: holds neither a list of keys nor a dictionary with such a list as keys"
-        raise InputError(msg)
+        raise InputError(
+            f"{file}: holds neither a list of keys nor a dictionary with such a list as keys"
+        )
     return content
 
 
@@ -172,11 +172,9 @@ class LmdbReader:
             with _opened_lmdb(self.file).begin() as transaction:
                 content: bytes | None = transaction.get(row["key"].encode())
         except lmdb.Error as error:
-            msg = f"the LMDB cannot be read: {first_line(error)}"
-            raise OSError(msg) from error
+            raise OSError(f"the LMDB cannot be read: {first_line(error)}") from error
         if content is None:
-            msg = "the LMDB has no such key"
-            raise ValueError(msg)
+            raise ValueError("the LMDB has no such key")
         return content
 
 
@@ -234,14 +232,16 @@ def parquet_records(source: str, files: Sequence[str], columns: Mapping[str, str
     try:
         joined = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
-        msg = f"{source}: its files do not fit each other ({first_line(error)})"
-        raise InputError(msg) from error
+        raise InputError(
+            f"{source}: its files do not fit each other ({first_line(error)})"
+        ) from error
     table = {name: joined.column(name) for name in joined.column_names}
     if "split" in table:
         unknown = set(pc.unique(table["split"]).to_pylist()) - set(SPLITS)
         if unknown:
-            msg = f"{source}: the split {unknown.pop()!r} is none of {', '.join(SPLITS)}"
-            raise InputError(msg)
+            raise InputError(
+                f"{source}: the split {unknown.pop()!r} is none of {', '.join(SPLITS)}"
+            )
     image = columns.get("image", "image")
     return make_records(source, table, ParquetReader(tuple(files), image))
 
@@ -289,8 +289,7 @@ class ParquetReader:
         images = _row_group(self.files[row["file"]], row["row_group"], self.image)
         content = images[row["row"]].as_py()
         if not isinstance(content, bytes):
-            msg = "has no bytes" if content is None else "is not bytes"
-            raise ValueError(msg)
+            raise ValueError("has no bytes" if content is None else "is not bytes")
         return content
 
 

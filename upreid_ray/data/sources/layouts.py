@@ -133,13 +133,13 @@ def folder_records(source: str) -> Records:
     with reading(source):
         if not is_folder(folder.filesystem, folder.path):
             kind = "is not a folder" if is_file(folder.filesystem, folder.path) else "missing"
-            msg = f"{source}: {kind}; give a folder of images or 'synthetic'"
-            raise InputError(msg)
+            raise InputError(f"{source}: {kind}; give a folder of images or 'synthetic'")
         versions = [name for name in VERSIONS if _layout(Folder(f"{source}/{name}"))]
         if versions:
             first = f"{source}/{versions[0]}"
-            msg = f"{source}: holds several versions of a set; give one, such as {first}"
-            raise InputError(msg)
+            raise InputError(
+                f"{source}: holds several versions of a set; give one, such as {first}"
+            )
         layout = _layout(folder)
         return _labelled(folder, layout(folder)) if layout else _tree(folder)
 
@@ -224,11 +224,10 @@ def _market_files(folder: Folder) -> Iterator[ImageFile]:
         for key, num_bytes in folder.images(name):
             match = MARKET_NAME.match(key.rpartition("/")[2])
             if match is None:
-                msg = (
+                raise InputError(
                     f"{folder.source}/{key}: no person and camera in its name, such as "
                     "0002_c1s1_000451_03.jpg"
                 )
-                raise InputError(msg)
             pid, camid = int(match[1]), int(match[2])
             if pid != JUNK_PID:
                 yield ImageFile(key, split, pid, camid, num_bytes)
@@ -238,8 +237,7 @@ def _msmt17_files(folder: Folder) -> Iterator[ImageFile]:
     folders = [pair for pair in MSMT17_FOLDERS if folder.has_folder(pair[0])]
     if not folders:
         expected = " or ".join(f"{train}/ and {test}/" for train, test in MSMT17_FOLDERS)
-        msg = f"{folder.source}: has lists of MSMT17 but neither {expected}"
-        raise InputError(msg)
+        raise InputError(f"{folder.source}: has lists of MSMT17 but neither {expected}")
     train_folder, test_folder = folders[0]
     num_train_persons = 0
     for name, split in MSMT17_LISTS.items():
@@ -255,12 +253,12 @@ def _msmt17_files(folder: Folder) -> Iterator[ImageFile]:
                 or len(parts) <= MSMT17_CAMERA
                 or not parts[MSMT17_CAMERA].isdigit()
             ):
-                msg = f"{folder.source}/{name}: not a line of MSMT17: {line[:80]!r}"
-                raise InputError(msg)
+                raise InputError(f"{folder.source}/{name}: not a line of MSMT17: {line[:80]!r}")
             key = f"{part}/{image}"
             if key not in sizes:
-                msg = f"{folder.source}/{key}: cannot be read (it is in {name} but not there)"
-                raise InputError(msg)
+                raise InputError(
+                    f"{folder.source}/{key}: cannot be read (it is in {name} but not there)"
+                )
             pid = int(number)
             if split == "train":
                 num_train_persons = max(num_train_persons, pid + 1)
@@ -275,11 +273,10 @@ def _mars_files(folder: Folder) -> Iterator[ImageFile]:
     for key, num_bytes in folder.images("bbox_train"):
         match = MARS_NAME.match(key.rpartition("/")[2])
         if match is None:
-            msg = (
+            raise InputError(
                 f"{folder.source}/{key}: no person, camera and tracklet in its name, such as "
                 "0001C1T0001F001.jpg"
             )
-            raise InputError(msg)
         yield ImageFile(key, "train", int(match[1]), int(match[2]), num_bytes)
 
 

@@ -31,8 +31,7 @@ def listed_paths(source: str) -> list[str]:
         if not isinstance(entries, list | tuple) or not all(
             isinstance(entry, str | bytes) for entry in entries
         ):
-            msg = f"{source}: holds no list of paths"
-            raise InputError(msg)
+            raise InputError(f"{source}: holds no list of paths")
         return [
             e if isinstance(e, str) else e.decode(errors="surrogateescape") for e in entries
         ]

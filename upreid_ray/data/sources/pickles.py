@@ -11,8 +11,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Builds lists, tuples, dictionaries, numbers, text and bytes, which need no class."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        msg = f"it asks for {module}.{name}"
-        raise pickle.UnpicklingError(msg)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def read_pickle(content: bytes, source: str) -> Any:  # noqa: ANN401, whatever was pickled
@@ -24,5 +23,6 @@ def read_pickle(content: bytes, source: str) -> Any:  # noqa: ANN401, whatever w
     try:
         return _PlainUnpickler(io.BytesIO(content)).load()
     except Exception as error:
-        msg = f"{source}: cannot be read as pickled plain data ({first_line(error)})"
-        raise InputError(msg) from error
+        raise InputError(
+            f"{source}: cannot be read as pickled plain data ({first_line(error)})"
+        ) from error

@@ -105,8 +105,7 @@ def make_records(
     size = len(columns["key"])
     if size == 0:
         endings = " ".join(IMAGE_SUFFIXES)
-        msg = f"{source}: no images found (files that end in {endings})"
-        raise InputError(msg)
+        raise InputError(f"{source}: no images found (files that end in {endings})")
     filled = {"split": pa.repeat("unlabeled", size), **columns}
     table = {}
     for name in [*FIELDS, *(name for name in filled if name not in FIELDS)]:
@@ -118,8 +117,9 @@ def make_records(
             else:
                 table[name] = pa.array(filled[name], FIELDS.get(name))
         except (pa.ArrowException, OverflowError) as error:
-            msg = f"{source}: the column {name} cannot be used ({first_line(error)})"
-            raise InputError(msg) from error
+            raise InputError(
+                f"{source}: the column {name} cannot be used ({first_line(error)})"
+            ) from error
     records = pa.table(table)
     order = pc.sort_indices(records, [("key", "ascending")])
     keys = records.column("key").take(order).combine_chunks()

@@ -48,15 +48,15 @@ def source_records(source: str, columns: Mapping[str, str]) -> Records:
     with reading(source):
         kind = filesystem.get_file_info(path).type
         if kind == fs.FileType.NotFound:
-            msg = f"{source}: does not exist; give a folder or file of images or 'synthetic'"
-            raise InputError(msg)
+            raise InputError(
+                f"{source}: does not exist; give a folder or file of images or 'synthetic'"
+            )
         if kind == fs.FileType.File:
             records = _file_records(source, columns)
         else:
             records = _folder_records(source, columns)
     if columns and not records.table.column_names.count("row_group"):
-        msg = f"--columns: {source} is not Parquet"
-        raise InputError(msg)
+        raise InputError(f"--columns: {source} is not Parquet")
     for warning in label_warnings(records.table):
         logger.warning("%s: %s", source, warning)
     return records
@@ -71,11 +71,10 @@ def _file_records(source: str, columns: Mapping[str, str]) -> Records:
         return _archives(source, paths, columns) or listed_records(source, paths)
     archives = _archives(source, [source], columns)
     if archives is None:
-        msg = (
+        raise InputError(
             f"{source}: is no source; give a folder, an LMDB, tar or Parquet files, or a list "
             f"of paths that ends in {' '.join(LIST_SUFFIXES)}"
         )
-        raise InputError(msg)
     return archives
 
 
@@ -99,8 +98,9 @@ def _archives(source: str, files: list[str], columns: Mapping[str, str]) -> Reco
     if files and all(file.endswith(TAR_SUFFIXES) for file in files):
         packed = [file for file in files if not file.endswith(".tar")]
         if packed:
-            msg = f"{packed[0]}: is compressed; images in it cannot be found without unpacking"
-            raise InputError(msg)
+            raise InputError(
+                f"{packed[0]}: is compressed; images in it cannot be found without unpacking"
+            )
         return tar_records(source, files)
     return None
 

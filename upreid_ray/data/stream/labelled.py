@@ -53,16 +53,14 @@ def check_labels(uri: str, manifest: Manifest) -> None:
     for split, of_person in cameras.items():
         groups = RowGroups(manifest, (split,))
         if groups.num_images == 0:
-            msg = f"{uri}: has no {split} images"
-            raise InputError(msg)
+            raise InputError(f"{uri}: has no {split} images")
         ranges = groups.ranges(np.arange(len(groups)), 0, groups.num_images)
         labels = read_rows(uri, ranges, ["pid", "camid"])
         for name, meaning in (("pid", "person"), ("camid", "camera")):
             if labels.column(name).null_count:
-                msg = (
+                raise InputError(
                     f"{uri}: {labels.column(name).null_count} {split} images have no {meaning}"
                 )
-                raise InputError(msg)
         for pid, camid in zip(*(column.to_pylist() for column in labels), strict=True):
             of_person.setdefault(pid, set()).add(camid)
     if not any(
@@ -70,5 +68,6 @@ def check_labels(uri: str, manifest: Manifest) -> None:
         for pid, camids in cameras["query"].items()
         for camid in camids
     ):
-        msg = f"{uri}: no query image has a match in the gallery under another camera"
-        raise InputError(msg)
+        raise InputError(
+            f"{uri}: no query image has a match in the gallery under another camera"
+        )

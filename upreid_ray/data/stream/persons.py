@@ -69,8 +69,9 @@ class PersonSampler:
         self._seed = seed
         self._batches_per_round = len(self._rows_of_person) // num_persons
         if self._batches_per_round == 0:
-            msg = f"{num_persons} persons a batch, but there are {len(self._rows_of_person)}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{num_persons} persons a batch, but there are {len(self._rows_of_person)}"
+            )
 
     def rows(self, step: int) -> Rows:
         """Return the rows ``[P * K]`` of the batch of a step, those of a person together."""
@@ -225,8 +226,7 @@ class ChosenImages:
         self._size = (height, width)
         self._groups = RowGroups(manifest, splits)
         if self._groups.num_images == 0:
-            msg = f"{uri}: has no {' or '.join(splits)} images"
-            raise InputError(msg)
+            raise InputError(f"{uri}: has no {' or '.join(splits)} images")
         column = read_rows(uri, self._ranges(0, self._groups.num_images), ["pid"]).column("pid")
         share = config.subset
         if not column.null_count:
@@ -239,11 +239,10 @@ class ChosenImages:
             self._chosen = np.arange(len(column))
             self._pids = np.full(len(column), -1)
         else:
-            msg = (
+            raise InputError(
                 f"--subset.persons {share.persons} --subset.images {share.images}: "
                 f"{column.null_count} of the images of {uri} have no person"
             )
-            raise InputError(msg)
         self.num_images = len(self._chosen)
         self.num_blocks = -(-self.num_images // MIN_BLOCK_IMAGES)
 
@@ -296,17 +295,15 @@ class PersonImages(ChosenImages):
     ) -> None:
         super().__init__(uri, manifest, config, splits=("train",), height=height, width=width)
         if self._pids.min() < 0:
-            msg = f"{uri}: has train images without a person"
-            raise InputError(msg)
+            raise InputError(f"{uri}: has train images without a person")
         persons, labels = np.unique(self._pids, return_inverse=True)
         self.num_persons = len(persons)
         training = config.training
         if self.num_persons < training.num_persons:
-            msg = (
+            raise InputError(
                 f"--training.num_persons {training.num_persons}: exceeds the "
                 f"{self.num_persons} persons of {uri} that take part"
             )
-            raise InputError(msg)
         self.steps_per_epoch = max(1, self.num_images // training.batch_size)
         self.batches = PersonBatches(labels, training, size=self._size, seed=config.seed)
 
@@ -345,6 +342,5 @@ def _decode_whole(encoded: pa.Table, size: tuple[int, int]) -> NDArray[np.uint8]
     """Decode images all of which must be whole, ``[n, 3, H, W]``."""
     columns = decode(encoded.column("image"), *size)
     if not columns["decoded"].all():
-        msg = "an image that was whole when it was prepared does not decode"
-        raise ValueError(msg)
+        raise ValueError("an image that was whole when it was prepared does not decode")
     return columns["image"]

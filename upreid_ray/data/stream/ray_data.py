@@ -68,8 +68,9 @@ def read_stream(iterator: DataIterator, *, rank: int, num_workers: int) -> Itera
     blocks = iter(iterator.iter_batches(batch_size=None, prefetch_batches=2))
     for columns in _telling_of_waits(blocks) if rank == 0 else blocks:
         if columns[NUMBER][0] != due:
-            msg = f"Ray Data delivered block {columns[NUMBER][0]} where block {due} was due"
-            raise RuntimeError(msg)
+            raise RuntimeError(
+                f"Ray Data delivered block {columns[NUMBER][0]} where block {due} was due"
+            )
         due += num_workers
         if len(columns) > 1:  # else there is no block for this worker
             yield columns

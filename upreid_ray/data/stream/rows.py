@@ -107,8 +107,7 @@ def read_rows(uri: str, ranges: Sequence[RowRange], columns: list[str]) -> pa.Ta
             # Threads for one column cost more than they save.
             group = file.read_row_group(part.row_group, columns=columns, use_threads=False)
         except (pa.ArrowException, OSError, ValueError) as error:
-            msg = f"{uri}/{part.shard}: is damaged ({first_line(error)})"
-            raise InputError(msg) from error
+            raise InputError(f"{uri}/{part.shard}: is damaged ({first_line(error)})") from error
         tables.append(group.slice(part.start, part.stop - part.start))
     return pa.concat_tables(tables).combine_chunks()
 
@@ -119,8 +118,7 @@ def _open_shard(uri: str, name: str, num_bytes: int, _thread: int) -> pq.Parquet
     filesystem, path = opened_folder(uri)
     file = filesystem.open_input_file(f"{path}/{name}")
     if file.size() != num_bytes:
-        msg = f"it has {file.size()} bytes instead of {num_bytes}"
-        raise ValueError(msg)
+        raise ValueError(f"it has {file.size()} bytes instead of {num_bytes}")
     return pq.ParquetFile(file, page_checksum_verification=True)
 
 

@@ -98,11 +98,10 @@ class TrainingImages:
         self.num_images = self._groups.num_images
         self.steps_per_epoch = self.num_images // config.training.batch_size
         if self.steps_per_epoch == 0:
-            msg = (
+            raise InputError(
                 f"--training.batch_size {config.training.batch_size}: exceeds the "
                 f"{self.num_images} training images of {uri}"
             )
-            raise InputError(msg)
 
     def rounds(self, start_step: int, stop_step: int) -> Iterator[Round]:
         """Yield the rounds of these steps; the last one may go on beyond ``stop_step``."""
@@ -182,8 +181,9 @@ class TrainingImages:
     def _others(self, block: Block, shard: str) -> NDArray[np.uint8]:
         """Return images of the epoch's beginning instead of those of a block."""
         if block.start == 0:
-            msg = f"{self._uri}/{shard}: its images do not decode, nor others of the set"
-            raise InputError(msg)
+            raise InputError(
+                f"{self._uri}/{shard}: its images do not decode, nor others of the set"
+            )
         begin = self.read(Block(block.epoch, 0, min(block.start, MIN_BLOCK_IMAGES), 0))["image"]
         return begin[np.arange(block.stop - block.start) % len(begin)]
 
@@ -219,12 +219,11 @@ class TrainingImages:
                 undecodable.update(block["shard"][~block["decoded"]].tolist())
             if undecodable.total() > limit * max(num_seen, self.num_images / num_workers):
                 (number, count), *_ = undecodable.most_common(1)
-                msg = (
+                raise InputError(
                     f"{self._uri}: {undecodable.total()} of {num_seen} images do not decode, "
                     f"more than --data.max_undecodable {limit} allows; {count} of them in "
                     f"{self._names[number]}"
                 )
-                raise InputError(msg)
             for start in range(0, this.num_steps * group_size, group_size):
                 groups = [block["image"][start : start + group_size] for block in mine]
                 yield np.concatenate(groups)
