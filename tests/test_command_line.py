@@ -271,11 +271,11 @@ run_job(job)
 # A run that ends early, for the reason that is named.
 ENDS = """
 import sys
-from upreid_ray import config
+from upreid_ray.config import errors
 from upreid_ray.command_line import run_job
 
 def job():
-    raise getattr(config, sys.argv[1])("because")
+    raise getattr(errors, sys.argv[1])("because")
 
 run_job(job)
 """

@@ -389,7 +389,7 @@ def test_the_dashboard_shows_metrics_that_exist(rendered: dict[str, list[Tree]])
     dashboard = json.loads(board["data"]["dashboard.json"])
     panels = Path(ray.dashboard.__file__).parent / "modules" / "metrics" / "dashboards"
     known = "".join(file.read_text() for file in panels.glob("*.py"))
-    logged = "".join(file.read_text() for file in (ROOT / "upreid_ray").glob("*.py"))
+    logged = "".join(file.read_text() for file in (ROOT / "upreid_ray").rglob("*.py"))
     shown = set()
     for panel in dashboard["panels"]:
         for target in panel["targets"]:
