@@ -79,7 +79,7 @@ def test_as_many_runs_are_side_by_side_as_fit(workers, cpus, gpus, has, number):
         gpus_per_worker=gpus or 1.0,
     )
 
-    assert num_side_by_side(scaling, has) == number
+    assert num_side_by_side(scaling, [has]) == number
 
 
 def test_random_is_always_a_row_and_paths_are_whole(tmp_path, monkeypatch):

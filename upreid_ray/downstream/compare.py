@@ -39,7 +39,8 @@ from upreid_ray.tracking import runs
 from upreid_ray.train.finetune import METHODS, finetune
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.initialization import resolve
-from upreid_ray.train.job import FREE_SETTINGS, check_resources
+from upreid_ray.train.job import FREE_SETTINGS
+from upreid_ray.train.resources import Resources, check_resources, living_nodes, num_runs
 
 COMPARISON_FILE = "comparison.json"
 PLOT_FILE = "comparison.png"
@@ -370,7 +371,7 @@ def _side_by_side(
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("comparing", total=len(trials))
         while waiting or running:
-            while waiting and len(running) < num_side_by_side(scaling, ray.cluster_resources()):
+            while waiting and len(running) < num_side_by_side(scaling, living_nodes()):
                 trial = waiting.pop()
                 running[run.remote(trial, runs.tracking_uri(), parent_run_id)] = trial
             (done,), _ = ray.wait(list(running))
@@ -385,17 +386,9 @@ def _side_by_side(
             yield trial, outcome
 
 
-def num_side_by_side(scaling: ScalingConfig, has: Mapping[str, float]) -> int:
-    """Count the runs that a cluster holds, each with a CPU for decoding; one at least.
-
-    Args:
-        scaling: Of each run.
-        has: CPUs and GPUs of the cluster.
-    """
-    most = has.get("CPU", 0) / (scaling.num_workers * scaling.cpus_per_worker + 1)
-    if scaling.use_gpu:
-        most = min(most, has.get("GPU", 0) / (scaling.num_workers * scaling.gpus_per_worker))
-    return max(1, int(most))
+def num_side_by_side(scaling: ScalingConfig, nodes: Sequence[Resources]) -> int:
+    """Return how many runs are started at a time: at least one, for the cluster may grow."""
+    return max(1, num_runs(scaling, nodes))
 
 
 def _finished(trials: Sequence[Trial], folder: RunFolder) -> Iterator[tuple[Trial, Scores]]:

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import ray
 from ray import cloudpickle
 from ray.train import (
     Checkpoint,
@@ -31,7 +30,6 @@ from ray.train.torch import TorchTrainer
 from upreid_ray.config.downstream import DownstreamConfig
 from upreid_ray.config.errors import InputError, RunFailed, first_line
 from upreid_ray.config.pretrain import PretrainConfig
-from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core.checkpoint import export_backbone, read_position
 from upreid_ray.data.shards.manifest import read_manifest
 from upreid_ray.data.stream.labelled import EVALUATION_SPLITS, check_labels
@@ -39,6 +37,7 @@ from upreid_ray.data.stream.persons import ClusterImages, PersonImages
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking import registry, run_log, runs
 from upreid_ray.train.folder import RESULT_FILE, STOP_FILE, RunFolder
+from upreid_ray.train.resources import check_resources, worker_needs
 from upreid_ray.train.stop_signal import ListeningTorchConfig
 from upreid_ray.train.worker import DELIVERY_SECONDS, WorkerSettings
 
@@ -270,31 +269,6 @@ def _stopped_by_sigterm(folder: RunFolder) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def check_resources(scaling: ScalingConfig) -> None:
-    """Refuse what the machine cannot hold; a cluster may grow, so there Ray waits."""
-    if len(ray.nodes()) > 1 or (os.environ.get("RAY_ADDRESS") or "local") != "local":
-        return
-    has = ray.cluster_resources()
-    least, most = scaling.bounds
-    if scaling.use_gpu:
-        held = int(has.get("GPU", 0) / scaling.gpus_per_worker)
-        if held < least:
-            flag = "min_workers" if scaling.min_workers else "num_workers"
-            raise InputError(
-                f"--scaling.{flag} {least}: this machine has {has.get('GPU', 0):g} GPUs; "
-                "--scaling.use_gpu false trains on CPUs"
-            )
-        most = min(most, held)
-    # Ray starts as many workers as it finds room for. Less than a whole CPU left would keep
-    # the tasks that decode images waiting for ever.
-    needed = most * scaling.cpus_per_worker + 1
-    if has.get("CPU", 0) < needed:
-        raise InputError(
-            f"--scaling.cpus_per_worker {scaling.cpus_per_worker:g}: {most} workers and one "
-            f"task that decodes need {needed:g} CPUs, this machine has {has.get('CPU', 0):g}"
-        )
-
-
 def evaluation_shards(chosen: str | None, shards: str) -> str | None:
     """Return the shards with query and gallery images; None if there are none to take."""
     uri = chosen or shards
@@ -333,8 +307,7 @@ def _train(
             num_workers=least if least == most else (least, most),
             elastic_resize_monitor_interval_s=config.scaling.resize_seconds,
             use_gpu=config.scaling.use_gpu,
-            resources_per_worker={"CPU": config.scaling.cpus_per_worker}
-            | ({"GPU": config.scaling.gpus_per_worker} if config.scaling.use_gpu else {}),
+            resources_per_worker=worker_needs(config.scaling),
         ),
         run_config=RunConfig(
             name=folder.name,

@@ -13,7 +13,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
 from ray import tune
 from ray.train import Checkpoint
 from ray.tune.experiment import Trial
@@ -30,6 +29,7 @@ from upreid_ray.data.shards.on_demand import synthetic_shards
 from upreid_ray.data.stream.labelled import EVALUATION_SPLITS
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking import runs
+from upreid_ray.train import resources
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.job import deliver_metrics, evaluation_shards, register
 from upreid_ray.train.pretrain import fit
@@ -273,35 +273,23 @@ def _shards(plan: SweepPlan, folder: RunFolder) -> tuple[str, str]:
 
 
 def num_concurrent(plan: SweepPlan) -> int:
-    """Return how many trials the nodes hold at a time, with a CPU for each that decodes.
+    """Return how many trials run at a time.
 
     Raises:
-        InputError: They do not hold one.
+        InputError: The cluster does not hold one.
     """
     scaling = plan.base.scaling
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = scaling.gpus_per_worker if scaling.use_gpu else 0.0
-    needs = {"CPU": scaling.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
-    num_workers = sum(
-        min(_times(node.get(name, 0.0), amount) for name, amount in needs.items())
-        for node in nodes
-    )
-    num_cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    cpus = scaling.num_workers * scaling.cpus_per_worker
-    if num_workers < scaling.num_workers or num_cpus < cpus + 1:
-        num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    nodes = resources.living_nodes()
+    fitting = resources.num_runs(scaling, nodes)
+    if not fitting:
+        needs, has = resources.worker_needs(scaling), resources.total(nodes)
         raise InputError(
             f"--scaling.num_workers {scaling.num_workers}: a trial needs "
-            f"{scaling.num_workers} times {scaling.cpus_per_worker:g} CPUs and {gpus:g} GPUs, "
-            f"and a CPU that decodes; the cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs"
+            f"{scaling.num_workers} times {needs['CPU']:g} CPUs and {needs.get('GPU', 0):g} "
+            f"GPUs, and a CPU that decodes; the cluster has {has['CPU']:g} CPUs and "
+            f"{has['GPU']:g} GPUs"
         )
-    held = min(num_workers // scaling.num_workers, _times(num_cpus, cpus + 1))
-    return min(held, plan.search.max_concurrent or held)
-
-
-def _times(has: float, needs: float) -> int:
-    """Return how often a need can be met, in the ten-thousandths that Ray counts."""
-    return round(has * 10_000) // round(needs * 10_000)
+    return min(fitting, plan.search.max_concurrent or fitting)
 
 
 def _scheduler(plan: SweepPlan) -> TrialScheduler:
