@@ -1,14 +1,11 @@
 """What a sweep found: its ranked points, as tables, pictures and one page of HTML."""
 
-import base64
-import html
 import io
 import statistics
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from string import Template
 
 import matplotlib as mpl
 import optuna
@@ -19,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, create_trial
 from rich.table import Table
 
+from upreid_ray.page import PageFigure, PageSection, render_page
 from upreid_ray.tune.points import distribution, encode
 from upreid_ray.tune.space import Point, SweepPlan, format_value
 from upreid_ray.tune.trial_record import METRIC, TrialRecord
@@ -27,31 +25,10 @@ SCORED = ("finished", "stopped")
 # Fewer trials say nothing about which setting matters.
 MIN_IMPORTANCE_TRIALS = 4
 
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>$title</title>
-<style>
-body { font: 15px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 }
-th, td { border-bottom: 1px solid #ccc; padding: .2rem .8rem; text-align: left }
-img { max-width: 100% }
-figure { margin: 2rem 0 }
-pre { background: #f4f4f4; padding: 1rem; overflow-x: auto }
-</style>
-<h1>$title</h1>
-<p>$summary</p>
-<h2>Points</h2>
-$points
-<p>mAP of the frozen backbone: the mean over the seeds of a point, and their standard deviation.
-Points that were trained longer come first.</p>
-$pictures
-<h2>Trials</h2>
-$trials
-<h2>Best settings</h2>
-<pre>$best</pre>
-</html>
-""")
+POINTS_TEXT = (
+    "mAP of the frozen backbone: mean and standard deviation over the seeds of a point. Points "
+    "that were trained longer come first."
+)
 CAPTIONS = {
     "rungs.png": "mAP at each evaluation; a line that ends early was stopped.",
     "parallel.png": "Each line is a trial. Weights below the lowest of the space stand for 0.",
@@ -217,29 +194,22 @@ def page(
         drawn: From `pictures`.
         best: The best settings, as JSON.
     """
-    figures = [
-        f'<figure><img alt="{name}" src="data:image/png;base64,'
-        f'{base64.b64encode(content).decode()}"><figcaption>{CAPTIONS[name]}</figcaption>'
-        "</figure>"
-        for name, content in drawn.items()
-    ]
-    return PAGE.substitute(
-        title=html.escape(title),
-        summary=html.escape(summary),
-        points=_html_table(points),
-        trials=_html_table(trials),
-        pictures="\n".join(figures),
-        best=html.escape(best),
+    figures = [PageFigure(CAPTIONS[name], content) for name, content in drawn.items()]
+    return render_page(
+        title,
+        [
+            PageSection(text=summary),
+            PageSection("Points", table=_cells(points), text=POINTS_TEXT, figures=figures),
+            PageSection("Trials", table=_cells(trials)),
+            PageSection("Best settings", preformatted=best),
+        ],
     )
 
 
-def _html_table(table: Table) -> str:
-    """Return a table of text as HTML."""
-    columns = [list(map(str, (column.header, *column.cells))) for column in table.columns]
-    header, *rows = zip(*columns, strict=True)
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    names = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    return "\n".join(["<table>", *(f"<tr>{line}</tr>" for line in (names, *lines)), "</table>"])
+def _cells(table: Table) -> list[tuple[str, ...]]:
+    """Return the texts of a table, row by row, the names of its columns first."""
+    columns = [(str(column.header), *map(str, column.cells)) for column in table.columns]
+    return list(zip(*columns, strict=True))
 
 
 def _png(axes: Axes) -> bytes:
