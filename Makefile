@@ -65,7 +65,7 @@ test: $(READY)  ## all tests
 test-fast: $(READY)  ## the tests that need no Ray cluster
 	$(BIN)/python -m pytest -m "not ray"
 
-bench: $(READY)  ## the numbers of BENCHMARKS.md
+bench: $(READY)  ## measure the numbers of docs/benchmarks.md
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python benchmarks/ray_overhead.py

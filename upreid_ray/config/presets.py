@@ -56,7 +56,7 @@ PRESETS = {
     "demo": PretrainConfig(
         data=DataConfig(height=64, width=32),
         augmentation=AUGMENTATIONS["mild"],
-        # Keys that follow faster teach less in so few steps, or collapse (BENCHMARKS.md).
+        # Keys that follow faster teach less in so few steps, or collapse (docs/benchmarks.md).
         model=_SMALL_MODEL.override({"momentum": 0.999}),
         optimizer=OptimizerConfig(lr=0.06, warmup_epochs=1),
         training=TrainingConfig(epochs=3, batch_size=64, group_size=32, log_every_steps=10),
