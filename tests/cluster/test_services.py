@@ -224,7 +224,7 @@ def test_a_run_folder_can_be_in_the_bucket(services: Services) -> None:
 
 
 def test_a_dump_of_the_database_restores_the_registry(services: Services) -> None:
-    """The commands of cluster/README.md, in the container's place."""
+    """The commands of docs/operations.md, in the container's place."""
     environment = os.environ | {"PGPASSWORD": PASSWORD}
     target = ["-h", "127.0.0.1", "-p", str(services.postgres), "-U", "mlflow"]
 
