@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from upreid_ray.command_line import JobParser, run_job
+from upreid_ray.config.section import absolute, absolute_init
 
 CONSUMERS = ("torchvision", "timm", "fastreid", "torchreid")
 
@@ -22,16 +23,16 @@ CONSUMERS = ("torchvision", "timm", "fastreid", "torchreid")
 def main() -> dict[str, Any]:
     """Parse, write the file, and return what the JSON line says."""
     parser = JobParser(__doc__)
-    parser.add_argument("init", metavar="INIT", help="backbone to export")
+    parser.add_argument("init", type=absolute_init, metavar="INIT", help="backbone to export")
     parser.add_argument("--to", required=True, choices=CONSUMERS, help="who loads the file")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file")
+    parser.add_argument("--out", required=True, type=absolute, metavar="FILE", help="the file")
     arguments = parser.parse(sys.argv[1:])
     # After the arguments: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.export import export  # noqa: PLC0415
     from upreid_ray.train.initialization import resolve  # noqa: PLC0415
 
     init = resolve(arguments.init)
-    report = export(init, arguments.to, arguments.out)
+    report = export(init, arguments.to, Path(arguments.out))
     table = Table("tensors", "number", "first")
     for kind in ("matched", "missing", "unexpected"):
         names = getattr(report, kind)
@@ -44,8 +45,8 @@ def main() -> dict[str, Any]:
     Console(stderr=True).print(table)
     return {
         "init": init.uri,
-        "result_dir": str(arguments.out.absolute().parent),
-        "file": str(arguments.out),
+        "result_dir": str(Path(arguments.out).parent),
+        "file": arguments.out,
         "matched": len(report.matched),
         "missing": report.missing,
         "unexpected": report.unexpected,

@@ -34,6 +34,7 @@ from rich.table import Table
 from upreid_ray.command_line import JobParser, connect_to_ray, run_job
 from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.run import SyntheticConfig
+from upreid_ray.config.section import absolute
 from upreid_ray.data.shards.audit import audit
 from upreid_ray.data.shards.duplicates import MAX_DISTANCE
 from upreid_ray.data.shards.images import ImageRules
@@ -46,6 +47,7 @@ from upreid_ray.data.sources.source import source_records, synthetic_records
 
 logger = logging.getLogger("upreid_ray")
 
+SYNTHETIC = "synthetic"
 NUM_NAMED = 10
 # Flag, least value, unit, meaning.
 BOUNDS: tuple[tuple[str, float, str, str], ...] = (
@@ -80,8 +82,8 @@ def main() -> dict[str, Any]:
 def _parser() -> JobParser:
     parser = JobParser(__doc__)
     add = parser.add_argument
-    add("source", metavar="SOURCE", nargs="?", help="what to read: see above")
-    add("--out", metavar="DIR", help="folder or URI of the shards")
+    add("source", type=_source, metavar="SOURCE", nargs="?", help="what to read: see above")
+    add("--out", type=absolute, metavar="DIR", help="folder or URI of the shards")
     add("--seed", type=_at_least(0), default=0, help="of the order of the images")
     add(
         "--columns",
@@ -110,7 +112,10 @@ def _parser() -> JobParser:
     )
     check = parser.add_argument_group("check")
     check.add_argument(
-        "--check", metavar="DIR", help="compare a set with its manifest instead; 1 if damaged"
+        "--check",
+        type=absolute,
+        metavar="DIR",
+        help="compare a set with its manifest instead; 1 if damaged",
     )
     check.add_argument("--decode", action="store_true", help="decode every image too")
     return parser
@@ -123,7 +128,7 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(
             f"--max-distance {rules.max_distance}: images that far apart are no duplicates"
         )
-    if arguments.source == "synthetic":
+    if arguments.source == SYNTHETIC:
         records = synthetic_records(SyntheticConfig(seed=arguments.seed))
     else:
         records = source_records(arguments.source, arguments.columns)
@@ -180,6 +185,10 @@ def _at_least(least: NumberT) -> Callable[[str], NumberT]:
         return number
 
     return read
+
+
+def _source(text: str) -> str:
+    return text if text == SYNTHETIC else absolute(text)
 
 
 def _columns(text: str) -> dict[str, str]:

@@ -48,7 +48,16 @@ def sections(section: type[Section], title: str = "job") -> list[str]:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_named_by_the_first_word(name):
-    assert settings(name) == PRESETS[name]
+    config = settings(name, "--data.shards", "s3://bucket/shards")
+
+    assert config == PRESETS[name].override({"data.shards": "s3://bucket/shards"})
+
+
+def test_the_preset_of_many_gpus_does_not_draw_the_synthetic_set_unasked():
+    with pytest.raises(InputError, match=r"^--data\.shards: required .* luperson$"):
+        settings("luperson", "--seed", "1")
+
+    assert settings("luperson", "--data.shards", "none") == PRESETS["luperson"]
 
 
 def test_without_a_preset_the_demo_is_taken():

@@ -148,6 +148,8 @@ def read_pretrain_settings(arguments: argparse.Namespace) -> PretrainConfig:
     """
     if arguments.config is None:
         config = PRESETS[arguments.preset or "demo"]
+        if arguments.preset == "luperson" and "data.shards" not in arguments:
+            raise InputError("--data.shards: required with the preset luperson")
     elif arguments.preset is not None:
         raise InputError(f"--config {arguments.config}: give either a preset or a file")
     else:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from upreid_ray.config.downstream import ClusterContrastConfig
+from upreid_ray.config.downstream import ClusterContrastConfig, EvaluateConfig
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.presets import AUGMENTATIONS, PRESETS
 from upreid_ray.config.pretrain import DataConfig, ModelConfig, PretrainConfig, TrainingConfig
@@ -192,6 +192,53 @@ def test_a_uri_without_a_password_is_taken():
     config = PretrainConfig().override({"data.shards": "s3://bucket/a@b"})
 
     assert config.data.shards == "s3://bucket/a@b"
+
+
+PATHS = {
+    "data.shards": PretrainConfig(),
+    "evaluation.shards": PretrainConfig(),
+    "model.pretrained": PretrainConfig(),
+    "run.storage_path": PretrainConfig(),
+    "data.root": ClusterContrastConfig(),
+    "init": ClusterContrastConfig(),
+}
+path_settings = pytest.mark.parametrize(("path", "config"), PATHS.items(), ids=list(PATHS))
+
+
+@path_settings
+@pytest.mark.parametrize("typed", ["a set", "./a set", "a set/", "a set/m\u00fcller.pth", "~x"])
+def test_a_path_is_relative_to_where_the_user_stands(
+    tmp_path, monkeypatch, path, config, typed
+):
+    monkeypatch.chdir(tmp_path)
+
+    recorded = config.override({path: typed}).model_dump_json()
+
+    monkeypatch.chdir("/")
+    settings = dict(type(config).parse(json.loads(recorded)).flatten())
+    assert settings[path] == str(tmp_path / typed)
+
+
+@path_settings
+@pytest.mark.parametrize("place", ["/set", "s3://bucket/a set", "file:///set"])
+def test_an_absolute_path_and_a_uri_stay_as_they_are(path, config, place):
+    assert dict(config.override({path: place}).flatten())[path] == place
+
+
+@pytest.mark.parametrize("init", ["random", "models:/upreid@champion", "models:/upreid/3"])
+def test_an_initialization_that_is_no_path_stays_as_it_is(init):
+    assert EvaluateConfig(init=init).init == init
+
+
+@path_settings
+def test_an_empty_path_is_refused(path, config):
+    assert refusal({path: ""}, config).startswith(f"--{path}: a path must not be empty")
+
+
+def test_no_preset_knows_the_working_folder():
+    values = [value for config in PRESETS.values() for _, value in config.flatten()]
+
+    assert [value for value in values if isinstance(value, str) and "/" in value] == []
 
 
 def test_a_refusal_says_what_was_given():

@@ -12,6 +12,7 @@ from upreid_ray.config.downstream import CompareConfig, FinetuneConfig
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.presets import FINETUNE_PRESETS
 from upreid_ray.config.run import ScalingConfig
+from upreid_ray.config.section import absolute
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.downstream.compare import (
     FROZEN,
@@ -45,9 +46,9 @@ def weights(file: Path) -> str:
     [
         ("random", Row("random", ("random",))),
         ("models:/a@champion", Row("models:/a@champion", ("models:/a@champion",))),
-        ("moco=a.pth", Row("moco", ("a.pth",))),
+        ("moco=a.pth", Row("moco", (absolute("a.pth"),))),
         ("up=models:/a/1,models:/a/2", Row("up", ("models:/a/1", "models:/a/2"))),
-        ("runs/lr=0.1/step-1", Row("runs/lr=0.1/step-1", ("runs/lr=0.1/step-1",))),
+        ("runs/lr=0.1/step-1", Row("runs/lr=0.1/step-1", (absolute("runs/lr=0.1/step-1"),))),
     ],
 )
 def test_a_row_has_a_label_and_initializations(text, row):
@@ -86,10 +87,12 @@ def test_random_is_always_a_row_and_paths_are_whole(tmp_path, monkeypatch):
     weights(tmp_path / "a.safetensors")
     monkeypatch.chdir(tmp_path)
 
-    rows, descriptions = resolve_rows([Row("a", ("a.safetensors",))])
+    rows, descriptions = resolve_rows(
+        [Row.parse("a=a.safetensors"), Row.parse("a.safetensors")]
+    )
 
     whole = str(tmp_path / "a.safetensors")
-    assert rows == [Row(RANDOM, (RANDOM,)), Row("a", (whole,))]
+    assert rows == [Row(RANDOM, (RANDOM,)), Row("a", (whole,)), Row("a.safetensors", (whole,))]
     assert descriptions[whole].backbone == "resnet18"
 
 

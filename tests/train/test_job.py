@@ -1,5 +1,6 @@
 """What the driver does around training, without any."""
 
+import json
 import os
 import platform
 import signal
@@ -9,8 +10,9 @@ import sys
 import pytest
 
 from upreid_ray.config.presets import PRESETS
+from upreid_ray.config.run import JobConfig
 from upreid_ray.tracking import run_log, runs
-from upreid_ray.train.folder import SNAPSHOT_FILE, STOP_FILE, RunFolder
+from upreid_ray.train.folder import RUN_FILE, SNAPSHOT_FILE, STOP_FILE, RunFolder
 from upreid_ray.train.job import KEEP_FREED_MEMORY, _stopped_by_sigterm, deliver_metrics
 
 NOWHERE = "http://127.0.0.1:9"  # nothing answers there
@@ -34,6 +36,21 @@ thread.join()
 @pytest.fixture
 def run(folder) -> RunFolder:
     return RunFolder(str(folder), "a-run")
+
+
+def test_a_run_that_was_recorded_with_a_relative_path_can_be_continued(run):
+    config = PRESETS["demo"].override({"data.shards": "a set"})
+    recorded = config.model_dump(mode="json")
+    recorded["data"]["shards"] = "a set"
+    run.write(RUN_FILE, json.dumps({"run_id": "an-id", "config": recorded}))
+
+    assert run.recorded_run(config, free=()) == "an-id"
+
+
+def test_the_storage_of_the_environment_is_relative_to_the_working_folder(folder, monkeypatch):
+    monkeypatch.setenv("UPREID_RAY_STORAGE", "my runs")
+
+    assert RunFolder.of(JobConfig(name="a"), "run").uri == f"{folder}/my runs/a"
 
 
 def test_metrics_that_a_worker_could_not_deliver_are_delivered_at_the_end(run):

@@ -22,21 +22,23 @@ from upreid_ray.config.run import (
     SyntheticConfig,
 )
 from upreid_ray.config.section import (
+    RANDOM,
     Color,
     Deviation,
+    Init,
+    PathOrUri,
     Pixels,
     Probability,
     Section,
     Share,
     ShareRange,
-    Uri,
 )
 
 
 class LabelledDataConfig(Section):
     """A set of persons and cameras, and the form in which a backbone sees its images."""
 
-    root: Uri | None = None
+    root: PathOrUri | None = None
     """Folder in a labelled layout, or folder or URI of shards; none draws the synthetic set."""
     synthetic: SyntheticConfig = SyntheticConfig()
     """The synthetic set that is drawn where no root is given."""
@@ -53,7 +55,7 @@ class LabelledDataConfig(Section):
 class EvaluateConfig(Section):
     """A frozen backbone scored by retrieval."""
 
-    init: str = "random"
+    init: Init = RANDOM
     """models:/NAME@ALIAS or /VERSION, a checkpoint folder, a file of weights, or random."""
     backbone: BackboneName = "resnet50"
     """Architecture of a random initialisation."""
@@ -172,7 +174,7 @@ class ClusteringConfig(Section):
 class DownstreamConfig(Section):
     """A run that starts from an initialization and learns persons."""
 
-    init: str = "random"
+    init: Init = RANDOM
     """models:/NAME@ALIAS or /VERSION, a checkpoint folder, a file of weights, or random."""
     backbone: BackboneName = "resnet50"
     """Architecture of a random initialisation."""

@@ -77,7 +77,8 @@ PRESETS = {
         scaling=_ONE_MACHINE,
     ),
     # The recipe of LUPerson's MoCo v2, which the defaults are, with the I2 terms; 8 GPUs.
-    "luperson": PretrainConfig(data=DataConfig(shards="luperson-shards")),
+    # The command line requires --data.shards with it.
+    "luperson": PretrainConfig(),
 }
 
 # Of the small images of the synthetic people, on two cores.

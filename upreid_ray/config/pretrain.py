@@ -23,12 +23,12 @@ from upreid_ray.config.section import (
     Color,
     Deviation,
     Jitter,
+    PathOrUri,
     Pixels,
     PositiveRange,
     Probability,
     Section,
     ShareRange,
-    Uri,
 )
 
 SMALLEST_PATCH = 8  # pixels
@@ -37,7 +37,7 @@ SMALLEST_PATCH = 8  # pixels
 class DataConfig(Section):
     """Which images are read, and at which size."""
 
-    shards: Uri | None = None
+    shards: PathOrUri | None = None
     """Folder or URI with shards made by jobs/prepare.py; none draws the synthetic set."""
     synthetic: SyntheticConfig = SyntheticConfig()
     """The synthetic set that is drawn where no shards are given."""
@@ -104,7 +104,7 @@ class ModelConfig(Section):
 
     backbone: BackboneName = "resnet50"
     """Torchvision's ResNet."""
-    pretrained: str | None = None
+    pretrained: PathOrUri | None = None
     """File of weights to start from: torchvision's, or a checkpoint of MoCo or fast-reid."""
     embedding_dim: PositiveInt = 128
     """Size of the projected embedding."""

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from upreid_ray.config.section import Name, Pixels, Section, Share, Uri
+from upreid_ray.config.section import Name, PathOrUri, Pixels, Section, Share
 
 BackboneName = Literal["resnet18", "resnet34", "resnet50"]
 
@@ -33,7 +33,7 @@ class SyntheticConfig(Section):
 class EvaluationConfig(Section):
     """Retrieval on query and gallery images, which picks the best checkpoint."""
 
-    shards: Uri | None = None
+    shards: PathOrUri | None = None
     """Folder or URI with query and gallery splits; none takes those of the training set."""
     every_epochs: PositiveInt = 10
     """Epochs between two evaluations; the untrained and the final backbone are scored too."""
@@ -103,7 +103,7 @@ class JobConfig(Section):
 
     name: Name | None = None
     """Name of the run and of its folder; none makes one from the backbone and the time."""
-    storage_path: Uri | None = None
+    storage_path: PathOrUri | None = None
     """Folder or URI of all runs; none takes $UPREID_RAY_STORAGE, else ./runs."""
     experiment: str = "upreid"
     """MLflow experiment."""

@@ -6,6 +6,7 @@ the MLflow parameter and the path in a checkpoint's ``config.json``.
 
 import difflib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Self, get_args, get_origin
 from urllib.parse import urlsplit
@@ -53,7 +54,29 @@ def _without_secret(uri: str) -> str:
     return uri
 
 
-Uri = Annotated[str, AfterValidator(_without_secret)]
+def absolute(place: str) -> str:
+    """Return a path as an absolute one, from the working folder on; a URI as it is.
+
+    Processes of a cluster have other working folders than the user.
+
+    Raises:
+        ValueError: The path is empty.
+    """
+    if not place:
+        raise ValueError("a path must not be empty")
+    return place if "://" in place else str(Path(place).absolute())
+
+
+def absolute_init(init: str) -> str:
+    """Return what a backbone starts from, with a path made `absolute`."""
+    is_path = init != RANDOM and not init.startswith("models:")
+    return absolute(init) if is_path else init
+
+
+RANDOM = "random"
+"""The initialization that is no file and no registered version."""
+Init = Annotated[str, AfterValidator(absolute_init)]
+PathOrUri = Annotated[str, AfterValidator(_without_secret), AfterValidator(absolute)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ascending)]

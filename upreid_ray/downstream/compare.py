@@ -18,7 +18,6 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import ray
@@ -30,6 +29,7 @@ from rich.progress import Progress
 from upreid_ray.config.downstream import CompareConfig, DownstreamConfig, EvaluateConfig
 from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.config.run import JobConfig, ScalingConfig
+from upreid_ray.config.section import RANDOM, absolute_init
 from upreid_ray.core.backbone import Description
 from upreid_ray.data.shards.manifest import Manifest, read_manifest
 from upreid_ray.data.shards.on_demand import labelled_shards
@@ -45,7 +45,6 @@ from upreid_ray.train.resources import Resources, check_resources, living_nodes,
 COMPARISON_FILE = "comparison.json"
 PLOT_FILE = "comparison.png"
 FROZEN = "frozen"
-RANDOM = "random"
 
 Scores = dict[str, float]
 
@@ -71,11 +70,11 @@ class Row:
         """
         label, equals, inits = text.partition("=")
         if not equals or re.search(r"[/:]", label):  # a path or URI may have = in it
-            return cls(text, (text,))
-        row = cls(label, tuple(inits.split(",")))
-        if not label or not all(row.inits):
+            return cls(text, (absolute_init(text),))
+        parts = inits.split(",")
+        if not label or not all(parts):
             raise InputError(f"--init {text}: not of the form LABEL=INIT[,INIT...]")
-        return row
+        return cls(label, tuple(map(absolute_init, parts)))
 
     def __str__(self) -> str:
         return f"{self.label}={','.join(self.inits)}"
@@ -179,7 +178,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
     rows, descriptions = resolve_rows(rows)
     config = config.override({"init": tuple(str(row) for row in rows)})
     run_id = folder.recorded_run(config, FREE_SETTINGS) if resume else None
-    shards = _whole(labelled_shards(common.data, folder.storage))
+    shards = labelled_shards(common.data, folder.storage)
     trials = plan(config, rows, descriptions, shards, folder)
     if run_id is None:
         run_id = runs.start_run(
@@ -229,16 +228,11 @@ def resolve_rows(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Description]
     found = {RANDOM: RANDOM}
     for init in dict.fromkeys(init for row in rows for init in row.inits if init != RANDOM):
         resolved = resolve(init)
-        found[init] = _whole(resolved.uri)
+        found[init] = resolved.uri
         descriptions[found[init]] = resolved.description
     return [
         Row(row.label, tuple(found[init] for init in row.inits)) for row in rows
     ], descriptions
-
-
-def _whole(place: str) -> str:
-    """Return a path or URI that means the same in another working folder."""
-    return place if ":/" in place else str(Path(place).absolute())
 
 
 def plan(
@@ -258,7 +252,7 @@ def plan(
     """
     common = config.finetune
     manifest = read_manifest(shards)
-    evaluation = _whole(common.evaluation.shards or shards)
+    evaluation = common.evaluation.shards or shards
     check_labels(evaluation, read_manifest(evaluation))
     first = next(iter(descriptions.values()), None)
 

@@ -15,7 +15,7 @@ from pyarrow import fs
 
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.run import JobConfig
-from upreid_ray.config.section import Section
+from upreid_ray.config.section import Section, absolute
 from upreid_ray.storage import open_folder, write_whole
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,7 @@ class RunFolder:
     @classmethod
     def of(cls, run: JobConfig, kind: str) -> Self:
         """Return the folder that ``run`` names; a new one of this kind if it names none."""
-        storage = run.storage_path or os.environ.get("UPREID_RAY_STORAGE") or "runs"
-        if "://" not in storage:
-            storage = str(Path(storage).absolute())
+        storage = absolute(run.storage_path or os.environ.get("UPREID_RAY_STORAGE") or "runs")
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         return cls(storage, run.name or f"{kind}-{stamp}")
 

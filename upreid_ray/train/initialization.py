@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from upreid_ray.config.downstream import DownstreamConfig, EvaluateConfig, LabelledDataConfig
+from upreid_ray.config.section import RANDOM
 from upreid_ray.core.backbone import Description, build_backbone, read_backbone
 from upreid_ray.core.checkpoint import read_exported
 from upreid_ray.tracking import registry, runs
@@ -43,7 +44,7 @@ def random(backbone: str, *, seed: int) -> Initialization:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = build_backbone(backbone).state_dict()
-    return Initialization("random", _usual(backbone), weights)
+    return Initialization(RANDOM, _usual(backbone), weights)
 
 
 def resolve(init: str) -> Initialization:
@@ -76,7 +77,7 @@ def requested(config: DownstreamConfig | EvaluateConfig) -> Initialization:
     Raises:
         InputError: It does not exist, or is not a whole backbone.
     """
-    if config.init == "random":
+    if config.init == RANDOM:
         return for_images(random(config.backbone, seed=config.seed), config.data)
     return for_images(resolve(config.init), config.data)
 
