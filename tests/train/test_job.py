@@ -8,12 +8,18 @@ import subprocess
 import sys
 
 import pytest
+from ray.train import ControllerError, WorkerGroupError
 
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.run import JobConfig
 from upreid_ray.tracking import run_log, runs
 from upreid_ray.train.folder import RUN_FILE, SNAPSHOT_FILE, STOP_FILE, RunFolder
-from upreid_ray.train.job import KEEP_FREED_MEMORY, _stopped_by_sigterm, deliver_metrics
+from upreid_ray.train.job import (
+    KEEP_FREED_MEMORY,
+    _stopped_by_sigterm,
+    deliver_metrics,
+    first_cause,
+)
 
 NOWHERE = "http://127.0.0.1:9"  # nothing answers there
 # Prints the page faults of a thread that makes and frees a tensor of 128 MiB, 20 times, once it
@@ -113,3 +119,10 @@ def test_a_worker_keeps_the_memory_that_a_step_frees(monkeypatch):
     ]
 
     assert faults[0] > 10 * faults[1]
+
+
+def test_the_cause_of_a_failed_run_is_the_error_of_a_worker_or_of_the_controller():
+    full, gone = OSError("no space left"), RuntimeError("gone")
+
+    assert first_cause(WorkerGroupError("text", {1: full, 0: gone})) is full
+    assert first_cause(ControllerError(gone)) is gone

@@ -36,7 +36,7 @@ from upreid_ray.data.shards.on_demand import labelled_shards
 from upreid_ray.data.stream.labelled import check_labels
 from upreid_ray.downstream.evaluate import evaluate
 from upreid_ray.tracking import runs
-from upreid_ray.train.finetune import METHODS, finetune
+from upreid_ray.train.finetune import IMAGES, finetune
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.initialization import resolve
 from upreid_ray.train.job import FREE_SETTINGS
@@ -319,7 +319,7 @@ def _of_split(
         InputError: It has too few persons for a batch.
     """
     settings: dict[str, Any] = {"subset.persons": split}
-    _, images_of = METHODS[type(common)]
+    images_of = IMAGES[type(common)]
     try:
         images = images_of(shards, manifest, common.override(settings), height=256, width=128)
     except InputError as error:

@@ -1,8 +1,10 @@
-"""What every Ray Train worker of a fine-tuning run does."""
+"""The workers of a fine-tuning run, with and without labels.
+
+Workers import this module, so it must not import what only the driver needs, such as `job`.
+"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import ray
@@ -42,45 +44,33 @@ from upreid_ray.data.stream.rows import Columns
 from upreid_ray.train.initialization import Initialization
 from upreid_ray.train.worker import Worker, WorkerSettings, logger, prepare_process
 
-ConfigT = TypeVar("ConfigT", bound=DownstreamConfig)
-
-
-@dataclass(frozen=True)
-class DownstreamWorkerSettings(WorkerSettings[ConfigT], Generic[ConfigT]):
-    """What the driver tells the workers of a fine-tuning run.
-
-    Attributes:
-        init: Where the backbone begins; its description is that of the images of this run.
-    """
-
-    init: Initialization
-
-    def backbone(self) -> nn.Module:
-        """Return the backbone to start from."""
-        backbone = build_backbone(
-            self.init.description.backbone, last_stride=self.config.training.last_stride
-        )
-        backbone.load_state_dict(self.init.weights)
-        return backbone
-
 
 def finetune_worker(
-    settings: dict[str, DownstreamWorkerSettings[FinetuneConfig]],
+    settings: WorkerSettings[FinetuneConfig], *, init: Initialization
 ) -> RunFailed | None:
-    """Train from the newest checkpoint, or from the beginning; return why it ended early."""
-    device = prepare_process(settings["settings"].config.scaling)
-    return FinetuneWorker(settings["settings"], device).train()
+    """Train from the newest checkpoint, if any; return why training ended early."""
+    device = prepare_process(settings.config.scaling)
+    return FinetuneWorker(settings, init, device).train()
 
 
 def cluster_contrast_worker(
-    settings: dict[str, DownstreamWorkerSettings[ClusterContrastConfig]],
+    settings: WorkerSettings[ClusterContrastConfig], *, init: Initialization
 ) -> RunFailed | InputError | None:
-    """Train from the newest checkpoint, or from the beginning; return why it ended early."""
-    device = prepare_process(settings["settings"].config.scaling)
+    """Train from the newest checkpoint, if any; return why training ended early."""
+    device = prepare_process(settings.config.scaling)
     try:
-        return ClusterContrastWorker(settings["settings"], device).train()
-    except InputError as error:  # images that cannot be clustered now never can
+        return ClusterContrastWorker(settings, init, device).train()
+    except InputError as error:  # Ray Train would retry what cannot succeed.
         return error
+
+
+def initial_backbone(config: DownstreamConfig, init: Initialization) -> nn.Module:
+    """Return the backbone with which fine-tuning begins."""
+    backbone = build_backbone(
+        init.description.backbone, last_stride=config.training.last_stride
+    )
+    backbone.load_state_dict(init.weights)
+    return backbone
 
 
 class FinetuneWorker(Worker):
@@ -89,9 +79,12 @@ class FinetuneWorker(Worker):
     state: FinetuneState
 
     def __init__(
-        self, settings: DownstreamWorkerSettings[FinetuneConfig], device: torch.device
+        self,
+        settings: WorkerSettings[FinetuneConfig],
+        init: Initialization,
+        device: torch.device,
     ) -> None:
-        images = settings.init.description
+        images = init.description
         self.images = PersonImages(
             settings.shards,
             read_manifest(settings.shards),
@@ -101,7 +94,7 @@ class FinetuneWorker(Worker):
         )
         state = FinetuneState(
             settings.config,
-            settings.backbone(),
+            initial_backbone(settings.config, init),
             images,
             num_persons=self.images.num_persons,
             steps_per_epoch=self.images.steps_per_epoch,
@@ -127,9 +120,12 @@ class ClusterContrastWorker(Worker):
     state: ClusterContrastState
 
     def __init__(
-        self, settings: DownstreamWorkerSettings[ClusterContrastConfig], device: torch.device
+        self,
+        settings: WorkerSettings[ClusterContrastConfig],
+        init: Initialization,
+        device: torch.device,
     ) -> None:
-        images = settings.init.description
+        images = init.description
         self.config = settings.config
         self.images = ClusterImages(
             settings.shards,
@@ -139,7 +135,7 @@ class ClusterContrastWorker(Worker):
             width=images.width,
         )
         state = ClusterContrastState(
-            settings.config, settings.backbone(), images, device=device
+            settings.config, initial_backbone(settings.config, init), images, device=device
         )
         super().__init__(settings, state)
 

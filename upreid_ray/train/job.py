@@ -1,4 +1,7 @@
-"""A job that trains: from its settings, through Ray Train, to a registered version."""
+"""A run of Ray Train on the driver: begin, train, register.
+
+`pretrain.fit` and `finetune.finetune` say what to train (`Task`); all else is the same.
+"""
 
 import json
 import logging
@@ -8,7 +11,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,10 +47,10 @@ from upreid_ray.train.worker import DELIVERY_SECONDS, WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-# What each worker does with its settings; what it returns, the driver raises.
-WorkerFunction = Callable[[dict[str, Any]], RunFailed | InputError | None]
+# Called by every worker with its settings; the driver raises what it returns.
+WorkerFunction = Callable[[WorkerSettings[Any]], RunFailed | InputError | None]
 
-# What a resumed run may change: the weights that come out differ by rounding at most.
+# Settings that may change when a run is resumed: they change its weights by rounding at most.
 FREE_SETTINGS = ("run.", "scaling.", "checkpoint.", "training.log_every_steps")
 
 # Lets the C library of Linux keep what a step frees for the next one. By default it gives large
@@ -61,15 +65,15 @@ KEEP_FREED_MEMORY = {
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves.
+    """Result of a run.
 
     Attributes:
-        run_id: Of the MLflow run.
-        model_uri: Of the registered version; None for a trial, which registers nothing.
+        run_id: ID of the MLflow run.
+        model_uri: URI of the registered version; None for a trial, which registers nothing.
         checkpoint: Folder or URI of the last checkpoint, which holds the best backbone.
-        scores: Of the best backbone, 0..1 by name; empty without an evaluation set.
-        scores_untrained: Of the backbone before training.
-        images_per_second: Over all workers, without the start and without evaluations.
+        scores: Scores of the best backbone, 0..1 by name; empty without an evaluation set.
+        scores_untrained: Scores of the backbone before training.
+        images_per_second: Speed of all workers together, without start-up and evaluations.
         result_dir: Folder of the run, with its checkpoints.
     """
 
@@ -83,15 +87,34 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class TrainJob:
-    """A run that is about to begin, or to go on.
+class Task:
+    """What a run trains, and under which name it is registered.
 
     Attributes:
-        config: Of the run.
-        folder: Of the run.
-        run_id: Of the MLflow run that goes on, None if a new one begins.
-        client: Of the tracking server.
-        parent_run_id: Of the run of which this one is a trial, None if it is none.
+        worker: Function that every worker calls with its settings.
+        shards: URI of the training shards.
+        images: The training images in these shards.
+        model_name: Name of the registered model.
+        lineage: Tags of the run and of the version, in addition to those of every run.
+    """
+
+    worker: WorkerFunction
+    shards: str
+    images: TrainingImages | PersonImages | ClusterImages
+    model_name: str
+    lineage: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A run that is about to begin or to continue.
+
+    Attributes:
+        config: Settings of the run.
+        folder: Folder of the run.
+        run_id: ID of the MLflow run to continue; None begins a new one.
+        client: Client of the tracking server.
+        parent_run_id: ID of the MLflow run of which this run is a trial; None if it is none.
     """
 
     config: PretrainConfig | DownstreamConfig
@@ -109,11 +132,11 @@ class TrainJob:
         resume: bool,
         parent_run_id: str | None,
     ) -> Self:
-        """Check what can be checked before anything is made.
+        """Check everything that can be checked before anything is written.
 
         Raises:
-            InputError: The run exists, or does not; MLflow does not answer; or the machine
-                cannot hold the workers.
+            InputError: A new run exists already, a run to resume does not exist, MLflow does
+                not answer, or the machine cannot hold the workers.
         """
         run_id = folder.recorded_run(config, FREE_SETTINGS) if resume else None
         if not resume and folder.exists():
@@ -124,27 +147,12 @@ class TrainJob:
         check_resources(config.scaling)
         return cls(config, folder, run_id, runs.connect(), parent_run_id)
 
-    def run(
-        self,
-        worker: WorkerFunction,
-        make_settings: Callable[..., WorkerSettings[Any]],
-        *,
-        shards: str,
-        images: TrainingImages | PersonImages | ClusterImages,
-        model_name: str,
-        lineage: Mapping[str, str],
-        callbacks: Sequence[UserCallback] = (),
-    ) -> TrainResult:
-        """Train, and register the best backbone unless this is a trial.
+    def run(self, task: Task, callbacks: Sequence[UserCallback] = ()) -> TrainResult:
+        """Train, and register the best backbone unless this run is a trial.
 
         Args:
-            worker: What each worker does; what it returns is raised here.
-            make_settings: Called with the fields of `WorkerSettings`.
-            shards: URI of the training shards.
-            images: What is trained on.
-            model_name: Under which the backbone is registered.
-            lineage: Tags of the run and of the version, beside those of every job.
-            callbacks: Called by Ray Train.
+            task: What to train.
+            callbacks: Callbacks of Ray Train.
 
         Raises:
             InputError: The evaluation set cannot be scored, or images cannot be clustered.
@@ -152,7 +160,7 @@ class TrainJob:
             RunFailed: Gradients were not finite, no checkpoint is whole, or the storage failed.
             ray.train.TrainingFailedError: Training failed more often than allowed.
         """
-        config, folder, client = self.config, self.folder, self.client
+        folder = self.folder
         done = folder.read(RESULT_FILE)
         if self.run_id is not None and done is not None:
             logger.info("run %s is done already", folder.name)
@@ -160,67 +168,57 @@ class TrainJob:
             return TrainResult(**json.loads(done))
         folder.remove(STOP_FILE)
         folder.remove_torn_snapshot()
-        evaluation = evaluation_shards(config.evaluation.shards, shards)
-        run_id = self._begun()
-        tags = {
-            "run": folder.name,
-            "shards": shards,
-            "manifest": read_manifest(shards).digest(),
-            "evaluation": read_manifest(evaluation).digest(EVALUATION_SPLITS)
-            if evaluation
-            else "none",
-            **lineage,
-        }
-        runs.set_tags(client, run_id, tags)
-        logger.info(
-            "run %s: %d images, %d steps; if it ends early, continue it with --resume %s",
-            folder.name,
-            images.num_images,
-            images.steps_per_epoch * config.training.epochs,
-            folder.name,
-        )
-        settings = make_settings(
-            config=config,
-            shards=shards,
+        evaluation = evaluation_shards(self.config.evaluation.shards, task.shards)
+        tags = self._lineage(task, evaluation)
+        run_id = self._begin(task, tags)
+        settings = WorkerSettings(
+            config=self.config,
+            shards=task.shards,
             evaluation_shards=evaluation,
             run_id=run_id,
             tracking_uri=runs.tracking_uri(),
             folder=folder,
         )
-        with runs.running(client, run_id), _stopped_by_sigterm(folder):
-            trained = self._train(worker, settings, callbacks)
+        with runs.running(self.client, run_id), _stopped_by_sigterm(folder):
+            checkpoint = self._train(task.worker, settings, callbacks)
             deliver_metrics(folder, run_id)
-            with trained.as_directory() as directory:
-                position = read_position(Path(directory))
-                model_uri = None
-                if self.parent_run_id is None:
-                    model_uri = register(
-                        client, Path(directory), run_id=run_id, name=model_name, tags=tags
-                    )
-        result = TrainResult(
-            run_id=run_id,
-            model_uri=model_uri,
-            checkpoint=f"{folder.uri}/{Path(trained.path).name}",
-            scores=position.best_scores,
-            scores_untrained=position.scores_untrained,
-            images_per_second=position.images_per_second,
-            result_dir=folder.uri,
-        )
+            result = self._register(checkpoint, run_id, task.model_name, tags)
         folder.write(RESULT_FILE, json.dumps(asdict(result), indent=1))
         return result
 
-    def _begun(self) -> str:
-        """Return the MLflow run that goes on, or begin and record one."""
-        if self.run_id is not None:
-            return self.run_id
-        run_id = runs.start_run(
-            self.client,
-            experiment=self.config.run.experiment,
-            name=self.folder.name,
-            config=self.config,
-            parent_run_id=self.parent_run_id,
+    def _lineage(self, task: Task, evaluation: str | None) -> dict[str, str]:
+        """Return the tags that say what the backbone was made from."""
+        return {
+            "run": self.folder.name,
+            "shards": task.shards,
+            "manifest": read_manifest(task.shards).digest(),
+            "evaluation": read_manifest(evaluation).digest(EVALUATION_SPLITS)
+            if evaluation
+            else "none",
+            **task.lineage,
+        }
+
+    def _begin(self, task: Task, tags: Mapping[str, str]) -> str:
+        """Begin and record an MLflow run, or continue the recorded one; return its ID."""
+        config, name = self.config, self.folder.name
+        run_id = self.run_id
+        if run_id is None:
+            run_id = runs.start_run(
+                self.client,
+                experiment=config.run.experiment,
+                name=name,
+                config=config,
+                parent_run_id=self.parent_run_id,
+            )
+            self.folder.record(config, run_id)
+        runs.set_tags(self.client, run_id, tags)
+        logger.info(
+            "run %s: %d images, %d steps; if it ends early, continue it with --resume %s",
+            name,
+            task.images.num_images,
+            task.images.steps_per_epoch * config.training.epochs,
+            name,
         )
-        self.folder.record(self.config, run_id)
         return run_id
 
     def _train(
@@ -229,22 +227,47 @@ class TrainJob:
         settings: WorkerSettings[Any],
         callbacks: Sequence[UserCallback],
     ) -> Checkpoint:
-        """Train to the end, or say in one line that the storage failed."""
+        """Train to the end; return the last checkpoint.
+
+        Raises:
+            RunFailed: The storage failed.
+        """
         try:
-            return _train(worker, settings, self.folder, callbacks)
+            return _run_workers(worker, settings, callbacks)
         except TrainingFailedError as error:
             cause = first_cause(error)
-            # What a trial raises, Ray Tune tries again.
+            # Ray Tune retries a trial only if it raises Ray Train's error.
             if self.parent_run_id is None and isinstance(cause, OSError):
                 raise RunFailed(
-                    f"run {self.folder.name}: {first_line(cause)}; what is saved is kept: mend "
-                    f"that, and continue with --resume {self.folder.name}"
+                    f"run {self.folder.name}: {first_line(cause)}; its checkpoints are kept: "
+                    f"fix the storage, then continue with --resume {self.folder.name}"
                 ) from error
             raise
 
+    def _register(
+        self, checkpoint: Checkpoint, run_id: str, model_name: str, tags: Mapping[str, str]
+    ) -> TrainResult:
+        """Register the best backbone of the last checkpoint, unless this run is a trial."""
+        with checkpoint.as_directory() as directory:
+            position = read_position(Path(directory))
+            model_uri = None
+            if self.parent_run_id is None:
+                model_uri = register(
+                    self.client, Path(directory), run_id=run_id, name=model_name, tags=tags
+                )
+        return TrainResult(
+            run_id=run_id,
+            model_uri=model_uri,
+            checkpoint=f"{self.folder.uri}/{Path(checkpoint.path).name}",
+            scores=position.best_scores,
+            scores_untrained=position.scores_untrained,
+            images_per_second=position.images_per_second,
+            result_dir=self.folder.uri,
+        )
+
 
 def deliver_metrics(folder: RunFolder, run_id: str) -> None:
-    """Deliver what workers of this machine could not deliver to MLflow before they ended."""
+    """Deliver the metrics that workers on this machine could not deliver to MLflow."""
     if folder.local_path().exists():
         log = run_log.RunLog(run_id, runs.tracking_uri(), folder.local_path())
         log.close(DELIVERY_SECONDS)
@@ -252,9 +275,9 @@ def deliver_metrics(folder: RunFolder, run_id: str) -> None:
 
 @contextmanager
 def _stopped_by_sigterm(folder: RunFolder) -> Iterator[None]:
-    """Let a first SIGTERM inside end the run with a checkpoint, and a second one at once."""
+    """Stop the run with a checkpoint at the first SIGTERM; the second one kills it."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
+        yield  # Python handles signals in the main thread only.
         return
 
     def stop(number: int, _: object) -> None:
@@ -270,7 +293,15 @@ def _stopped_by_sigterm(folder: RunFolder) -> Iterator[None]:
 
 
 def evaluation_shards(chosen: str | None, shards: str) -> str | None:
-    """Return the shards with query and gallery images; None if there are none to take."""
+    """Return the URI of the shards with query and gallery images; None if there are none.
+
+    Args:
+        chosen: URI that the user gave; None takes the training shards if they have any.
+        shards: URI of the training shards.
+
+    Raises:
+        InputError: The set cannot be scored.
+    """
     uri = chosen or shards
     manifest = read_manifest(uri)
     if chosen is None and not manifest.counts().keys() & EVALUATION_SPLITS:
@@ -280,28 +311,23 @@ def evaluation_shards(chosen: str | None, shards: str) -> str | None:
     return uri
 
 
-def _train(
-    worker: WorkerFunction,
-    settings: WorkerSettings[Any],
-    folder: RunFolder,
-    callbacks: Sequence[UserCallback],
+def _run_workers(
+    worker: WorkerFunction, settings: WorkerSettings[Any], callbacks: Sequence[UserCallback]
 ) -> Checkpoint:
-    """Train on Ray Train to the end; return the last checkpoint."""
-    config = settings.config
+    """Train with Ray Train to the end; return the last checkpoint."""
+    config, folder = settings.config, settings.folder
     least, most = config.scaling.bounds
     if least < most:
         # Ray counts a node that was just lost, waits a minute for it, and then counts anew.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
-    packed = cloudpickle.dumps((worker, settings))
+    # Ray's controller unpickles the function too, and must not import what only workers need.
+    packed = cloudpickle.dumps(partial(worker, settings))
 
-    def run(_: dict[str, Any]) -> RunFailed | InputError | None:
-        started, told = cloudpickle.loads(packed)
-        return started({"settings": told})
+    def call_worker() -> RunFailed | InputError | None:
+        return cloudpickle.loads(packed)()
 
     trainer = TorchTrainer(
-        # Ray's controller holds this too: packed, it does not import what only workers need.
-        run,
-        train_loop_config={},
+        call_worker,
         torch_config=ListeningTorchConfig(),
         scaling_config=RayScalingConfig(
             num_workers=least if least == most else (least, most),
@@ -316,7 +342,7 @@ def _train(
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.num_to_keep),
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=list(callbacks),
-            # Read when a process starts: the worker itself could not change it any more.
+            # A process reads these when it starts, so the worker itself cannot set them.
             worker_runtime_env={
                 "env_vars": {} if config.scaling.use_gpu else KEEP_FREED_MEMORY
             },
@@ -329,12 +355,11 @@ def _train(
 
 
 def first_cause(error: TrainingFailedError) -> BaseException:
-    """Return what went wrong in the first worker that failed, or else in the controller."""
+    """Return the error of the first worker that failed, or that of the controller."""
     if isinstance(error, ControllerError):
         return error.controller_failure
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    first = next(iter(failures), error)
-    return getattr(first, "_base_exc", first)  # Ray keeps the traceback beside it
+    return next(iter(failures), error)
 
 
 def register(
@@ -348,11 +373,11 @@ def register(
     """Register the best backbone of a checkpoint; return the URI of the version.
 
     Args:
-        client: Of the tracking server.
+        client: Client of the tracking server.
         checkpoint: Folder of the checkpoint.
-        run_id: Of the MLflow run that made it.
-        name: Under which it is registered.
-        tags: Its lineage; scores, step and configuration are added.
+        run_id: ID of the MLflow run that made it.
+        name: Name of the registered model.
+        tags: Lineage of the version; scores, step and configuration are added.
     """
     position = read_position(checkpoint)
     with tempfile.TemporaryDirectory() as exported:

@@ -1,4 +1,7 @@
-"""Pre-training on Ray Train: from a configuration to a registered backbone."""
+"""Pre-training on Ray Train: from the settings to a registered backbone.
+
+This module runs on the driver; what the workers run is in `pretrain_worker`.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -11,9 +14,8 @@ from upreid_ray.data.shards.manifest import read_manifest
 from upreid_ray.data.shards.on_demand import synthetic_shards
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.train.folder import RunFolder
-from upreid_ray.train.job import TrainJob, TrainResult
+from upreid_ray.train.job import Task, TrainJob, TrainResult
 from upreid_ray.train.pretrain_worker import pretrain_worker
-from upreid_ray.train.worker import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +30,14 @@ def fit(
     """Pre-train, score and register a backbone on the connected Ray cluster.
 
     Args:
-        config: Of the run.
-        resume: Continue the run that ``config.run.name`` names.
-        parent_run_id: MLflow run of which this one is a trial; a trial registers nothing.
-        callbacks: Called by Ray Train.
+        config: Settings of the run.
+        resume: Continue the run called ``config.run.name``.
+        parent_run_id: ID of the MLflow run of which this run is a trial; a trial registers
+            nothing.
+        callbacks: Callbacks of Ray Train.
 
     Raises:
-        InputError: Something that the user gave cannot be used; nothing was started.
+        InputError: A setting cannot be used; nothing was started.
         ray.train.TrainingFailedError: Training failed more often than allowed.
     """
     job = TrainJob.prepare(
@@ -44,22 +47,15 @@ def fit(
         parent_run_id=parent_run_id,
     )
     if config.model.pretrained is not None and not resume:
-        Encoder(config.model)  # here a wrong file costs seconds
+        Encoder(config.model)  # Refuse unusable weights before any worker starts.
     shards = config.data.shards or synthetic_shards(config.data.synthetic, job.folder.storage)
     images = TrainingImages(shards, read_manifest(shards), config)
     if config.model.queue_size > images.num_images / 2:
         logger.warning(
-            "--model.queue_size %d: most of the %d images are in the queue, so that an image "
-            "meets its own past keys as negatives; take a shorter one",
+            "--model.queue_size %d: the queue holds most of the %d images, so that an image's "
+            "own earlier keys are among its negatives; choose a shorter queue",
             config.model.queue_size,
             images.num_images,
         )
-    return job.run(
-        pretrain_worker,
-        WorkerSettings,
-        shards=shards,
-        images=images,
-        model_name=config.model_name,
-        lineage={},
-        callbacks=callbacks,
-    )
+    task = Task(pretrain_worker, shards, images, config.model_name)
+    return job.run(task, callbacks)

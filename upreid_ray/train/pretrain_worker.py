@@ -1,4 +1,7 @@
-"""What every Ray Train worker of a pre-training run does."""
+"""The worker of a pre-training run.
+
+Workers import this module, so it must not import what only the driver needs, such as `job`.
+"""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -18,10 +21,10 @@ from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.train.worker import Worker, WorkerSettings, prepare_process
 
 
-def pretrain_worker(settings: dict[str, WorkerSettings[PretrainConfig]]) -> RunFailed | None:
-    """Train from the newest checkpoint, or from the beginning; return why it ended early."""
-    device = prepare_process(settings["settings"].config.scaling)
-    return PretrainWorker(settings["settings"], device).train()
+def pretrain_worker(settings: WorkerSettings[PretrainConfig]) -> RunFailed | None:
+    """Train from the newest checkpoint, if any; return why training ended early."""
+    device = prepare_process(settings.config.scaling)
+    return PretrainWorker(settings, device).train()
 
 
 class PretrainWorker(Worker):

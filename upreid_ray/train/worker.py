@@ -48,15 +48,15 @@ ConfigT = TypeVar("ConfigT", bound=PretrainConfig | DownstreamConfig)
 
 @dataclass(frozen=True)
 class WorkerSettings(Generic[ConfigT]):
-    """What the driver tells the workers.
+    """What the driver tells every worker.
 
     Attributes:
-        config: Of the run.
+        config: Settings of the run.
         shards: URI of the training shards.
-        evaluation_shards: URI of shards with query and gallery, or None.
-        run_id: Of the MLflow run.
-        tracking_uri: Of the MLflow server.
-        folder: Of the run.
+        evaluation_shards: URI of shards with query and gallery images, or None.
+        run_id: ID of the MLflow run.
+        tracking_uri: URI of the MLflow server.
+        folder: Folder of the run.
     """
 
     config: ConfigT
