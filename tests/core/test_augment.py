@@ -13,7 +13,13 @@ from torchvision import tv_tensors
 
 from upreid_ray.config.presets import AUGMENTATIONS
 from upreid_ray.config.pretrain import AugmentationConfig
-from upreid_ray.core.augment import ViewParameters, draw_view_parameters, normalize, render_view
+from upreid_ray.core.augment import (
+    Normalization,
+    ViewParameters,
+    draw_view_parameters,
+    render_view,
+    step_generator,
+)
 
 HEIGHT, WIDTH = 64, 32
 NUM_DRAWS = 20_000  # ours, which are cheap
@@ -413,12 +419,31 @@ def test_a_view_at_full_height_changes_the_rows_of_the_crop_alone():
         assert torch.equal(getattr(whole, name), getattr(parameters, name))
 
 
-def test_normalize_subtracts_the_mean_and_divides_by_the_deviation():
-    config = AugmentationConfig(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2))
+def test_normalization_subtracts_the_mean_and_divides_by_the_deviation():
+    normalization = Normalization(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2))
 
-    pixels = normalize(torch.full((1, 3, 1, 1), 0.6), config)
+    pixels = normalization.apply(torch.full((1, 3, 1, 1), 0.6))
 
     assert_close(pixels.flatten(), torch.tensor([1.0, 1.6, 0.15]))
+
+
+def test_undoing_a_normalization_returns_the_pixels():
+    normalization = Normalization(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2))
+    pixels = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
+
+    assert_close(normalization.undo(normalization.apply(pixels)), pixels)
+
+
+def test_each_step_of_each_seed_has_a_generator_of_its_own():
+    draws = {
+        (seed, step): torch.rand((), generator=step_generator(seed=seed, step=step)).item()
+        for seed in range(3)
+        for step in range(3)
+    }
+
+    assert len(set(draws.values())) == len(draws)
+    again = torch.rand((), generator=step_generator(seed=2, step=1)).item()
+    assert again == draws[2, 1]
 
 
 def jitter(size: int, place: int, value: float) -> Tensor:

@@ -261,7 +261,8 @@ def test_clusters_of_persons_come_out_of_noise():
         return float(similarity[same].mean() - similarity[~same].mean())
 
     def features() -> Tensor:
-        return extract_features(state.extractor, [images], state.augmentation)
+        normalization = state.description.normalization
+        return extract_features(state.extractor, [images], normalization)
 
     before = margin()
     for _ in range(2):

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests import reference
-from upreid_ray.config.pretrain import AugmentationConfig
 from upreid_ray.core import retrieval
+from upreid_ray.core.augment import Normalization
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.retrieval import (
     Labels,
@@ -22,6 +22,7 @@ from upreid_ray.core.retrieval import (
 )
 
 SEEDS = st.integers(0, 2**32 - 1)
+STATISTICS = Normalization(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
 
 Ids = list[tuple[int, int]]
 
@@ -258,7 +259,7 @@ def backbone() -> torch.nn.Module:
 def test_extracting_features_restores_the_mode_of_the_backbone(backbone, images, training):
     backbone.train(training)
 
-    extract_features(backbone, [images], AugmentationConfig())
+    extract_features(backbone, [images], STATISTICS)
 
     assert all(module.training == training for module in backbone.modules())
 
@@ -267,7 +268,7 @@ def test_the_mode_of_the_backbone_is_restored_after_an_error(backbone):
     backbone.train()
 
     with pytest.raises(RuntimeError):
-        extract_features(backbone, [torch.zeros(1, 2, 32, 32)], AugmentationConfig())
+        extract_features(backbone, [torch.zeros(1, 2, 32, 32)], STATISTICS)
 
     assert backbone.training
 
@@ -276,17 +277,16 @@ def test_extracting_features_changes_no_weight_or_statistic(backbone, images):
     backbone.train()
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
 
-    extract_features(backbone, [images], AugmentationConfig())
+    extract_features(backbone, [images], STATISTICS)
 
     for name, tensor in backbone.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
 def test_features_are_those_of_the_normalized_image_at_unit_length(backbone, images):
-    config = AugmentationConfig(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
-    mean, std = torch.tensor([config.mean, config.std])[:, :, None, None]
+    mean, std = torch.tensor([STATISTICS.mean, STATISTICS.std])[:, :, None, None]
 
-    features = extract_features(backbone, [images], config)
+    features = extract_features(backbone, [images], STATISTICS)
 
     with torch.no_grad():
         expected = F.normalize(backbone.eval()((images / 255 - mean) / std), dim=1)
@@ -294,8 +294,8 @@ def test_features_are_those_of_the_normalized_image_at_unit_length(backbone, ima
 
 
 def test_features_do_not_depend_on_the_batches(backbone, images):
-    together = extract_features(backbone, [images], AugmentationConfig())
+    together = extract_features(backbone, [images], STATISTICS)
 
-    apart = extract_features(backbone, images.split(2), AugmentationConfig())
+    apart = extract_features(backbone, images.split(2), STATISTICS)
 
     assert_close(apart, together)

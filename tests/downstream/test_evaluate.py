@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from upreid_ray.config.downstream import EvaluateConfig
 from upreid_ray.config.errors import InputError
-from upreid_ray.config.pretrain import AugmentationConfig
 from upreid_ray.core.retrieval import extract_features, retrieval_scores
 from upreid_ray.data.shards.manifest import read_manifest
 from upreid_ray.data.stream.labelled import LabelledImages
@@ -72,11 +71,9 @@ def test_scores_are_those_of_one_process(finished, config):
     blocks = [images.read(number) for number in range(images.num_blocks)]
     assert len(blocks) == 2
     block = {name: np.concatenate([each[name] for each in blocks]) for name in blocks[0]}
-    images_of = init.description
-    normalization = AugmentationConfig(mean=images_of.mean, std=images_of.std)
 
     features = extract_features(
-        init.extractor(), [torch.from_numpy(block["image"])], normalization
+        init.extractor(), [torch.from_numpy(block["image"])], init.description.normalization
     )
 
     pids, camids, is_query = (

@@ -15,6 +15,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -22,6 +23,30 @@ from upreid_ray.config.pretrain import AugmentationConfig
 
 NUM_ATTEMPTS = 10  # a box that does not fit is drawn again, as often as torchvision does
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as torchvision and PIL weigh the channels
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Statistics of the pixels that a backbone was trained on.
+
+    Attributes:
+        mean: Mean of each colour channel, 0..1.
+        std: Standard deviation of each colour channel.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Subtract the mean and divide by the deviation; ``pixels [..., 3, H, W]``, 0..1."""
+        return (pixels - _by_channel(self.mean, pixels.device)) / _by_channel(
+            self.std, pixels.device
+        )
+
+    def undo(self, normalized: Tensor) -> Tensor:
+        """Return the pixels ``[..., 3, H, W]``, 0..1, that `apply` has normalized."""
+        std, mean = (_by_channel(each, normalized.device) for each in (self.std, self.mean))
+        return (normalized * std + mean).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -65,6 +90,12 @@ class ViewParameters:
 
     def _fields(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def step_generator(*, seed: int, step: int) -> Generator:
+    """Return the generator of everything that is random in one step of a run."""
+    state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
 def draw_view_parameters(
@@ -139,7 +170,8 @@ def render_view(
         weights = down.mean(1)[:, None, :, None] * across.mean(1)[:, None, None, :]
         pixels = _jitter(pixels, weights, *parameters.jitter.unbind(1))
     pixels = torch.where(parameters.gray[:, None, None, None], _luma(pixels), pixels)
-    view = down[:, None] @ (normalize(pixels, config) @ across.mT[:, None])
+    normalized = Normalization(config.mean, config.std).apply(pixels)
+    view = down[:, None] @ (normalized @ across.mT[:, None])
 
     top, left, erased_height, erased_width = parameters.erased.unbind(1)
     erased = (
@@ -147,17 +179,6 @@ def render_view(
         & _between(width, left, left + erased_width)[:, None, None, :]
     )
     return view.masked_fill_(erased, 0)
-
-
-def normalize(pixels: Tensor, config: AugmentationConfig) -> Tensor:
-    """Subtract the mean and divide by the standard deviation of each channel.
-
-    Args:
-        pixels: ``[B, 3, H, W]``, 0..1.
-        config: Holds both.
-    """
-    mean, std = (_by_channel(each, pixels.device) for each in (config.mean, config.std))
-    return (pixels - mean) / std
 
 
 def _draw_boxes(

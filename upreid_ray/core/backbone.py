@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.config.run import BackboneName
+from upreid_ray.core.augment import Normalization
 from upreid_ray.core.convolution import TrimmedConv2d
 
 # Where tools keep the state dict in what they save: PyTorch's ImageNet example, MoCo and
@@ -43,6 +44,12 @@ def build_backbone(name: str, *, last_stride: int = 2) -> nn.Module:
     return backbone
 
 
+def num_features(backbone: nn.Module) -> int:
+    """Return the length F of a backbone's features."""
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    return norms[-1].num_features
+
+
 class NeckedBackbone(nn.Module):
     """A backbone whose features go through a batch normalization before they are compared.
 
@@ -52,8 +59,7 @@ class NeckedBackbone(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
-        self.neck = nn.BatchNorm1d(norms[-1].num_features)
+        self.neck = nn.BatchNorm1d(num_features(backbone))
         self.neck.bias.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -83,6 +89,11 @@ class Description(BaseModel):
     std: tuple[float, float, float]
     last_stride: Literal[1, 2] = 2
     has_neck: bool = False
+
+    @property
+    def normalization(self) -> Normalization:
+        """Normalization of the images that the backbone expects."""
+        return Normalization(self.mean, self.std)
 
     def extractor(self, weights: dict[str, Tensor], neck: dict[str, Tensor]) -> nn.Module:
         """Return what turns images ``[B, 3, H, W]`` into features ``[B, F]``.

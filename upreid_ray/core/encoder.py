@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.pretrain import ModelConfig
-from upreid_ray.core.backbone import build_backbone, read_backbone
+from upreid_ray.core.backbone import build_backbone, num_features, read_backbone
 
 
 class Encoder(nn.Module):
@@ -37,15 +38,11 @@ class Encoder(nn.Module):
                     f"{config.pretrained} is a {name}"
                 )
             self.backbone.load_state_dict(weights)
-        num_features = next(
-            module.num_features
-            for module in reversed(list(self.backbone.modules()))
-            if isinstance(module, nn.BatchNorm2d)
-        )
+        width = num_features(self.backbone)
         self.projection_head = nn.Sequential(
-            nn.Linear(num_features, num_features),
+            nn.Linear(width, width),
             nn.ReLU(inplace=True),
-            nn.Linear(num_features, config.embedding_dim),
+            nn.Linear(width, config.embedding_dim),
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -75,8 +72,10 @@ def running_statistics(encoder: nn.Module, *, momentum: float) -> Iterator[None]
         yield
         if momentum > 0:
             seen = [each for norm in norms for each in (norm.running_mean, norm.running_var)]
-            torch._foreach_lerp_([each for pair in running for each in pair], seen, momentum)
-            torch._foreach_add_(counts, 1)
+            average = get_ema_multi_avg_fn(1 - momentum)  # type: ignore[no-untyped-call]
+            average([each for pair in running for each in pair], seen, None)
+            for count in counts:
+                count.add_(1)
     finally:
         for norm, past, pair, count in zip(norms, momenta, running, counts, strict=True):
             norm.momentum, norm.num_batches_tracked = past, count

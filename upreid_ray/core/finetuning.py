@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +20,12 @@ from torch import Tensor, nn
 from upreid_ray.config.downstream import DownstreamConfig, FinetuneConfig
 from upreid_ray.config.pretrain import AugmentationConfig
 from upreid_ray.core import distributed
-from upreid_ray.core.augment import ViewParameters, draw_view_parameters, render_view
+from upreid_ray.core.augment import (
+    ViewParameters,
+    draw_view_parameters,
+    render_view,
+    step_generator,
+)
 from upreid_ray.core.backbone import Description, NeckedBackbone
 from upreid_ray.core.encoder import group_momentum, running_statistics
 from upreid_ray.core.losses import batch_hard_triplet
@@ -235,8 +239,7 @@ def draw_shifted_views(
     They are shifted by up to ``config.augmentation.padding`` pixels over black, flipped and
     erased.
     """
-    seed = np.random.SeedSequence((config.seed, step)).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(seed[0]))
+    generator = step_generator(seed=config.seed, step=step)
     batch_size, padding = config.training.batch_size, config.augmentation.padding
     height, width = size
     parameters = draw_view_parameters(batch_size, height, width, augmentation, generator)

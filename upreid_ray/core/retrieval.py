@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upreid_ray.config.pretrain import AugmentationConfig
-from upreid_ray.core.augment import normalize
+from upreid_ray.core.augment import Normalization
 
 JUNK_PID = -1
 PART_ELEMENTS = 2**24  # of a distance matrix at once; ranking them takes some 250 MB
@@ -209,23 +208,21 @@ def _sorted(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module, batches: Iterable[Tensor], augmentation: AugmentationConfig
+    backbone: nn.Module, batches: Iterable[Tensor], normalization: Normalization
 ) -> Tensor:
     """Return the unit-length features ``[N, F]`` of images, ``[0]`` if there are none.
 
     Args:
         backbone: Images to features; its mode is restored.
         batches: uint8 ``[n, 3, H, W]``, N images together.
-        augmentation: Holds mean and standard deviation; nothing is augmented.
+        normalization: Normalization that the backbone expects.
     """
     device = next(backbone.parameters()).device
     was_training = backbone.training
     backbone.eval()
     try:
         features = [
-            F.normalize(
-                backbone(normalize(images.to(device).float() / 255, augmentation)), dim=1
-            )
+            F.normalize(backbone(normalization.apply(images.to(device).float() / 255)), dim=1)
             for images in batches
         ]
     finally:

@@ -6,7 +6,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from upreid_ray.config.pretrain import AugmentationConfig, PretrainConfig
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.core.augment import Normalization
 from upreid_ray.core.model import Views
 from upreid_ray.core.training import StepDraw, render_views
 
@@ -46,14 +47,9 @@ def view_sheet(
 
 def _panels(views: Views, i: int, config: PretrainConfig) -> list[Tensor]:
     """Return the pictures ``[3, h, w]`` of image ``i``: its view, and its patches if any."""
-    panels = [_pixels(views.view[i], config.augmentation)]
+    normalization = Normalization(config.augmentation.mean, config.augmentation.std)
+    panels = [normalization.undo(views.view[i])]
     if views.patches is not None:
-        patches = _pixels(views.patches[i], config.augmentation)
+        patches = normalization.undo(views.patches[i])
         panels.append(make_grid(patches, nrow=config.patches.columns, pad_value=WHITE))
     return panels
-
-
-def _pixels(normalized: Tensor, config: AugmentationConfig) -> Tensor:
-    """Undo `normalize` for ``[..., 3, h, w]``."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (config.mean, config.std))
-    return (normalized * std + mean).clamp(0, 1)

@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from upreid_ray.config.downstream import DownstreamConfig
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core import distributed
-from upreid_ray.core.augment import ViewParameters, draw_view_parameters, normalize, render_view
+from upreid_ray.core.augment import (
+    Normalization,
+    ViewParameters,
+    draw_view_parameters,
+    render_view,
+    step_generator,
+)
 from upreid_ray.core.backbone import Description
 from upreid_ray.core.encoder import group_momentum
 from upreid_ray.core.model import UPReID, Views
@@ -251,8 +256,7 @@ class StepDraw:
     @classmethod
     def of(cls, config: PretrainConfig, step: int) -> Self:
         """Draw for the step after ``step`` steps."""
-        seed = np.random.SeedSequence((config.seed, step)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(seed[0]))
+        generator = step_generator(seed=config.seed, step=step)
         size = config.training.batch_size
         height, width = config.data.height, config.data.width
         return cls(
@@ -387,7 +391,8 @@ def render_views(
         grid = cut_patches(whole, rows=config.patches.rows, columns=config.patches.columns)
         patches = _channels_last(grid.flatten(0, 1)).view(grid.shape)
     if for_keys and config.loss.consistency_weight > 0:
-        pixels = normalize(images.float() / 255, config.augmentation)
+        normalization = Normalization(config.augmentation.mean, config.augmentation.std)
+        pixels = normalization.apply(images.float() / 255)
         original = _channels_last(pixels.to(view.dtype))
     return Views(_channels_last(view), patches, original)
 

@@ -17,7 +17,6 @@ from rich.progress import Progress
 from torch import Tensor
 
 from upreid_ray.config.downstream import EvaluateConfig
-from upreid_ray.config.pretrain import AugmentationConfig
 from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core.reranking import reranked_distances
 from upreid_ray.core.retrieval import Labels, cosine_distances, extract_features, score_rows
@@ -191,8 +190,7 @@ class _Extractor:
         start: Initialization = ray.get(init)
         extractor = start.extractor().to(memory_format=torch.channels_last)
         self._extractor = extractor.to(self._device)
-        images = start.description
-        self._normalization = AugmentationConfig(mean=images.mean, std=images.std)
+        self._normalization = start.description.normalization
 
     def __call__(self, block: Columns) -> Columns:
         """Replace the images of a block by their features."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from upreid_ray.config.downstream import DownstreamConfig
 from upreid_ray.config.errors import RunFailed, RunStopped, first_line
-from upreid_ray.config.pretrain import AugmentationConfig, PretrainConfig
+from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.checkpoint import BestBackbone, damage, load_checkpoint, save_checkpoint
@@ -300,8 +300,7 @@ class Worker(ABC):
                 yield torch.from_numpy(block.pop("image"))
                 others.append(block)
 
-        description = self.state.description
-        normalization = AugmentationConfig(mean=description.mean, std=description.std)
+        normalization = self.state.description.normalization
         return extract_features(self.state.extractor, batches(), normalization).cpu(), others
 
     def _save_checkpoint(self, scores: dict[str, float]) -> None:
