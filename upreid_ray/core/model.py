@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.encoder import Encoder, checkpoint_activations, running_statistics
@@ -118,10 +119,9 @@ class UPReID(nn.Module):
     @torch.no_grad()
     def update_key_encoder(self, *, momentum: float) -> None:
         """Move the key encoder's weights to ``momentum * key + (1 - momentum) * query``."""
-        torch._foreach_lerp_(
-            list(self.key_encoder.parameters()),
-            list(self.query_encoder.parameters()),
-            1 - momentum,
+        average = get_ema_multi_avg_fn(momentum)  # type: ignore[no-untyped-call]
+        average(
+            list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), None
         )
 
 

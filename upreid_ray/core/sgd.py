@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 
 class ChannelsLastSGD(torch.optim.SGD):
@@ -20,7 +21,7 @@ class ChannelsLastSGD(torch.optim.SGD):
         """Change parameters that have a gradient, and their momentum."""
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
-            torch._fused_sgd_(
+            sgd(
                 [_in_memory_order(parameter) for parameter in trained],
                 [_in_memory_order(parameter.grad) for parameter in trained],
                 [_in_memory_order(self.state[each]["momentum_buffer"]) for each in trained],
@@ -30,7 +31,7 @@ class ChannelsLastSGD(torch.optim.SGD):
                 dampening=0.0,
                 nesterov=False,
                 maximize=False,
-                is_first_step=False,
+                fused=True,
                 found_inf=self.found_inf,
             )
 
