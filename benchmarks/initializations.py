@@ -23,7 +23,8 @@ from rich.console import Console
 from upreid_ray.config.downstream import CompareConfig, FinetuneConfig
 from upreid_ray.config.presets import FINETUNE_PRESETS, PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
-from upreid_ray.downstream.compare import CompareResult, compare
+from upreid_ray.downstream.compare import compare
+from upreid_ray.downstream.comparison_result import CompareResult
 from upreid_ray.tracking import runs
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.pretrain import fit

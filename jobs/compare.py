@@ -16,7 +16,6 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from upreid_ray.command_line import (
     JobParser,
@@ -56,23 +55,11 @@ def main() -> dict[str, Any]:
         common = common.override({"run.name": arguments.resume})
     config = CompareConfig.parse({**own, "finetune": common})
     # After the arguments: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.downstream.compare import CompareResult, compare  # noqa: PLC0415
-
-    def table(result: CompareResult) -> Table:
-        """Show mAP and rank-1 in percent, mean and standard deviation."""
-        columns = list(dict.fromkeys(name for row in result.scores.values() for name in row))
-        made = Table("mAP / rank-1", *columns)
-        for label in result.scores | result.failed:
-            cells = (
-                " / ".join(result.cell(label, column, score) for score in ("mAP", "rank1"))
-                for column in columns
-            )
-            made.add_row(label, *cells)
-        return made
+    from upreid_ray.downstream.compare import compare  # noqa: PLC0415
 
     connect_to_ray()
     result = compare(config, resume=arguments.resume is not None)
-    Console(stderr=True).print(table(result))
+    Console(stderr=True).print(result.table())
     return asdict(result)
 
 

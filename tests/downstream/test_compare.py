@@ -4,33 +4,39 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from safetensors.torch import save_file
 
-from upreid_ray.config.downstream import CompareConfig, FinetuneConfig
+from upreid_ray.config.downstream import CompareConfig, EvaluateConfig, FinetuneConfig
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.presets import FINETUNE_PRESETS
 from upreid_ray.config.run import ScalingConfig
-from upreid_ray.config.section import absolute
+from upreid_ray.config.section import RANDOM, absolute
 from upreid_ray.core.backbone import build_backbone
-from upreid_ray.downstream.compare import (
+from upreid_ray.downstream.compare import compare, num_side_by_side
+from upreid_ray.downstream.comparison_result import CompareResult, Spread, plot, summarize
+from upreid_ray.downstream.comparison_runs import (
     FROZEN,
-    RANDOM,
-    Row,
-    Spread,
-    Trial,
-    compare,
-    num_side_by_side,
-    plot,
-    resolve_rows,
-    summarize,
+    ComparisonRun,
+    Variant,
+    resolve_variants,
 )
 from upreid_ray.tracking import runs
 
 
-def trial(label: str, column: str, seed: int) -> Trial:
-    return Trial(f"{label}-{column}-{seed}", label, column, lambda _: {})
+def planned(label: str, column: str, seed: int) -> ComparisonRun:
+    return ComparisonRun(f"{label}-{column}-{seed}", label, column, EvaluateConfig())
+
+
+def drawn(values: dict[str, list[float]]) -> Axes:
+    """Return the axes of the picture of one label with these scores by column."""
+    runs = [planned("a", column, k) for column in values for k in range(len(values[column]))]
+    scores = {run.name: {"mAP": values[run.column][int(run.name[-1])]} for run in runs}
+    (axes,) = plot(summarize(runs, scores, {}, run_id="r", result_dir="d"), "mAP").axes
+    return axes
 
 
 def weights(file: Path) -> str:
@@ -42,23 +48,26 @@ def weights(file: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "row"),
+    ("text", "variant"),
     [
-        ("random", Row("random", ("random",))),
-        ("models:/a@champion", Row("models:/a@champion", ("models:/a@champion",))),
-        ("moco=a.pth", Row("moco", (absolute("a.pth"),))),
-        ("up=models:/a/1,models:/a/2", Row("up", ("models:/a/1", "models:/a/2"))),
-        ("runs/lr=0.1/step-1", Row("runs/lr=0.1/step-1", (absolute("runs/lr=0.1/step-1"),))),
+        ("random", Variant("random", ("random",))),
+        ("models:/a@champion", Variant("models:/a@champion", ("models:/a@champion",))),
+        ("moco=a.pth", Variant("moco", (absolute("a.pth"),))),
+        ("up=models:/a/1,models:/a/2", Variant("up", ("models:/a/1", "models:/a/2"))),
+        (
+            "runs/lr=0.1/step-1",
+            Variant("runs/lr=0.1/step-1", (absolute("runs/lr=0.1/step-1"),)),
+        ),
     ],
 )
-def test_a_row_has_a_label_and_initializations(text, row):
-    assert Row.parse(text) == row
+def test_a_variant_has_a_label_and_initializations(text, variant):
+    assert Variant.parse(text) == variant
 
 
 @pytest.mark.parametrize("text", ["=a.pth", "moco=", "moco=a.pth,,b.pth"])
-def test_a_row_of_which_a_part_is_empty_is_refused(text):
+def test_a_variant_of_which_a_part_is_empty_is_refused(text):
     with pytest.raises(InputError, match=f"^--init {text}: not of the form"):
-        Row.parse(text)
+        Variant.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -83,26 +92,33 @@ def test_as_many_runs_are_side_by_side_as_fit(workers, cpus, gpus, has, number):
     assert num_side_by_side(scaling, [has]) == number
 
 
-def test_random_is_always_a_row_and_paths_are_whole(tmp_path, monkeypatch):
+def test_random_is_always_a_variant_and_paths_are_whole(tmp_path, monkeypatch):
     weights(tmp_path / "a.safetensors")
     monkeypatch.chdir(tmp_path)
 
-    rows, descriptions = resolve_rows(
-        [Row.parse("a=a.safetensors"), Row.parse("a.safetensors")]
+    variants, descriptions = resolve_variants(
+        [Variant.parse("a=a.safetensors"), Variant.parse("a.safetensors")]
     )
 
     whole = str(tmp_path / "a.safetensors")
-    assert rows == [Row(RANDOM, (RANDOM,)), Row("a", (whole,)), Row("a.safetensors", (whole,))]
+    assert variants == [
+        Variant(RANDOM, (RANDOM,)),
+        Variant("a", (whole,)),
+        Variant("a.safetensors", (whole,)),
+    ]
     assert descriptions[whole].backbone == "resnet18"
 
 
-def test_a_random_row_of_the_user_is_the_only_one():
-    assert resolve_rows([Row("chance", (RANDOM,))]) == ([Row("chance", (RANDOM,))], {})
+def test_a_random_variant_of_the_user_is_the_only_one():
+    assert resolve_variants([Variant("chance", (RANDOM,))]) == (
+        [Variant("chance", (RANDOM,))],
+        {},
+    )
 
 
-def test_rows_of_the_same_label_are_refused():
+def test_variants_of_the_same_label_are_refused():
     with pytest.raises(InputError, match=r"^--init a: names two rows"):
-        resolve_rows([Row("a", ("x.pth",)), Row("a", ("y.pth",))])
+        resolve_variants([Variant("a", ("x.pth",)), Variant("a", ("y.pth",))])
 
 
 def test_a_spread_has_the_sample_deviation():
@@ -115,11 +131,11 @@ def test_a_spread_has_the_sample_deviation():
 
 
 def test_a_cell_has_the_runs_that_ended_and_names_those_that_failed():
-    trials = [trial("a", "0.1", seed) for seed in range(3)] + [trial("b", "0.1", 0)]
-    outcomes = {trials[0]: {"mAP": 0.2}, trials[2]: {"mAP": 0.4}}
-    errors = {trials[1]: "out of memory", trials[3]: "no loss"}
+    runs = [planned("a", "0.1", seed) for seed in range(3)] + [planned("b", "0.1", 0)]
+    scores = {runs[0].name: {"mAP": 0.2}, runs[2].name: {"mAP": 0.4}}
+    failures = {runs[1].name: "out of memory", runs[3].name: "no loss"}
 
-    result = summarize(trials, outcomes, errors, run_id="r", result_dir="d")
+    result = summarize(runs, scores, failures, run_id="r", result_dir="d")
 
     assert result.scores["a"]["0.1"]["mAP"].values == (0.2, 0.4)
     assert result.failed == {"a": {"0.1": ["out of memory"]}, "b": {"0.1": ["no loss"]}}
@@ -127,13 +143,43 @@ def test_a_cell_has_the_runs_that_ended_and_names_those_that_failed():
     assert result.cell("b", "0.1", "mAP") == "(1 failed)"
 
 
-def test_the_plot_is_a_picture():
-    trials = [trial("a", column, 0) for column in (FROZEN, "0.1", "1")]
-    outcomes = {each: {"mAP": 0.5} for each in trials}
+def test_the_table_has_a_row_for_each_label_and_a_column_for_each_split():
+    spread = Spread.of([0.25])
+    cell = {"mAP": spread, "rank1": spread}
+    result = CompareResult("r", {"a": {FROZEN: cell, "0.1": cell}, "b": {"0.1": cell}}, {}, "d")
 
-    content = plot(summarize(trials, outcomes, {}, run_id="r", result_dir="d"), "mAP")
+    table = result.table()
 
-    assert content.startswith(b"\x89PNG")
+    assert [column.header for column in table.columns] == ["mAP / rank-1", FROZEN, "0.1"]
+    assert [list(column.cells) for column in table.columns] == [
+        ["a", "b"],
+        ["25.0 / 25.0", " / "],
+        ["25.0 / 25.0", "25.0 / 25.0"],
+    ]
+
+
+def test_the_ticks_of_the_picture_are_percent():
+    axes = drawn({FROZEN: [0.4], "0.1": [0.5], "1": [0.6]})
+    axes.figure.canvas.draw()
+
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["10 %", "100 %"]
+    assert axes.get_xticklabels(minor=True) == []
+    assert all(tick.get_text().endswith(" %") for tick in axes.get_yticklabels())
+
+
+@pytest.mark.parametrize(
+    ("values", "num_bars"),
+    [
+        ({"0.1": [0.5], "1": [0.6]}, 0),
+        ({"0.1": [0.5, 0.6], "1": [0.6, 0.7]}, 2),
+        ({"0.1": [0.5], "1": [0.6, 0.7]}, 1),
+    ],
+)
+def test_only_several_runs_have_an_error_bar(values, num_bars):
+    axes = drawn(values)
+
+    ends = [bar for each in axes.collections for bar in each.get_segments()]
+    assert sum(bool(np.isfinite(bar).all()) for bar in ends if len(bar)) == num_bars
 
 
 def test_the_settings_of_the_runs_have_their_own_names():
@@ -183,7 +229,7 @@ def finished(ray_cluster, config) -> SimpleNamespace:
 
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_every_row_is_scored_frozen_and_fine_tuned(finished):
+def test_every_variant_is_scored_frozen_and_fine_tuned(finished):
     scores = finished.result.scores
 
     assert {label: set(columns) for label, columns in scores.items()} == {

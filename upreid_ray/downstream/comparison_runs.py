@@ -1,0 +1,262 @@
+"""The runs of a comparison: which backbones are compared, and the settings of each run.
+
+The runs of a column differ in the initialization alone: seed k gives every variant the same
+persons, order and augmentation. By default a run on a share of the persons trains for the
+epochs of the recipe, so that a tenth of the persons takes a tenth of the steps. ``min_steps``
+multiplies the epochs of the whole schedule where that is too few steps to learn anything.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from upreid_ray.config.downstream import CompareConfig, DownstreamConfig, EvaluateConfig
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.run import JobConfig
+from upreid_ray.config.section import RANDOM, absolute_init
+from upreid_ray.core.backbone import Description
+from upreid_ray.data.shards.manifest import Manifest, read_manifest
+from upreid_ray.data.stream.labelled import check_labels
+from upreid_ray.train.finetune import IMAGES
+from upreid_ray.train.initialization import resolve
+
+FROZEN = "frozen"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Initializations whose scores are averaged, such as those of several pre-training seeds.
+
+    Attributes:
+        label: Name of the variant, the first cell of its row in the table.
+        inits: Seed k starts from the k-th; after the last one the first one follows again.
+    """
+
+    label: str
+    inits: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``INIT`` or ``LABEL=INIT[,INIT...]``.
+
+        Raises:
+            InputError: The label or an initialization is empty.
+        """
+        label, equals, inits = text.partition("=")
+        if not equals or re.search(r"[/:]", label):  # a path or URI may contain "="
+            return cls(text, (absolute_init(text),))
+        parts = inits.split(",")
+        if not label or not all(parts):
+            raise InputError(f"--init {text}: not of the form LABEL=INIT[,INIT...]")
+        return cls(label, tuple(map(absolute_init, parts)))
+
+    def __str__(self) -> str:
+        return f"{self.label}={','.join(self.inits)}"
+
+    @property
+    def slug(self) -> str:
+        """The label as a part of file names."""
+        return re.sub(r"[^A-Za-z0-9]+", "-", self.label).strip("-")[-40:].lower()
+
+    def starts(self, num_seeds: int) -> list[tuple[int, str]]:
+        """Return the number of each seed with the initialization that it starts from."""
+        return [(k, self.inits[k % len(self.inits)]) for k in range(num_seeds)]
+
+    def frozen_starts(self, num_seeds: int) -> list[tuple[int, str]]:
+        """Return the starts whose frozen features differ; only random ones depend on a seed."""
+        starts = [(k if init == RANDOM else 0, init) for k, init in self.starts(num_seeds)]
+        return list(dict.fromkeys(starts))
+
+
+@dataclass(frozen=True)
+class ComparisonRun:
+    """A run whose scores go into one cell of the table.
+
+    Attributes:
+        name: Name of the run, and of the file with its scores.
+        label: Label of the variant.
+        column: `FROZEN`, or the share of the persons as text.
+        config: Settings of the run; their class says whether it evaluates or fine-tunes.
+    """
+
+    name: str
+    label: str
+    column: str
+    config: EvaluateConfig | DownstreamConfig
+
+
+def resolve_variants(
+    variants: Sequence[Variant],
+) -> tuple[list[Variant], dict[str, Description]]:
+    """Look up every initialization, so that nothing starts if one of them is missing.
+
+    Returns:
+        The variants with versions in place of aliases, the random variant first; and a
+        description of each initialization that is not random.
+
+    Raises:
+        InputError: An initialization does not exist or lacks a part of the backbone, or two
+            variants have the same label.
+    """
+    if not any(set(variant.inits) == {RANDOM} for variant in variants):
+        variants = [Variant(RANDOM, (RANDOM,)), *variants]
+    labels = [variant.label for variant in variants]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise InputError(f"--init {label}: names two rows; tell them apart with LABEL=INIT")
+    descriptions: dict[str, Description] = {}
+    found = {RANDOM: RANDOM}
+    for init in (init for variant in variants for init in variant.inits):
+        if init not in found:
+            resolved = resolve(init)
+            found[init] = resolved.uri
+            descriptions[found[init]] = resolved.description
+    return [
+        Variant(variant.label, tuple(found[init] for init in variant.inits))
+        for variant in variants
+    ], descriptions
+
+
+def list_runs(
+    config: CompareConfig,
+    variants: Sequence[Variant],
+    descriptions: Mapping[str, Description],
+    *,
+    shards: str,
+    storage: str,
+) -> list[ComparisonRun]:
+    """Return the runs of a comparison, those on frozen features first, for they are quickest.
+
+    A frozen backbone is scored once, a random one with each seed.
+
+    Args:
+        config: Settings of the comparison.
+        variants: Variants from `resolve_variants`.
+        descriptions: Descriptions from `resolve_variants`. A random initialization has the
+            architecture and the image size of the first one.
+        shards: URI of the labelled shards.
+        storage: Folder or URI in which each run has its folder.
+
+    Raises:
+        InputError: The set cannot be scored, or a split has too few persons for a batch.
+    """
+    manifest = read_manifest(shards)
+    evaluation = config.finetune.evaluation.shards or shards
+    check_labels(evaluation, read_manifest(evaluation))
+    maker = _RunMaker(
+        common=config.finetune,
+        of_random=_settings_of_random(config.finetune, next(iter(descriptions.values()), None)),
+        shards=shards,
+        evaluation=evaluation,
+        storage=storage,
+    )
+    splits = {
+        split: _settings_of_split(config.finetune, manifest, shards, split, config.min_steps)
+        for split in config.splits
+    }
+    frozen: list[ComparisonRun] = []
+    finetuned: list[ComparisonRun] = []
+    for number, variant in enumerate(variants):
+        prefix = f"{number}-{variant.slug}"
+        for place, (k, init) in enumerate(variant.frozen_starts(config.seeds)):
+            name = f"{prefix}-{FROZEN}-{place}"
+            settings = maker.frozen(name, k, init)
+            frozen.append(ComparisonRun(name, variant.label, FROZEN, settings))
+        for k, init in variant.starts(config.seeds):
+            for split, of_split in splits.items():
+                name = f"{prefix}-{split:g}-{k}"
+                trained = maker.finetuned(name, k, init, of_split)
+                finetuned.append(ComparisonRun(name, variant.label, f"{split:g}", trained))
+    return frozen + finetuned
+
+
+@dataclass(frozen=True)
+class _RunMaker:
+    """Makes the settings of runs from those that all runs share.
+
+    Attributes:
+        common: Settings of the fine-tuning.
+        of_random: Settings of the runs that start from random weights.
+        shards: URI of the labelled shards.
+        evaluation: URI of the shards with query and gallery.
+        storage: Folder or URI in which each run has its folder.
+    """
+
+    common: DownstreamConfig
+    of_random: Mapping[str, Any]
+    shards: str
+    evaluation: str
+    storage: str
+
+    def frozen(self, name: str, k: int, init: str) -> EvaluateConfig:
+        """Return the settings of a run that scores frozen features."""
+        shared = EvaluateConfig(
+            backbone=self.common.backbone,
+            data=self.common.data,
+            scaling=self.common.scaling,
+            run=JobConfig(experiment=self.common.run.experiment),
+        )
+        return shared.override({**self._start(name, k, init), "data.root": self.evaluation})
+
+    def finetuned(
+        self, name: str, k: int, init: str, of_split: Mapping[str, Any]
+    ) -> DownstreamConfig:
+        """Return the settings of a run that fine-tunes on a split."""
+        return self.common.override(
+            {
+                **self._start(name, k, init),
+                **of_split,
+                "data.root": self.shards,
+                "evaluation.shards": self.evaluation,
+            }
+        )
+
+    def _start(self, name: str, k: int, init: str) -> dict[str, Any]:
+        """Return the settings that name a run and say what it starts from."""
+        return {
+            "run.name": name,
+            "run.storage_path": self.storage,
+            "init": init,
+            "seed": self.common.seed + k,
+            **(self.of_random if init == RANDOM else {}),
+        }
+
+
+def _settings_of_random(common: DownstreamConfig, first: Description | None) -> dict[str, Any]:
+    """Return the architecture and the image size of random initializations."""
+    if first is None:
+        return {}
+    return {
+        "backbone": first.backbone,
+        "data.height": common.data.height or first.height,
+        "data.width": common.data.width or first.width,
+    }
+
+
+def _settings_of_split(
+    common: DownstreamConfig, manifest: Manifest, shards: str, split: float, min_steps: int
+) -> dict[str, Any]:
+    """Return the settings of the runs that train on a share of the persons.
+
+    Raises:
+        InputError: The share has too few persons for a batch.
+    """
+    settings: dict[str, Any] = {"subset.persons": split}
+    images_of = IMAGES[type(common)]
+    try:
+        images = images_of(shards, manifest, common.override(settings), height=256, width=128)
+    except InputError as error:
+        raise InputError(f"--splits {split:g}: {error}") from None
+    num_steps = images.steps_per_epoch * common.training.epochs
+    factor = -(-min_steps // num_steps)
+    if factor <= 1:
+        return settings
+    schedule = common.optimizer
+    return {
+        **settings,
+        "training.epochs": factor * common.training.epochs,
+        "optimizer.warmup_epochs": factor * schedule.warmup_epochs,
+        "optimizer.milestones": tuple(factor * epoch for epoch in schedule.milestones),
+        "evaluation.every_epochs": factor * common.evaluation.every_epochs,
+    }
