@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 UV_VERSION := 0.13.9
 PIP_AUDIT_VERSION := 2.10.1
-# What benchmarks compare with; torch and the like are those of the project.
+# Libraries that the benchmarks compare with; they use the project's torch.
 PEERS := kornia==0.9.0 kornia-rs==0.2.0 lightly==1.6.0 lightly-utils==0.0.2 \
   lightning-utilities==0.15.3
-# As train_job.py has it for workers.
+# The allocator settings that workers on CPUs use.
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
 
@@ -18,37 +18,37 @@ IMAGE ?= registry.example.com/upreid-ray:0.1.0
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-setup: $(READY)  ## make .venv from the locked requirements
+setup: $(READY)  ## install the locked requirements into .venv
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	# Compiled once here, or by every process where Python may not write what it compiles.
+	# Bytecode is compiled here once; otherwise each process compiles it again if it cannot write.
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --compile-bytecode \
 	  -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
-pretrain: $(READY)  ## synthetic people -> a registered backbone, in minutes on two cores
+pretrain: $(READY)  ## pre-train on synthetic people and register the backbone, in minutes
 	$(BIN)/python jobs/pretrain.py demo
 	@echo
 	@echo "Look at the run:      $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
 	@echo "Use your own images:  $(BIN)/python jobs/prepare.py FOLDER --out shards"
 	@echo "                      $(BIN)/python jobs/pretrain.py laptop --data.shards shards"
 
-sweep: $(READY)  ## a few trials of the I2 weights on a small synthetic set, in minutes
+sweep: $(READY)  ## search the weights of the two constraints on a small synthetic set, in minutes
 	$(BIN)/python jobs/sweep.py i2 demo --num_trials 5 --trial_epochs 2 \
 	  --data.synthetic.num_train_identities 60 --data.synthetic.num_unlabeled_identities 60 \
 	  --model.queue_size 256
 
-finetune: $(READY)  ## the champion of `make pretrain` -> a fine-tuned, scored model
+finetune: $(READY)  ## fine-tune, score and register the champion of `make pretrain`
 	$(BIN)/python jobs/finetune.py demo --init models:/upreid-resnet18@champion
 
-compare: $(READY)  ## that champion against random weights, frozen and fine-tuned
+compare: $(READY)  ## compare that champion with random weights, frozen and fine-tuned
 	$(BIN)/python jobs/compare.py demo --init models:/upreid-resnet18@champion \
 	  --splits 0.1 1.0 --seeds 1 --min_steps 40
 
-check: $(READY)  ## format, lint, types, layers, manifests
+check: $(READY)  ## check format, lint, types, import layers and cluster manifests
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
@@ -59,10 +59,10 @@ format: $(READY)  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: $(READY)  ## all tests
+test: $(READY)  ## run all tests
 	$(BIN)/python -m pytest
 
-test-fast: $(READY)  ## the tests that need no Ray cluster
+test-fast: $(READY)  ## run the tests that start no Ray cluster
 	$(BIN)/python -m pytest -m "not ray"
 
 bench: $(READY)  ## measure the numbers of docs/benchmarks.md
@@ -73,35 +73,35 @@ bench: $(READY)  ## measure the numbers of docs/benchmarks.md
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/data.py
 
-bench-data: $(READY)  ## how fast images arrive, beside torch's DataLoader
+bench-data: $(READY)  ## measure how fast images arrive, beside torch's DataLoader
 	$(BIN)/python benchmarks/data.py $(ARGS)
 
-bench-peers: $(READY) $(VENV)/peers  ## the step and its augmentation beside lightly, kornia and others
+bench-peers: $(READY) $(VENV)/peers  ## measure a step and its augmentation beside lightly, kornia and others
 	$(KEEP_MEMORY) PYTHONPATH=$(VENV)/peers $(BIN)/python -m benchmarks.peers $(ARGS)
 
 $(VENV)/peers:
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps $(PEERS)
 
-chaos: $(READY)  ## kill processes of a run at random; its weights must not differ (an hour)
+chaos: $(READY)  ## kill processes of a run at random and compare its final weights (an hour)
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
-audit: $(READY)  ## look for known vulnerabilities of the locked requirements
+audit: $(READY)  ## look for known vulnerabilities in the locked requirements
 	$(BIN)/uv tool run pip-audit@$(PIP_AUDIT_VERSION) --strict --require-hashes --disable-pip \
 	  -r requirements.lock
 
 up: $(READY)  ## start a local Ray head and an MLflow server
 	$(BIN)/python cluster/local.py up $(ARGS)
 
-down: $(READY)  ## end what `make up` started
+down: $(READY)  ## stop what `make up` started
 	$(BIN)/python cluster/local.py down $(ARGS)
 
 status: $(READY)  ## show what `make up` started
 	$(BIN)/python cluster/local.py status $(ARGS)
 
-secrets:  ## make the passwords of the compose file and of the Kubernetes manifests
+secrets:  ## create the passwords for Docker Compose and Kubernetes
 	$(PYTHON) cluster/make_secrets.py
 
-image:  ## build the image of head, workers, jobs and MLflow (ARGS="--build-arg VARIANT=cpu")
+image:  ## build the container image (ARGS="--build-arg VARIANT=cpu")
 	docker build -f cluster/Dockerfile -t $(IMAGE) $(ARGS) \
 	  --build-arg COMMIT=$$(git describe --always --abbrev=40 --dirty) .
 
@@ -109,5 +109,5 @@ lock: $(READY)  ## resolve the newest versions into requirements.lock
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
 	  --upgrade --quiet pyproject.toml --group dev --group server -o requirements.lock
 
-clean:  ## remove the environment and the caches, not the runs
+clean:  ## remove the environment and the caches, but not the runs
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
