@@ -89,18 +89,6 @@ TABLE = [
         why="Name of the logger that warns that progress bars are off.",
         breaks="Each job begins with a warning that does not concern its user.",
     ),
-    Private(
-        "ray.tune.search.optuna.optuna_search",
-        "OptunaSearch._ot_study",
-        why="The study, which takes points of earlier runs and is told of refused ones.",
-        breaks="Sweeps with --search.searcher tpe do not start.",
-    ),
-    Private(
-        "ray.tune.search.optuna.optuna_search",
-        "OptunaSearch._ot_trials",
-        why="Optuna's trial of a point, by which the study is told that it was refused.",
-        breaks="Sweeps with --search.searcher tpe fail at a point that the config refuses.",
-    ),
 ]
 
 

@@ -9,8 +9,9 @@ from optuna.samplers import RandomSampler
 
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.presets import PRESETS
+from upreid_ray.config.section import absolute
 from upreid_ray.config.sweep import SearchConfig
-from upreid_ray.tune.points import PointSearch, candidates, decode, draw_points, encode
+from upreid_ray.tune.points import PointSearch, candidates, draw_points, from_optuna, to_optuna
 from upreid_ray.tune.report import page, pictures, point_table, rank, trial_table
 from upreid_ray.tune.space import (
     SPACES,
@@ -45,7 +46,7 @@ def named(name: str, base=DEMO, **search) -> SweepPlan:
         ("patches.rows", "uniform(2,8)", Uniform(2, 8)),
         ("patches.rows", "choice(2,4)", Choice((2, 4))),
         ("patches.mining", "grid(none, symmetry)", Grid(("none", "symmetry"))),
-        ("model.pretrained", "choice(none,moco.pth)", Choice((None, "moco.pth"))),
+        ("model.pretrained", "choice(none,moco.pth)", Choice((None, absolute("moco.pth")))),
     ],
 )
 def test_an_axis_is_read_with_the_types_of_its_setting(path, text, axis):
@@ -130,7 +131,7 @@ def test_every_point_of_a_named_space_fits_every_preset(preset, name):
     search = PointSearch(named(name, PRESETS[preset], num_trials=30), {})
     suggested = [search.suggest(str(number)) for number in range(30)]
 
-    assert len(search._ot_study.trials) == len(suggested)
+    assert len(search.study.trials) == len(suggested)
 
 
 def test_points_that_are_inconsistent_are_left_out():
@@ -179,7 +180,7 @@ def test_whole_settings_get_whole_numbers_and_both_bounds():
 
 def test_a_log_uniform_axis_with_zero_gives_zero_in_a_fifth_of_the_draws():
     search = PointSearch(plan({"loss.intrinsic_weight": "loguniform(0.01,1,zero)"}), {})
-    search._ot_study.sampler = RandomSampler(0)
+    search.study.sampler = RandomSampler(0)
     weights = [
         search.suggest(str(number))["candidate"]["point"]["loss.intrinsic_weight"]
         for number in range(500)
@@ -198,7 +199,7 @@ def test_a_point_survives_optuna(weight, rows):
     point = {path: getattr(axis, "high", None) or axis.values[0] for path, axis in axes.items()}
     point |= {"loss.intrinsic_weight": weight, "patches.rows": rows}
 
-    assert decode(axes, encode(axes, point)) == point
+    assert from_optuna(axes, to_optuna(axes, point)) == point
 
 
 def test_each_point_gets_each_seed():
@@ -243,6 +244,17 @@ def test_tpe_comes_near_the_best_point():
         search.on_trial_complete(str(number), {"mAP": 1 - distances[-1]})
 
     assert sum(distances[-20:]) < sum(distances[:20]) / 2
+
+
+def test_tpe_learns_nothing_from_a_trial_that_failed_and_may_hear_of_its_end_twice():
+    search = PointSearch(plan({LR: "uniform(1,2)"}, searcher="tpe"), {})
+    for number in range(2):
+        search.suggest(str(number))
+    search.on_trial_complete("0", {"mAP": 0.5})
+    search.on_trial_complete("1", error=True)
+    search.on_trial_complete("1", {"mAP": 0.9})
+
+    assert [trial.value for trial in search.study.trials] == [0.5, None]
 
 
 def record(number: int, value: float, rungs: dict[float, float], state="finished", seed=0):

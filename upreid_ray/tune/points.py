@@ -1,4 +1,4 @@
-"""Points of a search space, drawn by Optuna: all at once, or one by one near good ones."""
+"""Points of a search space: Optuna draws them, all at once or one by one near good ones."""
 
 import logging
 from collections.abc import Mapping
@@ -14,7 +14,6 @@ from optuna.distributions import (
 )
 from optuna.samplers import RandomSampler, TPESampler
 from ray.tune.search import Searcher
-from ray.tune.search.optuna import OptunaSearch
 
 from upreid_ray.config.errors import InputError
 from upreid_ray.tune.space import Axis, Choice, Grid, LogUniform, Point, SweepPlan
@@ -23,12 +22,12 @@ from upreid_ray.tune.trial_record import CANDIDATE, METRIC, Candidate
 logger = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-# Draws without a new point after which a space counts as used up.
+# After this many draws in a row without a new point, a space counts as exhausted.
 MAX_DRAWS = 200
 
 
 def distribution(axis: Axis) -> BaseDistribution:
-    """Return an axis as Optuna knows it."""
+    """Return the distribution of Optuna that draws the values of an axis."""
     if isinstance(axis, Choice | Grid):
         return CategoricalDistribution(axis.values)
     is_log = isinstance(axis, LogUniform)
@@ -37,8 +36,8 @@ def distribution(axis: Axis) -> BaseDistribution:
     return FloatDistribution(axis.floor, axis.high, log=is_log)
 
 
-def decode(axes: Mapping[str, Axis], params: Mapping[str, Any]) -> Point:
-    """Return the point that Optuna's numbers stand for."""
+def from_optuna(axes: Mapping[str, Axis], params: Mapping[str, Any]) -> Point:
+    """Return the point that Optuna's parameters stand for."""
     point = dict(params)
     for path, value in params.items():
         axis = axes[path]
@@ -47,8 +46,8 @@ def decode(axes: Mapping[str, Axis], params: Mapping[str, Any]) -> Point:
     return point
 
 
-def encode(axes: Mapping[str, Axis], point: Point) -> dict[str, Any]:
-    """Return the numbers that stand for a point."""
+def to_optuna(axes: Mapping[str, Axis], point: Point) -> dict[str, Any]:
+    """Return the parameters of Optuna that stand for a point."""
     return {
         path: axis.floor if isinstance(axis, LogUniform) and point[path] == 0 else point[path]
         for path, axis in axes.items()
@@ -56,12 +55,14 @@ def encode(axes: Mapping[str, Axis], point: Point) -> dict[str, Any]:
 
 
 def draw_points(plan: SweepPlan) -> list[Point]:
-    """Draw the points of a random search, each once and consistent as a whole.
+    """Draw the points of a random search, each of them once.
 
-    A space with grids alone gives all of its points. The points are a function of the plan.
+    Points whose settings contradict each other are left out. The points are a function of the
+    plan. Each draw is crossed with the values of all grids; a space of grids alone yields every
+    combination once.
 
     Raises:
-        InputError: No point is consistent.
+        InputError: No point of the space can be trained.
     """
     axes = plan.axes()
     grids = {path: axis for path, axis in axes.items() if isinstance(axis, Grid)}
@@ -71,7 +72,7 @@ def draw_points(plan: SweepPlan) -> list[Point]:
     refusals: list[InputError] = []
     num_drawn = num_in_vain = 0
     while num_drawn < plan.search.num_trials and num_in_vain < MAX_DRAWS:
-        draw = decode(axes, study.ask(drawn).params)
+        draw = from_optuna(axes, study.ask(drawn).params)
         new = []
         for values in product(*(axis.values for axis in grids.values())):
             point = {**draw, **dict(zip(grids, values, strict=True))}
@@ -88,14 +89,14 @@ def draw_points(plan: SweepPlan) -> list[Point]:
     if not points:
         raise InputError(f"--space: no point of it can be trained; {refusals[-1]}")
     if refusals:
-        logger.info("%d points are left out, such as: %s", len(refusals), refusals[0])
+        logger.info("%d points are left out; the first: %s", len(refusals), refusals[0])
     if drawn and num_drawn < plan.search.num_trials:
-        logger.info("the space has no more than %d points", len(points))
+        logger.info("the space has only %d points", len(points))
     return points
 
 
 def candidates(plan: SweepPlan, points: list[Point]) -> list[Candidate]:
-    """Return each point with each of its seeds."""
+    """Return a candidate for each point and seed."""
     seeds = range(plan.base.seed, plan.base.seed + plan.search.num_seeds)
     return [
         Candidate(number=number, point=point, seed=seed)
@@ -103,48 +104,64 @@ def candidates(plan: SweepPlan, points: list[Point]) -> list[Candidate]:
     ]
 
 
-class PointSearch(OptunaSearch):
-    """Optuna's TPE, which proposes consistent points only, and each with all of its seeds.
+class PointSearch(Searcher):
+    """A searcher of Ray Tune that proposes points near good ones, by Optuna's TPE.
+
+    It proposes only points that can be trained, each of them once with every seed. Ray's own
+    `OptunaSearch` has no public way to reject a point or to propose one again.
+
+    Attributes:
+        study: Optuna's study, which learns the score of each trial.
 
     Args:
-        plan: Of the sweep.
-        earlier: What a sweep that goes on has tried, by number; it is proposed again.
+        plan: Plan of the sweep.
+        earlier: Candidates that an interrupted sweep has tried, by the number of the trial;
+            they are proposed again.
     """
 
     def __init__(self, plan: SweepPlan, earlier: Mapping[int, Candidate]) -> None:
+        super().__init__(metric=METRIC, mode="max")
+        self.study = optuna.create_study(
+            direction="maximize", sampler=TPESampler(seed=plan.base.seed)
+        )
         self._plan = plan
         self._earlier = earlier
         self._axes = plan.axes()
+        self._distributions = {path: distribution(axis) for path, axis in self._axes.items()}
         self._num_suggested = 0
+        self._asked: dict[str, optuna.Trial] = {}
         self._params: dict[str, Any] = {}
-        super().__init__(
-            space={path: distribution(axis) for path, axis in self._axes.items()},
-            metric=METRIC,
-            mode="max",
-            sampler=TPESampler(seed=plan.base.seed),
-        )
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """Return what the next trial trains."""
+        """Return the candidate that the next trial trains."""
         number = self._num_suggested
         seed = number % self._plan.search.num_seeds
         if number in self._earlier:
-            self._params = encode(self._axes, self._earlier[number].point)
+            self._params = to_optuna(self._axes, self._earlier[number].point)
         if seed or number in self._earlier:
-            self._ot_study.enqueue_trial(self._params)
+            self.study.enqueue_trial(self._params)
         for _ in range(MAX_DRAWS):
-            self._params = super().suggest(trial_id)
-            point = decode(self._axes, self._params)
+            asked = self.study.ask(self._distributions)
+            self._params = asked.params
+            point = from_optuna(self._axes, self._params)
             try:
                 self._plan.base.override(point)
             except InputError:
-                self._forget(trial_id)
+                self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
                 continue
+            self._asked[trial_id] = asked
             self._num_suggested += 1
             chosen = Candidate(number=number, point=point, seed=self._plan.base.seed + seed)
             return {CANDIDATE: chosen.model_dump()}
         return Searcher.FINISHED
 
-    def _forget(self, trial_id: str) -> None:
-        """Tell Optuna that a point cannot be tried."""
-        self._ot_study.tell(self._ot_trials.pop(trial_id), state=optuna.trial.TrialState.FAIL)
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, **_: object
+    ) -> None:
+        """Tell Optuna the last score of a trial, or that the trial failed without one."""
+        asked = self._asked[trial_id]
+        if result and METRIC in result:
+            self.study.tell(asked, result[METRIC], skip_if_finished=True)
+        else:
+            failed = optuna.trial.TrialState.FAIL
+            self.study.tell(asked, state=failed, skip_if_finished=True)

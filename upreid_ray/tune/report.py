@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, create_trial
 from rich.table import Table
 
 from upreid_ray.page import PageFigure, PageSection, render_page
-from upreid_ray.tune.points import distribution, encode
+from upreid_ray.tune.points import distribution, to_optuna
 from upreid_ray.tune.space import Point, SweepPlan, format_value
 from upreid_ray.tune.trial_record import METRIC, TrialRecord
 
@@ -144,7 +144,7 @@ def pictures(plan: SweepPlan, records: Sequence[TrialRecord]) -> dict[str, bytes
                     value=record.best,
                     params={
                         labels[path]: value
-                        for path, value in encode(axes, record.candidate.point).items()
+                        for path, value in to_optuna(axes, record.candidate.point).items()
                     },
                     distributions={
                         labels[path]: distribution(axis) for path, axis in axes.items()
