@@ -1,4 +1,4 @@
-"""MLflow: runs, their logs, and the registry of backbones."""
+"""Everything that talks to MLflow: runs, the log of a run, the registry of backbones."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 def load_backbone(uri: str) -> "nn.Module":
     """Return a registered backbone; see `upreid_ray.tracking.registry.load_backbone`.
 
-    MLflow and torch are imported when this is called, not with the package.
+    MLflow and torch are imported in the call, so that importing the package stays fast.
     """
     from upreid_ray.tracking import registry  # noqa: PLC0415
 

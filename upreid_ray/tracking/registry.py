@@ -1,6 +1,9 @@
-"""The registry of backbones: versions, aliases, lineage."""
+"""The registry of backbones in MLflow: versions, aliases and lineage.
 
-import logging
+Registered model, version and alias are MLflow's words. The alias ``challenger`` is the newest
+version, ``champion`` the one with the best score.
+"""
+
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +16,7 @@ from torch import nn
 
 from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.core.checkpoint import read_exported
-from upreid_ray.tracking.runs import _unless_it_exists, connect
-
-logger = logging.getLogger(__name__)
-logging.getLogger("mlflow").setLevel(logging.WARNING)  # its import has set it to INFO
+from upreid_ray.tracking.runs import connect, ignore_existing
 
 BACKBONE_FOLDER = "backbone"
 CHALLENGER, CHAMPION = "challenger", "champion"
@@ -28,22 +28,22 @@ def register_backbone(
 ) -> str:
     """Register the backbone in ``folder`` as the newest version of model ``name``.
 
-    The version becomes the challenger. It becomes the champion too if there is none, or if it
-    has a better mAP (tag ``score.mAP``) on the same evaluation set (tag ``evaluation``). A run
-    registers once: calling it again returns the version there is.
+    The version becomes the challenger. It also becomes the champion if there is none, or if
+    its mAP (tag ``score.mAP``) is better on the same evaluation set (tag ``evaluation``). A run
+    registers one version: another call returns the same one.
 
     Args:
-        client: From `connect`.
-        run_id: Whose artifact the folder becomes.
-        name: Of the registered model.
-        folder: Holds ``backbone.safetensors`` and ``backbone.json``.
-        tags: The lineage of the version.
+        client: Client from `connect`.
+        run_id: ID of the run, which gets the folder as an artifact.
+        name: Name of the registered model.
+        folder: Folder with ``backbone.safetensors`` and ``backbone.json``.
+        tags: Lineage of the version.
 
     Returns:
-        The URI ``models:/name/version``.
+        The URI of the version, ``models:/NAME/VERSION``.
     """
     if not client.search_registered_models(f"name = '{name}'"):
-        with _unless_it_exists():
+        with ignore_existing():
             client.create_registered_model(name)
     versions = client.search_model_versions(f"name = '{name}'")
     new = next((version for version in versions if version.run_id == run_id), None)
@@ -59,7 +59,13 @@ def register_backbone(
 
 
 def link_descendant(client: MlflowClient, *, ancestor: str, descendant: str) -> None:
-    """Note on a version which one began with it; what is no version has no place for a note."""
+    """Add a tag to a version that names a version trained from it.
+
+    Args:
+        client: Client from `connect`.
+        ancestor: URI of the version; any other initialization is ignored.
+        descendant: URI of the version trained from it.
+    """
     match = MODEL_URI.match(ancestor)
     if match is not None:
         name, _, version = descendant.removeprefix("models:/").rpartition("/")
@@ -68,14 +74,14 @@ def link_descendant(client: MlflowClient, *, ancestor: str, descendant: str) -> 
 
 
 def load_backbone(uri: str) -> nn.Module:
-    """Return the backbone of a version such as ``models:/upreid-resnet50@champion``.
+    """Return the backbone of a version, such as ``models:/upreid-resnet50@champion``.
 
     Returns:
-        A torchvision ResNet, with a neck if it was fine-tuned: images ``[B, 3, H, W]`` to
-        features ``[B, F]``, in eval mode.
+        A torchvision ResNet in eval mode, followed by its neck if it was fine-tuned. It maps
+        images ``[B, 3, H, W]`` to features ``[B, F]``.
 
     Raises:
-        InputError: There is no such version, or its files do not make a backbone.
+        InputError: The version does not exist, or its files are not those of a backbone.
     """
     client = connect()
     folder = download(client, find_version(client, uri))
@@ -84,10 +90,10 @@ def load_backbone(uri: str) -> nn.Module:
 
 
 def find_version(client: MlflowClient, uri: str) -> ModelVersion:
-    """Return the version that ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` names.
+    """Return the version at ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
 
     Raises:
-        InputError: There is no such version.
+        InputError: The version does not exist.
     """
     match = MODEL_URI.match(uri)
     if match is None:
@@ -101,23 +107,25 @@ def find_version(client: MlflowClient, uri: str) -> ModelVersion:
 
 
 def download(client: MlflowClient, version: ModelVersion) -> Path:
-    """Bring the folder of a version here.
+    """Download the files of a version; return their folder.
 
     Raises:
-        InputError: It cannot be had.
+        InputError: The files cannot be downloaded.
     """
     uri = f"models:/{version.name}/{version.version}"
     try:
         folder: str = mlflow.artifacts.download_artifacts(uri, tracking_uri=client.tracking_uri)
     except (MlflowException, OSError) as error:
-        raise InputError(f"{uri}: its files cannot be had ({first_line(error)})") from error
+        raise InputError(
+            f"{uri}: its files cannot be downloaded ({first_line(error)})"
+        ) from error
     return Path(folder)
 
 
 def _set_alias(client: MlflowClient, alias: str, version: ModelVersion) -> None:
     try:
         client.set_registered_model_alias(version.name, alias, version.version)
-    except MlflowException:  # so it is when another job makes the same alias at this moment
+    except MlflowException:  # Another job has just created the same alias: now it exists.
         client.set_registered_model_alias(version.name, alias, version.version)
 
 

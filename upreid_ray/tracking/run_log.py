@@ -1,4 +1,8 @@
-"""Metrics and files that wait on disk until MLflow takes them."""
+"""Metrics and files of a run that wait on disk until MLflow has them.
+
+Workers import this module, but only rank 0 logs: MLflow, which takes seconds to import, is
+imported in the thread that delivers.
+"""
 
 import json
 import logging
@@ -6,13 +10,12 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlflow.entities import Metric
-from mlflow.tracking import MlflowClient
 from PIL.Image import Image
 
-from upreid_ray.tracking.runs import _limit_patience
+if TYPE_CHECKING:
+    from upreid_ray.tracking.runs import Client
 
 logger = logging.getLogger(__name__)
 MAX_METRICS_PER_BATCH = 1000  # MLflow's own limit
@@ -20,15 +23,19 @@ RETRY_SECONDS = 5.0
 
 
 class RunLog:
-    """Metrics and files of a run: on disk at once, with MLflow when it answers.
+    """Metrics and files of a run, written to disk at once and delivered in the background.
 
-    Training writes lines to a file; a thread delivers them in order and notes how far it came,
-    so that a process that continues the run delivers the rest. A line that is delivered twice
-    has the same time stamp and counts once.
+    Every call appends a line to a file. A thread delivers the lines in order and records how
+    many bytes it has delivered, so that the process that resumes the run delivers the rest.
+    MLflow stores a line that is delivered twice only once, because its time stamp is the same.
+
+    Args:
+        run_id: ID of the MLflow run.
+        uri: URI of the tracking server.
+        folder: Local folder for what is not delivered yet.
     """
 
     def __init__(self, run_id: str, uri: str, folder: Path) -> None:
-        _limit_patience()
         folder.mkdir(parents=True, exist_ok=True)
         self._run_id = run_id
         self._uri = uri
@@ -42,10 +49,10 @@ class RunLog:
         self._thread.start()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Log values of this step under names of the form ``section/name``.
+        """Log the values of a step under names of the form ``section/name``.
 
-        A step that was logged before is left out: a resumed run repeats the steps after its
-        checkpoint.
+        Steps that were logged before are skipped, because a resumed run repeats the steps after
+        its checkpoint.
         """
         new = {
             name: value for name, value in values.items() if step > self._newest.get(name, -1)
@@ -60,7 +67,7 @@ class RunLog:
         self._append({"file": name})
 
     def close(self, timeout_seconds: float) -> None:
-        """Wait until all is delivered, but no longer than this."""
+        """Wait until everything is delivered, or until the timeout has passed."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -69,7 +76,7 @@ class RunLog:
             logger.warning("MLflow does not answer; undelivered metrics are in %s", self._lines)
 
     def _recover(self) -> dict[str, int]:
-        """End a line that a crash cut off; return the newest step of each metric there is."""
+        """Complete the last line if a crash cut it off; return the last step of each metric."""
         newest: dict[str, int] = {}
         with self._lines.open("a+") as stream:
             stream.seek(0)
@@ -88,7 +95,7 @@ class RunLog:
             self._wake.notify()
 
     def _deliver(self) -> None:
-        client: MlflowClient | None = None
+        client: Client | None = None
         offset = self._offset()
         while True:
             lines = self._pending(offset)
@@ -99,23 +106,23 @@ class RunLog:
                     self._wake.wait(RETRY_SECONDS)
                 continue
             try:
-                client = client or MlflowClient(self._uri)  # a database is asked at once
+                client = client or _connect(self._uri)
                 self._send(client, [_parse(line) for line in lines])
                 offset += sum(len(line.encode()) for line in lines)
                 self._delivered.write_text(str(offset))
-            except Exception as error:  # whatever server and disk do must not stop training
+            except Exception as error:  # No fault of the server or the disk may stop training.
                 logger.debug("MLflow: %s", error)
                 time.sleep(RETRY_SECONDS)
 
     def _offset(self) -> int:
-        """Return up to where lines are delivered: 0 if the note of it was cut off."""
+        """Return how many bytes are delivered; 0 if a crash cut off the record of it."""
         text = self._delivered.read_text() if self._delivered.exists() else ""
         return int(text) if text.isdigit() else 0
 
     def _pending(self, offset: int) -> list[str]:
-        """Return what is to be delivered next: lines of metrics, or one that names a file.
+        """Return the lines to deliver next: lines with metrics, or one line with a file.
 
-        Many lines at once, so that a slow server keeps up.
+        One call delivers many lines, so that a slow server keeps up.
         """
         lines: list[str] = []
         num_metrics = 0
@@ -132,10 +139,12 @@ class RunLog:
                     break
         return lines
 
-    def _send(self, client: MlflowClient, entries: Sequence[dict[str, Any]]) -> None:
+    def _send(self, client: "Client", entries: Sequence[dict[str, Any]]) -> None:
         if "file" in entries[0]:
             client.log_artifact(self._run_id, str(self._folder / entries[0]["file"]))
             return
+        from mlflow.entities import Metric  # noqa: PLC0415, see the module's docstring
+
         metrics = [
             Metric(name, value, entry["time"], entry["step"])
             for entry in entries
@@ -144,8 +153,14 @@ class RunLog:
         client.log_batch(self._run_id, metrics=metrics)
 
 
+def _connect(uri: str) -> "Client":
+    from upreid_ray.tracking import runs  # noqa: PLC0415, see the module's docstring
+
+    return runs.new_client(uri)  # Opens a database at once, which may fail.
+
+
 def _parse(line: str) -> dict[str, Any]:
-    """Return an entry of the log; a line that a crash cut off is an empty one."""
+    """Return an entry of the log; an empty one if a crash cut the line off."""
     try:
         entry = json.loads(line)
     except ValueError:

@@ -1,4 +1,7 @@
-"""MLflow runs: the connection, and what is logged to a run."""
+"""MLflow runs: the connection to the tracking server, and what a run records.
+
+Only the driver imports this module at once; `run_log` imports it in a thread of its own.
+"""
 
 import logging
 import os
@@ -22,7 +25,7 @@ from upreid_ray.config.errors import InputError, RunStopped, first_line
 from upreid_ray.config.section import Section
 
 Client = MlflowClient
-logger = logging.getLogger(__name__)
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # Importing MLflow has set it to INFO.
 LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow", "pillow")
 # MLflow's own defaults retry an unreachable server for minutes.
 HTTP_DEFAULTS = {
@@ -34,7 +37,7 @@ NUM_PARAMS_A_CALL = 100
 
 
 def tracking_uri() -> str:
-    """Return ``MLFLOW_TRACKING_URI``, else the embedded store of the working folder."""
+    """Return ``MLFLOW_TRACKING_URI``, or else the embedded store in the working folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
 
 
@@ -42,30 +45,33 @@ def connect() -> MlflowClient:
     """Return a client of the tracking server.
 
     Raises:
-        InputError: The server does not answer, or is none.
+        InputError: No MLflow server answers at ``MLFLOW_TRACKING_URI``.
     """
-    _limit_patience()
     uri = tracking_uri()
     try:
         mlflow.set_tracking_uri(uri)
-        client = MlflowClient(uri)
+        client = new_client(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow raises what its stores and HTTP libraries raise
         msg = f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers ({first_line(error)})"
-        raise InputError(_without_password(msg, uri)) from None
+        raise InputError(_hide_password(msg, uri)) from None
     return client
 
 
-def _without_password(text: str, uri: str) -> str:
-    """Hide the password of a URI, if it has one, wherever the text shows it."""
-    password = urlsplit(uri).password
-    return text.replace(password, "***") if password else text
+def new_client(uri: str) -> MlflowClient:
+    """Return a client whose calls to a server that is down fail soon.
 
-
-def _limit_patience() -> None:
-    """Let calls to a server that is down fail soon; the user's own settings count more."""
+    The HTTP timeouts are shorter than MLflow's own; environment variables take precedence.
+    """
     for name, value in HTTP_DEFAULTS.items():
         os.environ.setdefault(name, value)
+    return MlflowClient(uri)
+
+
+def _hide_password(text: str, uri: str) -> str:
+    """Replace the password of a URI, if it has one, by asterisks wherever a text shows it."""
+    password = urlsplit(uri).password
+    return text.replace(password, "***") if password else text
 
 
 def start_run(
@@ -76,21 +82,22 @@ def start_run(
     config: Section,
     parent_run_id: str | None = None,
 ) -> str:
-    """Make a run and log its settings; return its id.
+    """Create a run and log its settings; return its ID.
 
-    Parameters are the dotted paths of the settings; tags say which code and libraries ran.
+    The names of the parameters are the dotted paths of the settings. Tags record the commit
+    and the versions of the libraries.
 
     Args:
-        client: From `connect`.
-        experiment: Made if it does not exist.
-        name: Of the run.
-        config: Its settings.
-        parent_run_id: Run under which MLflow shows this one; None for a run of its own.
+        client: Client from `connect`.
+        experiment: Name of the experiment, which is created if it does not exist.
+        name: Name of the run.
+        config: Settings of the run.
+        parent_run_id: ID of the run under which MLflow shows this one, or None.
     """
     if client.get_experiment_by_name(experiment) is None:
         embedded = tracking_uri().startswith("sqlite:")
         location = Path("mlartifacts").absolute().as_uri() if embedded else None
-        with _unless_it_exists():
+        with ignore_existing():
             client.create_experiment(experiment, artifact_location=location)
     experiment_id = client.get_experiment_by_name(experiment).experiment_id
     tags = environment() | ({PARENT_TAG: parent_run_id} if parent_run_id else {})
@@ -109,7 +116,7 @@ def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None
 
 
 def end_run(client: MlflowClient, run_id: str, status: str) -> None:
-    """Mark a run whose process cannot do so itself as ended."""
+    """Set the final status of a run whose own process cannot do so."""
     client.set_terminated(run_id, status)
 
 
@@ -119,7 +126,7 @@ def log_files(client: MlflowClient, run_id: str, folder: Path) -> None:
 
 
 def log_metrics(client: MlflowClient, run_id: str, values: Mapping[str, float]) -> None:
-    """Log the results of a run that has no steps."""
+    """Log the metrics of a run that has no steps."""
     now = int(time.time() * 1000)
     client.log_batch(run_id, metrics=[Metric(k, v, now, 0) for k, v in values.items()])
 
@@ -134,20 +141,23 @@ def log_file(client: MlflowClient, run_id: str, name: str, content: bytes) -> No
 
 @contextmanager
 def running(client: MlflowClient, run_id: str) -> Iterator[None]:
-    """Mark a run as running inside, and then as finished, failed, or killed if stopped."""
+    """Set the status of a run: running inside the block, then finished, failed or killed.
+
+    A run that raises `RunStopped` is killed.
+    """
     client.update_run(run_id, status="RUNNING")
     try:
         yield
     except BaseException as error:
         status = "KILLED" if isinstance(error, RunStopped) else "FAILED"
-        with suppress(Exception):  # a server that is down too must not hide the first error
+        with suppress(Exception):  # If the server is down too, the first error matters more.
             client.set_terminated(run_id, status)
         raise
     client.set_terminated(run_id, "FINISHED")
 
 
 def environment() -> dict[str, str]:
-    """Return the commit and the versions of what runs, as tags."""
+    """Return the commit, the platform and the versions of the libraries as tags."""
     return {
         "mlflow.source.git.commit": _commit(),
         "python": platform.python_version(),
@@ -157,8 +167,8 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def _unless_it_exists() -> Iterator[None]:
-    """Let pass that another job has just made the same."""
+def ignore_existing() -> Iterator[None]:
+    """Ignore MLflow's error if another job has just created the same object."""
     try:
         yield
     except MlflowException as error:
@@ -167,9 +177,9 @@ def _unless_it_exists() -> Iterator[None]:
 
 
 def _commit() -> str:
-    """Return the commit of this code, with ``-dirty`` if it was changed, or ``unknown``.
+    """Return the commit of this code, with ``-dirty`` if files were changed.
 
-    An image has no repository: it is built with its commit in ``UPREID_RAY_COMMIT``.
+    Without a repository, as in a container image, it is ``UPREID_RAY_COMMIT``, or ``unknown``.
     """
     command = [
         "git",
@@ -181,7 +191,7 @@ def _commit() -> str:
         "--dirty",
     ]
     try:
-        # A fixed command line, but for the place of this file.
+        # Only the path of this file varies in the command line.
         done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("UPREID_RAY_COMMIT", "unknown")

@@ -1,4 +1,4 @@
-"""What downstream work starts from: a registered version, a checkpoint, a file, or chance."""
+"""Initial backbones: a registered version, a checkpoint, a file of weights, or random ones."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +10,6 @@ from upreid_ray.config.downstream import DownstreamConfig, EvaluateConfig, Label
 from upreid_ray.config.section import RANDOM
 from upreid_ray.core.backbone import Description, build_backbone, read_backbone
 from upreid_ray.core.checkpoint import read_exported
-from upreid_ray.tracking import registry, runs
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 USUAL_SIZE = {"height": 256, "width": 128}
@@ -21,11 +20,11 @@ class Initialization:
     """A backbone to start from.
 
     Attributes:
-        uri: Where it came from; of a registered version the version itself, not an alias.
-        description: Of the architecture, and of the images that it expects.
-        weights: Its whole state dict, on the CPU.
-        neck: State dict of the neck of a fine-tuned one, else empty.
-        lineage: Tags of the registered version, empty for all else.
+        uri: Origin of the weights; for a registered model the version, never an alias.
+        description: The architecture, and the images that it expects.
+        weights: State dict of the backbone, on the CPU.
+        neck: State dict of the neck; empty unless the backbone was fine-tuned.
+        lineage: Tags of the registered version; empty for any other origin.
     """
 
     uri: str
@@ -35,7 +34,7 @@ class Initialization:
     lineage: dict[str, str] = field(default_factory=dict)
 
     def extractor(self) -> nn.Module:
-        """Return what turns images ``[B, 3, H, W]`` into features ``[B, F]``."""
+        """Return the module that maps images ``[B, 3, H, W]`` to features ``[B, F]``."""
         return self.description.extractor(self.weights, self.neck)
 
 
@@ -48,16 +47,19 @@ def random(backbone: str, *, seed: int) -> Initialization:
 
 
 def resolve(init: str) -> Initialization:
-    """Return the initialization that a user names.
+    """Return the initialization that the user asks for.
 
     Args:
         init: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, a checkpoint folder, or a file
             of weights in a format of `read_backbone`.
 
     Raises:
-        InputError: It does not exist, or is not a whole backbone.
+        InputError: The initialization does not exist, or lacks weights of the backbone.
     """
     if init.startswith("models:"):
+        # Workers import this module for `Initialization`, and need no MLflow.
+        from upreid_ray.tracking import registry, runs  # noqa: PLC0415
+
         client = runs.connect()
         version = registry.find_version(client, init)
         folder = registry.download(client, version)
@@ -72,10 +74,10 @@ def resolve(init: str) -> Initialization:
 
 
 def requested(config: DownstreamConfig | EvaluateConfig) -> Initialization:
-    """Return the initialization that a run asks for, with its settings of the images.
+    """Return the initialization of a run, with the run's image settings.
 
     Raises:
-        InputError: It does not exist, or is not a whole backbone.
+        InputError: The initialization does not exist, or lacks weights of the backbone.
     """
     if config.init == RANDOM:
         return for_images(random(config.backbone, seed=config.seed), config.data)
@@ -83,12 +85,15 @@ def requested(config: DownstreamConfig | EvaluateConfig) -> Initialization:
 
 
 def for_images(init: Initialization, data: LabelledDataConfig) -> Initialization:
-    """Let the user's settings of the images count more than those of the pre-training."""
+    """Return the initialization with the image settings that the user gave.
+
+    They take precedence over those of the pre-training.
+    """
     names = ("height", "width", "mean", "std")
     given = {n: getattr(data, n) for n in names if getattr(data, n) is not None}
     return replace(init, description=init.description.model_copy(update=given))
 
 
 def _usual(backbone: str) -> Description:
-    """Describe a backbone of which nothing is known but its architecture."""
+    """Return the description of a backbone if only its architecture is known."""
     return Description.model_validate({"backbone": backbone, **USUAL_SIZE, **IMAGENET})
