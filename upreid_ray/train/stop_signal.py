@@ -1,33 +1,39 @@
-"""SIGTERM to a worker: noticed there, so that all workers can save and end together.
+"""SIGTERM to a worker, which all workers answer by saving a checkpoint and ending together.
 
-Ray Train calls the function that trains in a thread, which gets no signals; only what a backend
-runs on a worker runs in the main thread.
+Ray Train calls the training function in a thread, and Python handles signals in the main thread
+only. Code of a backend is what Ray Train runs in the main thread of a worker.
 """
 
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from ray.train._internal.base_worker_group import BaseWorkerGroup
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 
 _arrived = threading.Event()
+_TorchBackend: Any = TorchConfig().backend_cls  # Ray gives this class no public name.
+
+
+class _WorkerGroup(Protocol):
+    def execute(self, function: Callable[[], None]) -> object:
+        """Call a function in the main thread of every worker."""
 
 
 def has_arrived() -> bool:
-    """Tell whether this process was asked to end."""
+    """Return whether this process has received SIGTERM."""
     return _arrived.is_set()
 
 
 def _listen() -> None:
-    # Where Ray itself ends a worker, SIGKILL follows a tenth of a second later.
+    # When Ray itself ends a worker, it sends SIGKILL a tenth of a second after SIGTERM.
     signal.signal(signal.SIGTERM, lambda *_: _arrived.set())
 
 
 class _ListeningBackend(_TorchBackend):
     def on_training_start(
-        self, worker_group: BaseWorkerGroup, backend_config: TorchConfig
+        self, worker_group: _WorkerGroup, backend_config: TorchConfig
     ) -> None:
         super().on_training_start(worker_group, backend_config)
         worker_group.execute(_listen)
@@ -39,5 +45,5 @@ class ListeningTorchConfig(TorchConfig):
 
     @property
     def backend_cls(self) -> type[_ListeningBackend]:
-        """What Ray Train prepares the workers with."""
+        """Class with which Ray Train prepares the workers."""
         return _ListeningBackend
