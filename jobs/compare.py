@@ -31,7 +31,7 @@ from upreid_ray.config.downstream import CompareConfig
 
 def main() -> dict[str, Any]:
     """Parse, compare, and return what the JSON line says."""
-    parser = JobParser(__doc__)
+    parser = JobParser(__doc__, "[PRESET] --init INIT [INIT ...] [--SETTING VALUE ...]")
     parser.add_argument(
         "--resume", metavar="RUN_NAME", help="continue this comparison; give the same settings"
     )

@@ -26,7 +26,7 @@ from upreid_ray.config.downstream import EvaluateConfig
 
 def main() -> dict[str, Any]:
     """Parse, score, and return what the JSON line says."""
-    parser = JobParser(__doc__)
+    parser = JobParser(__doc__, "--init INIT [--SETTING VALUE ...]")
     add_settings(parser, EvaluateConfig)
     arguments = parser.parse(sys.argv[1:])
     require_init(arguments)

@@ -22,7 +22,7 @@ CONSUMERS = ("torchvision", "timm", "fastreid", "torchreid")
 
 def main() -> dict[str, Any]:
     """Parse, write the file, and return what the JSON line says."""
-    parser = JobParser(__doc__)
+    parser = JobParser(__doc__, "INIT --to CONSUMER --out FILE")
     parser.add_argument("init", type=absolute_init, metavar="INIT", help="backbone to export")
     parser.add_argument("--to", required=True, choices=CONSUMERS, help="who loads the file")
     parser.add_argument("--out", required=True, type=absolute, metavar="FILE", help="the file")

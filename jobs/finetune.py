@@ -29,7 +29,7 @@ from upreid_ray.command_line import (
 
 def main() -> dict[str, Any]:
     """Parse, fine-tune, and return what the JSON line says."""
-    parser = JobParser(__doc__)
+    parser = JobParser(__doc__, "[PRESET] --init INIT [--method METHOD] [--SETTING VALUE ...]")
     parser.add_argument(
         "--resume", metavar="RUN_NAME", help="continue this run; give the same settings again"
     )

@@ -26,7 +26,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -35,15 +35,9 @@ from upreid_ray.command_line import JobParser, connect_to_ray, run_job
 from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.run import SyntheticConfig
 from upreid_ray.config.section import absolute
-from upreid_ray.data.shards.audit import audit
-from upreid_ray.data.shards.duplicates import MAX_DISTANCE
-from upreid_ray.data.shards.images import ImageRules
-from upreid_ray.data.shards.manifest import Manifest, read_manifest
-from upreid_ray.data.shards.page import write_page
-from upreid_ray.data.shards.preparation import write_shards
-from upreid_ray.data.shards.progress import image_progress
-from upreid_ray.data.sources.archives import PARQUET_COLUMNS
-from upreid_ray.data.sources.source import source_records, synthetic_records
+
+if TYPE_CHECKING:
+    from upreid_ray.data.shards.manifest import Manifest
 
 logger = logging.getLogger("upreid_ray")
 
@@ -80,7 +74,9 @@ def main() -> dict[str, Any]:
 
 
 def _parser() -> JobParser:
-    parser = JobParser(__doc__)
+    parser = JobParser(
+        __doc__, "SOURCE --out DIR [--FLAG VALUE ...]\n       %(prog)s --check DIR [--decode]"
+    )
     add = parser.add_argument
     add("source", type=_source, metavar="SOURCE", nargs="?", help="what to read: see above")
     add("--out", type=absolute, metavar="DIR", help="folder or URI of the shards")
@@ -106,9 +102,9 @@ def _parser() -> JobParser:
     add(
         "--max-distance",
         type=_at_least(0),
-        default=ImageRules.max_distance,
+        default=argparse.SUPPRESS,
         metavar="BITS",
-        help="bits in which near duplicates may differ (default: %(default)s; at most 6)",
+        help="bits in which the hashes of near duplicates may differ (default: 2; at most 6)",
     )
     check = parser.add_argument_group("check")
     check.add_argument(
@@ -122,8 +118,16 @@ def _parser() -> JobParser:
 
 
 def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
+    # After the arguments: it takes seconds, which a mistake or --help should not cost.
+    from upreid_ray.data.shards.duplicates import MAX_DISTANCE  # noqa: PLC0415
+    from upreid_ray.data.shards.images import ImageRules  # noqa: PLC0415
+    from upreid_ray.data.shards.page import write_page  # noqa: PLC0415
+    from upreid_ray.data.shards.preparation import write_shards  # noqa: PLC0415
+    from upreid_ray.data.shards.progress import image_progress  # noqa: PLC0415
+    from upreid_ray.data.sources.source import source_records, synthetic_records  # noqa: PLC0415
+
     given = vars(arguments)
-    rules = ImageRules(**{name: given[name] for name in vars(ImageRules())})
+    rules = ImageRules(**{name: given[name] for name in vars(ImageRules()) if name in given})
     if rules.max_distance > MAX_DISTANCE:
         raise InputError(
             f"--max-distance {rules.max_distance}: images that far apart are no duplicates"
@@ -157,6 +161,10 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(arguments: argparse.Namespace) -> dict[str, Any]:
+    from upreid_ray.data.shards.audit import audit  # noqa: PLC0415
+    from upreid_ray.data.shards.manifest import read_manifest  # noqa: PLC0415
+    from upreid_ray.data.shards.progress import image_progress  # noqa: PLC0415
+
     manifest = read_manifest(arguments.check)
     connect_to_ray()
     with image_progress("checking", sum(manifest.counts().values())) as advance:
@@ -193,6 +201,8 @@ def _source(text: str) -> str:
 
 def _columns(text: str) -> dict[str, str]:
     """Read ``ours=theirs,...``."""
+    from upreid_ray.data.sources.archives import PARQUET_COLUMNS  # noqa: PLC0415
+
     pairs = [pair.partition("=") for pair in text.split(",")]
     unknown = [ours for ours, _, theirs in pairs if ours not in PARQUET_COLUMNS or not theirs]
     if unknown:
@@ -202,7 +212,7 @@ def _columns(text: str) -> dict[str, str]:
     return {ours: theirs for ours, _, theirs in pairs}
 
 
-def _table(manifest: Manifest) -> Table:
+def _table(manifest: "Manifest") -> Table:
     """Show the images of each split, and what was refused."""
     table = Table("split", "images", "shards", "MB")
     for split, count in manifest.counts().items():

@@ -22,7 +22,7 @@ from upreid_ray.command_line import (
 
 def main() -> dict[str, Any]:
     """Parse, pre-train, and return what the JSON line says."""
-    parser = JobParser(__doc__)
+    parser = JobParser(__doc__, "[PRESET] [--SETTING VALUE ...]")
     parser.add_argument(
         "--resume", metavar="RUN_NAME", help="continue this run; give the same settings again"
     )

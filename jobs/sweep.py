@@ -53,7 +53,9 @@ def main() -> dict[str, Any]:
 
 
 def _parser() -> JobParser:
-    parser = JobParser(__doc__)
+    parser = JobParser(
+        __doc__, "SPACE [PRESET] [--SETTING VALUE ...] [--space.SETTING AXIS ...]"
+    )
     parser.add_argument(
         "space", nargs="?", choices=SPACES, metavar="SPACE", help="what is swept"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import prepare as prepare_job
 from jobs import sweep as sweep_job
 from upreid_ray.command_line import (
     JobParser,
@@ -19,15 +20,16 @@ from upreid_ray.command_line import (
 )
 from upreid_ray.config.downstream import ClusterContrastConfig, EvaluateConfig, FinetuneConfig
 from upreid_ray.config.errors import InputError
-from upreid_ray.config.presets import AUGMENTATIONS, METHODS, PRESETS
+from upreid_ray.config.presets import AUGMENTATIONS, METHOD_PRESETS, PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
-from upreid_ray.config.section import Section
+from upreid_ray.config.section import Section, absolute
+from upreid_ray.data.shards.images import ImageRules
 
 ROOT = Path(__file__).parents[1]
 
 
 def parser() -> JobParser:
-    made = JobParser("A job.")
+    made = JobParser("A job.", "[PRESET] [--SETTING VALUE ...]")
     add_pretrain_settings(made)
     return made
 
@@ -205,7 +207,7 @@ def test_the_help_shows_every_section_and_setting():
 
 @pytest.mark.parametrize("config", [EvaluateConfig, FinetuneConfig, ClusterContrastConfig])
 def test_jobs_that_follow_show_and_take_every_setting(config):
-    made = JobParser("A job.")
+    made = JobParser("A job.", "[PRESET] [--SETTING VALUE ...]")
     add_settings(made, config)
     text = made.format_help()
 
@@ -215,24 +217,39 @@ def test_jobs_that_follow_show_and_take_every_setting(config):
     assert override(config(), arguments).data.mean == (0.1, 0.2, 0.3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_PRESETS)
 def test_a_method_has_presets_and_settings_of_its_own(method):
-    made = JobParser("A job.")
+    made = JobParser("A job.", "[PRESET] [--SETTING VALUE ...]")
     words = ["demo", "--method", method, "--training.epochs", "3"]
 
     presets = add_finetune_settings(made, words)
 
     arguments = made.parse(words)
-    expected = METHODS[method]["demo"].override({"training.epochs": 3})
+    expected = METHOD_PRESETS[method]["demo"].override({"training.epochs": 3})
     assert override(presets[arguments.preset], arguments) == expected
 
 
 def test_settings_of_another_method_are_refused():
-    made = JobParser("A job.")
+    made = JobParser("A job.", "[PRESET] [--SETTING VALUE ...]")
     add_finetune_settings(made, [])
 
     with pytest.raises(InputError, match=r"--clustering\.eps: unknown"):
         made.parse(["--clustering.eps", "0.5"])
+
+
+@pytest.mark.parametrize("name", ["noseed", "re-seed", "xxseed"])
+def test_only_words_that_begin_with_dashes_are_flags(name):
+    assert settings("demo", "--run.name", name).run.name == name
+
+
+def test_a_value_that_looks_like_a_flag_of_prepare_is_none():
+    arguments = prepare_job._parser().parse(["recheck", "--out", "x"])
+
+    assert (arguments.source, arguments.check) == (absolute("recheck"), None)
+
+
+def test_prepare_names_the_default_distance_of_near_duplicates():
+    assert f"(default: {ImageRules.max_distance};" in prepare_job._parser().format_help()
 
 
 def test_flags_are_not_abbreviated():
@@ -270,7 +287,7 @@ from upreid_ray import command_line
 from upreid_ray.command_line import JobParser, run_job
 
 def job():
-    parser = JobParser("A job.")
+    parser = JobParser("A job.", "[PRESET] [--SETTING VALUE ...]")
     command_line.add_pretrain_settings(parser)
     config = command_line.read_pretrain_settings(parser.parse(sys.argv[1:]))
     return config.model_dump(mode="json")

@@ -1,35 +1,44 @@
 """What all jobs share: settings from the command line, errors as one line, one JSON line."""
 
 import argparse
+import ast
 import difflib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module, metadata
+from importlib.resources import files
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
-
-import ray
+from typing import Any, NoReturn, TypeVar
 
 from upreid_ray.config.downstream import DownstreamConfig
 from upreid_ray.config.errors import InputError, RunFailed, RunStopped
-from upreid_ray.config.presets import AUGMENTATIONS, METHODS, PRESETS
+from upreid_ray.config.presets import AUGMENTATIONS, METHOD_PRESETS, PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
-from upreid_ray.config.section import Section
+from upreid_ray.config.section import Section, value_form
 
 logger = logging.getLogger("upreid_ray")
 
-ConfigT = TypeVar("ConfigT", bound=Section)
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class JobParser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the nearest flag where one is unknown."""
 
-    def __init__(self, description: str | None) -> None:
+    def __init__(self, description: str | None, usage: str, *, add_help: bool = True) -> None:
+        """Make a parser without flags of a job.
+
+        Args:
+            description: What the job does, and examples.
+            usage: What follows the name of the job; argparse would list every flag.
+            add_help: Whether ``--help`` shows all that.
+        """
         super().__init__(
+            usage=f"%(prog)s {usage}",
             description=description,
+            add_help=add_help,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -41,14 +50,18 @@ class JobParser(argparse.ArgumentParser):
             InputError: A word is unknown or malformed.
         """
         known = self._option_string_actions
-        words = [_spelled(word, known) for word in words]
-        for word in words:
-            flag = word.partition("=")[0]
-            if flag.startswith("--") and flag not in known:
-                near = difflib.get_close_matches(flag, known, n=1)
+        spelled = list(words)
+        for number, word in enumerate(words):
+            if not word.startswith("--"):
+                continue
+            typed, *value = word.split("=", 1)
+            flag = typed if typed in known else f"--{typed[2:].replace('-', '_')}"
+            if flag not in known:
+                near = difflib.get_close_matches(typed, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else "see --help"
-                raise InputError(f"{flag}: unknown; {hint}")
-        return self.parse_args(words)
+                raise InputError(f"{typed}: unknown; {hint}")
+            spelled[number] = "=".join([flag, *value])
+        return self.parse_args(spelled)
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print after its usage."""
@@ -59,7 +72,17 @@ def add_settings(
     parser: argparse.ArgumentParser, config: type[Section], *, without: Sequence[str] = ()
 ) -> None:
     """Add a flag for each setting of a configuration, under its dotted path."""
-    _add_section(parser, "", config, without)
+    for section, description, settings in config.describe():
+        group = parser.add_argument_group(section or "job", description)
+        for path, field in settings.items():
+            if path not in without:
+                group.add_argument(
+                    f"--{path}",
+                    dest=path,
+                    default=argparse.SUPPRESS,
+                    metavar=value_form(field.annotation),
+                    help=(field.description or "").replace("%", "%%"),
+                )
 
 
 def add_finetune_settings(
@@ -75,24 +98,22 @@ def add_finetune_settings(
     Returns:
         The presets of the method.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first = JobParser(None, "", add_help=False)
     for each in (first, parser):
         each.add_argument(
             "--method",
-            choices=METHODS,
+            choices=METHOD_PRESETS,
             default="supervised",
-            help="how it learns; settings and presets are those of the method",
+            help="how the backbone is trained (default: %(default)s); presets and settings "
+            "depend on it",
         )
-    try:
-        presets = METHODS[first.parse_known_args(words)[0].method]
-    except argparse.ArgumentError as error:
-        raise InputError(str(error).removeprefix("argument ")) from None
+    presets = METHOD_PRESETS[first.parse_known_args(words)[0].method]
     parser.add_argument(
         "preset",
         nargs="?",
         choices=presets,
         default=next(iter(presets)),
-        help="named run to begin with (default: %(default)s)",
+        help="settings to start from (default: %(default)s)",
     )
     add_settings(parser, type(next(iter(presets.values()))), without=without)
     return presets
@@ -111,7 +132,7 @@ def require_init(arguments: argparse.Namespace) -> None:
         )
 
 
-def override(config: ConfigT, arguments: argparse.Namespace) -> ConfigT:
+def override(config: SectionT, arguments: argparse.Namespace) -> SectionT:
     """Return the configuration with the settings that were given on the command line.
 
     Raises:
@@ -124,18 +145,18 @@ def override(config: ConfigT, arguments: argparse.Namespace) -> ConfigT:
 def add_pretrain_settings(parser: argparse.ArgumentParser) -> None:
     """Add where a pre-training configuration begins, and its settings."""
     parser.add_argument(
-        "preset", nargs="?", choices=PRESETS, help="named run to begin with (default: demo)"
+        "preset", nargs="?", choices=PRESETS, help="settings to start from (default: demo)"
     )
     parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="JSON file of settings to begin with instead",
+        help="JSON file of settings to start from, instead of a preset",
     )
     parser.add_argument(
         "--augmentation",
         choices=AUGMENTATIONS,
-        help="named augmentation, instead of the preset's",
+        help="named augmentation that replaces the preset's",
     )
     add_settings(parser, PretrainConfig)
 
@@ -189,20 +210,25 @@ def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
         logger.exception("%s: failed", Path(sys.argv[0]).name)
         sys.exit(1)
     finally:
-        ray.shutdown()
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
     sys.stdout.write(json.dumps(result) + "\n")
     sys.exit(0)
 
 
 def connect_to_ray(*, show_workers: bool = True) -> None:
-    """Connect to the Ray cluster of ``RAY_ADDRESS``, or start a local one for this job.
+    """Connect to the Ray cluster of ``RAY_ADDRESS``, or start a local one for this process.
 
-    Ray itself would also look for a cluster that was once started on this machine, and wait for
-    minutes if it is gone.
+    A process that is connected stays as it is. Ray itself would also look for a cluster that
+    was once started on this machine, and wait for minutes if it is gone.
 
     Args:
         show_workers: Whether to show what workers log.
     """
+    import ray  # noqa: PLC0415, takes a second, which --help should not cost
+
+    if ray.is_initialized():
+        return
     # They warn that a local cluster asks for a token, and that Ray Data draws no bars.
     for talkative in ("ray._private.authentication", "ray.data._internal.progress"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
@@ -214,43 +240,25 @@ def connect_to_ray(*, show_workers: bool = True) -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
-def _spelled(word: str, known: Container[str]) -> str:
-    """Return a flag of a setting with the underscores that it has; other words as they are."""
-    flag, equals, value = word.partition("=")
-    underscored = f"--{flag[2:].replace('-', '_')}"
-    return f"{underscored}{equals}{value}" if underscored in known else word
+def main() -> NoReturn:
+    """Run ``upreid JOB ...``, which is ``python jobs/JOB.py ...`` for an installed package."""
+    sources = {Path(file.name).stem: file for file in files("upreid_ray.jobs").iterdir()}
+    jobs = sorted(name for name in sources if not name.startswith("_"))
+    texts = [str(ast.get_docstring(ast.parse(sources[job].read_text()))) for job in jobs]
+    lines = [
+        f"  {job:<10}{text.splitlines()[0]}" for job, text in zip(jobs, texts, strict=True)
+    ]
+    parser = JobParser("\n".join(["Jobs:", *lines]), "JOB ...")
+    parser.add_argument(
+        "job", choices=jobs, metavar="JOB", help="JOB --help shows its settings"
+    )
+    version = f"upreid {metadata.version('upreid-ray')}"
+    parser.add_argument("--version", action="version", version=version)
 
+    def run() -> dict[str, Any]:
+        job = parser.parse(sys.argv[1:2]).job
+        sys.argv[:2] = [f"{parser.prog} {job}"]
+        result: dict[str, Any] = import_module(f"upreid_ray.jobs.{job}").main()
+        return result
 
-def _add_section(
-    parser: argparse.ArgumentParser, prefix: str, section: type[Section], without: Sequence[str]
-) -> None:
-    """Add a flag for each setting of a section, and then its own sections."""
-    group = parser.add_argument_group(prefix.rstrip(".") or "job", section.__doc__)
-    for name, field in section.model_fields.items():
-        path = f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            _add_section(parser, f"{path}.", field.annotation, without)
-        elif path not in without:
-            description = (field.description or "").replace("%", "%%")
-            group.add_argument(
-                f"--{path}",
-                dest=path,
-                default=argparse.SUPPRESS,
-                metavar=_metavar(field.annotation),
-                help=description,
-            )
-
-
-def _metavar(annotation: Any) -> str:  # noqa: ANN401, whatever annotates a setting
-    """Return how the values of a setting look."""
-    if get_origin(annotation) is Literal:
-        return "{" + ",".join(get_args(annotation)) + "}"
-    if get_origin(annotation) is tuple:
-        return ",".join(_metavar(member) for member in get_args(annotation))
-    if get_origin(annotation) in (Union, UnionType):
-        return "|".join(_metavar(member) for member in get_args(annotation))
-    if get_origin(annotation) is Annotated:
-        return _metavar(get_args(annotation)[0])
-    if annotation is Ellipsis:
-        return "..."
-    return "none" if annotation is NoneType else str(annotation.__name__).upper()
+    run_job(run)

@@ -113,8 +113,8 @@ CLUSTER_CONTRAST_PRESETS = {
     ).override(_SMALL_IMAGES),
 }
 
-# What `--method` of a fine-tuning names; it begins with the first preset.
-METHODS: dict[str, Mapping[str, DownstreamConfig]] = {
+# The presets of each `--method` of a fine-tuning; without a preset, the first one is taken.
+METHOD_PRESETS: dict[str, Mapping[str, DownstreamConfig]] = {
     "supervised": FINETUNE_PRESETS,
     "cluster-contrast": CLUSTER_CONTRAST_PRESETS,
 }

@@ -5,10 +5,11 @@ the MLflow parameter and the path in a checkpoint's ``config.json``.
 """
 
 import difflib
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -19,6 +20,7 @@ from pydantic import (
     PositiveFloat,
     ValidationError,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from upreid_ray.config.errors import InputError
@@ -89,6 +91,20 @@ MAX_NAME = 100
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MAX_NAME)]
 
 
+def value_form(annotation: Any) -> str:  # noqa: ANN401, whatever annotates a setting
+    """Return how the values of a setting are typed, such as ``INT|none`` or ``FLOAT,FLOAT``."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return "{" + ",".join(parts) + "}"
+    if get_origin(annotation) is tuple:
+        return ",".join("..." if part is Ellipsis else value_form(part) for part in parts)
+    if get_origin(annotation) is Annotated:
+        return value_form(parts[0])
+    if parts:
+        return "|".join(map(value_form, parts))
+    return "none" if annotation is NoneType else str(annotation.__name__).upper()
+
+
 class Section(BaseModel):
     """A frozen group of settings that refuses unknown names."""
 
@@ -104,6 +120,20 @@ class Section(BaseModel):
                 yield from value.flatten(f"{prefix}{name}.")
             else:
                 yield f"{prefix}{name}", value
+
+    @classmethod
+    def describe(cls, prefix: str = "") -> Iterator[tuple[str, str, dict[str, FieldInfo]]]:
+        """Yield path, description and settings by path of this and of each inner section."""
+        inner: dict[str, type[Section]] = {}
+        settings: dict[str, FieldInfo] = {}
+        for name, field in cls.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                inner[f"{prefix}{name}"] = field.annotation
+            else:
+                settings[f"{prefix}{name}"] = field
+        yield prefix.rstrip("."), inspect.getdoc(cls) or "", settings
+        for path, section in inner.items():
+            yield from section.describe(f"{path}.")
 
     def override(self, values: Mapping[str, Any]) -> Self:
         """Return a copy with the settings or sections at these dotted paths replaced.

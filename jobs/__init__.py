@@ -1,0 +1,1 @@
+"""What the package is run for: each module is a command."""
