@@ -201,7 +201,7 @@ def test_resuming_within_an_epoch_is_going_on(tmp_path):
     take_steps(whole, 4)
     take_steps(begun, 2)
     best = BestBackbone()
-    best.offer(begun, {})
+    best.update(begun, {})
     save_checkpoint(tmp_path, begun, best, scores_untrained={}, images_per_second=1.0)
 
     load_checkpoint(tmp_path, resumed)

@@ -181,7 +181,7 @@ def test_resuming_is_going_on(tmp_path):
     take_steps(whole, 4)
     take_steps(begun, 2)
     best = BestBackbone()
-    best.offer(begun, {})
+    best.update(begun, {})
     save_checkpoint(tmp_path, begun, best, scores_untrained={}, images_per_second=1.0)
 
     load_checkpoint(tmp_path, resumed)
@@ -194,7 +194,7 @@ def test_an_export_gives_backbone_and_neck_again(tmp_path):
     state = fresh_state()
     take_steps(state, 2)
     best = BestBackbone()
-    best.offer(state, {})
+    best.update(state, {})
     save_checkpoint(tmp_path, state, best, scores_untrained={}, images_per_second=1.0)
     out = tmp_path / "out"
     out.mkdir()

@@ -18,8 +18,8 @@ from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.checkpoint import (
     BestBackbone,
-    damage,
     export_backbone,
+    find_damage,
     load_checkpoint,
     read_exported,
     read_position,
@@ -269,7 +269,7 @@ def test_loading_replaces_everything_of_another_state(tmp_path):
 def test_a_checkpoint_keeps_what_it_says_beside_its_tensors(tmp_path):
     state = fresh_state()
     best = BestBackbone()
-    best.offer(state, {"mAP": 0.5})
+    best.update(state, {"mAP": 0.5})
     save_checkpoint(
         tmp_path, state, best, scores_untrained={"mAP": 0.25}, images_per_second=3.5
     )
@@ -289,7 +289,7 @@ def test_the_best_backbone_is_the_one_with_the_best_map():
 
     for step, score in enumerate([0.2, 0.4, 0.4, 0.3, 0.5]):
         state.step = step
-        best.offer(state, {"mAP": score})
+        best.update(state, {"mAP": score})
         taken.append(best.step)
 
     assert taken == [0, 1, 1, 1, 4]
@@ -299,14 +299,14 @@ def test_the_best_backbone_without_scores_is_the_newest():
     state, best = fresh_state(), BestBackbone()
 
     for state.step in (0, 1, 2):
-        best.offer(state, {})
+        best.update(state, {})
 
     assert best.step == 2
 
 
 def test_the_best_backbone_does_not_follow_the_training():
     state, best = fresh_state(), BestBackbone()
-    best.offer(state, {"mAP": 0.5})
+    best.update(state, {"mAP": 0.5})
     before = {name: tensor.clone() for name, tensor in best.weights.items()}
 
     take_steps(state, 1)
@@ -316,7 +316,7 @@ def test_the_best_backbone_does_not_follow_the_training():
 
 def test_torchvision_loads_an_exported_backbone(tmp_path):
     state, best = fresh_state(), BestBackbone()
-    best.offer(state, {})
+    best.update(state, {})
     save(state, tmp_path, best)
     out = tmp_path / "out"
     out.mkdir()
@@ -418,12 +418,12 @@ def cut_in_half(file: Path) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     state, best = fresh_state(), BestBackbone()
-    best.offer(state, {})
+    best.update(state, {})
     return save(state, tmp_path_factory.mktemp("whole"), best)
 
 
 def test_a_checkpoint_as_it_was_written_is_whole(whole):
-    assert damage(whole) is None
+    assert find_damage(whole) is None
 
 
 @pytest.mark.parametrize("harm", [flip_a_bit, cut_in_half, Path.unlink])
@@ -442,7 +442,7 @@ def test_a_damaged_checkpoint_is_told_with_its_file(whole, tmp_path, harm, name)
     shutil.copytree(whole, folder)
     harm(folder / name)
 
-    said = str(damage(folder))
+    said = str(find_damage(folder))
     # A wrong hash looks like a wrong file.
     assert said.split(maxsplit=1)[0] == name or (
         name == "sha256.json" and "not what was" in said

@@ -25,7 +25,7 @@ def ancestor(folder) -> str:
     checkpoint.mkdir()
     exported.mkdir()
     state, best = fresh_state(PRETRAINING), BestBackbone()
-    best.offer(state, {})
+    best.update(state, {})
     save_checkpoint(checkpoint, state, best, scores_untrained={}, images_per_second=0.0)
     export_backbone(checkpoint, exported)
     client = runs.connect()

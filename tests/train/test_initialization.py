@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "step-00000000"
     folder.mkdir()
     state, best = fresh_state(TINY), BestBackbone()
-    best.offer(state, {})
+    best.update(state, {})
     save_checkpoint(folder, state, best, scores_untrained={}, images_per_second=0.0)
     return folder
 

@@ -48,8 +48,8 @@ class BestBackbone:
     step: int = 0
     scores: dict[str, float] = field(default_factory=dict)
 
-    def offer(self, state: State, scores: dict[str, float]) -> None:
-        """Take the extractor of ``state`` unless what is held has an mAP as good."""
+    def update(self, state: State, scores: dict[str, float]) -> None:
+        """Keep the extractor of ``state``, unless the current one has at least its mAP."""
         if self.scores and scores.get("mAP", 0.0) <= self.scores["mAP"]:
             return
         self.weights = {
@@ -127,7 +127,7 @@ def read_position(folder: Path) -> Position:
     return Position.model_validate_json((folder / POSITION_FILE).read_text())
 
 
-def damage(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """Return what is wrong with the files of a checkpoint, or None if they are as written."""
     try:
         hashes = json.loads((folder / HASHES_FILE).read_text())
@@ -174,7 +174,7 @@ def read_exported(folder: Path) -> tuple[Description, dict[str, Tensor], dict[st
         elif (folder / POSITION_FILE).is_file():
             file = neck_file = folder / BEST_FILE
             description = read_position(folder).description
-            wrong = damage(folder)
+            wrong = find_damage(folder)
             if wrong is not None:
                 raise InputError(
                     f"{folder}: a damaged checkpoint ({wrong}); take another one of the run"

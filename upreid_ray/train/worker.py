@@ -25,7 +25,12 @@ from upreid_ray.config.errors import RunFailed, RunStopped, first_line
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core import distributed
-from upreid_ray.core.checkpoint import BestBackbone, damage, load_checkpoint, save_checkpoint
+from upreid_ray.core.checkpoint import (
+    BestBackbone,
+    find_damage,
+    load_checkpoint,
+    save_checkpoint,
+)
 from upreid_ray.core.retrieval import extract_features, retrieval_scores
 from upreid_ray.core.training import State, StepReport
 from upreid_ray.data.shards.manifest import read_manifest
@@ -308,7 +313,7 @@ class Worker(ABC):
         checkpoint = None
         if distributed.rank() == 0:
             if scores or not self.best.scores:
-                self.best.offer(self.state, scores)
+                self.best.update(self.state, scores)
             folder = Path(tempfile.mkdtemp(prefix="upreid-checkpoint-"))
             save_checkpoint(
                 folder,
@@ -340,7 +345,7 @@ def _newest_whole(checkpoints: Sequence[Checkpoint]) -> int | None:
     for index, checkpoint in reversed(list(enumerate(checkpoints))):
         try:
             with checkpoint.as_directory() as folder:
-                wrong = damage(Path(folder))
+                wrong = find_damage(Path(folder))
         except (OSError, pa.ArrowException) as error:  # what the storage raises
             wrong = first_line(error)
         if wrong is None:
