@@ -16,16 +16,19 @@ from rich.table import Table
 
 from upreid_ray.command_line import JobParser, run_job
 from upreid_ray.config.section import absolute, absolute_init
-
-CONSUMERS = ("torchvision", "timm", "fastreid", "torchreid")
+from upreid_ray.downstream.consumers import CONSUMERS
 
 
 def main() -> dict[str, Any]:
     """Parse, write the file, and return what the JSON line says."""
     parser = JobParser(__doc__, "INIT --to CONSUMER --out FILE")
     parser.add_argument("init", type=absolute_init, metavar="INIT", help="backbone to export")
-    parser.add_argument("--to", required=True, choices=CONSUMERS, help="who loads the file")
-    parser.add_argument("--out", required=True, type=absolute, metavar="FILE", help="the file")
+    parser.add_argument(
+        "--to", required=True, choices=CONSUMERS, help="tool that loads the file"
+    )
+    parser.add_argument(
+        "--out", required=True, type=absolute, metavar="FILE", help="file to write"
+    )
     arguments = parser.parse(sys.argv[1:])
     # After the arguments: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.export import export  # noqa: PLC0415
@@ -37,12 +40,16 @@ def main() -> dict[str, Any]:
     for kind in ("matched", "missing", "unexpected"):
         names = getattr(report, kind)
         table.add_row(kind, str(len(names)), ", ".join(names[:3]))
+    console = Console(stderr=True)
+    console.print(table)
     images = init.description
-    table.caption = (
-        f"{report.usage}\nimages: {images.height}x{images.width}, "
-        f"mean {images.mean}, std {images.std}"
-    )
-    Console(stderr=True).print(table)
+    for line in (
+        f"images: {images.height}x{images.width}, mean {images.mean}, std {images.std}",
+        "load the file with:",
+        report.usage,
+    ):
+        # Not wrapped, so that the line can be copied.
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     return {
         "init": init.uri,
         "result_dir": str(Path(arguments.out).parent),

@@ -1,17 +1,24 @@
 """Exported files load wholly into those who read them."""
 
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 import torchvision
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from upreid_ray.config.errors import InputError
-from upreid_ray.downstream.export import CONSUMERS, export
+from upreid_ray.downstream.consumers import CONSUMERS
+from upreid_ray.downstream.export import export
 from upreid_ray.train import initialization
 from upreid_ray.train.initialization import Initialization
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", params=["resnet18", "resnet50"])
@@ -89,3 +96,55 @@ def test_nothing_is_left_beside_the_file(tmp_path, init):
     export(init, "timm", tmp_path / "weights.pth")
 
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pth"]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("to", ["torchvision", "timm"])
+def test_the_usage_is_one_line_that_loads_the_file(tmp_path, init, to, suffix):
+    report = export(init, to, tmp_path / f"it's a file{suffix}")
+    libraries = {
+        "timm": timm,
+        "torch": torch,
+        "torchvision": torchvision,
+        "safetensors": safetensors,
+    }
+
+    exec(report.usage, libraries)
+
+    loaded = libraries["model"].state_dict()
+    assert "\n" not in report.usage
+    assert all(loaded[name].equal(tensor) for name, tensor in init.weights.items())
+
+
+def test_the_usage_of_fastreid_describes_backbone_and_images(tmp_path, init):
+    report = export(init, "fastreid", tmp_path / "weights.pth")
+
+    words = shlex.split(report.usage)
+    settings = dict(zip(words[::2], words[1::2], strict=True))
+    depth = init.description.backbone.removeprefix("resnet")
+    assert settings == {
+        "MODEL.BACKBONE.DEPTH": f"{depth}x",
+        "MODEL.BACKBONE.FEAT_DIM": {"18": "512", "50": "2048"}[depth],
+        "MODEL.BACKBONE.LAST_STRIDE": "2",
+        "MODEL.BACKBONE.PRETRAIN": "True",
+        "MODEL.BACKBONE.PRETRAIN_PATH": str(tmp_path / "weights.pth"),
+        "MODEL.PIXEL_MEAN": "[123.675, 116.28, 103.53]",
+        "MODEL.PIXEL_STD": "[58.395, 57.12, 57.375]",
+        "INPUT.SIZE_TRAIN": "[256, 128]",
+        "INPUT.SIZE_TEST": "[256, 128]",
+    }
+
+
+def test_the_job_prints_the_usage_in_one_line(tmp_path, init):
+    weights = tmp_path / "weights.safetensors"
+    save_file(init.weights, weights)
+    out = tmp_path / f"{'long-' * 30}.pth"
+
+    job = subprocess.run(
+        [sys.executable, ROOT / "jobs/export.py", weights, "--to", "fastreid", "--out", out],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert export(init, "fastreid", out).usage in job.stderr.splitlines()

@@ -1,11 +1,10 @@
 """Backbone weights as files that other tools load.
 
-All of them keep torchvision's names; what differs is the container, and what they call the
-classifier that they train themselves. Formats as of torchvision 0.29, timm 1.0, fast-reid
-(JDAI-CV, 2023: ``MODEL.BACKBONE.PRETRAIN_PATH``) and torchreid (KaiyangZhou, 2022:
-``load_pretrained_weights``).
+All of them use torchvision's names of the tensors. They differ in the container of the state
+dict, and in the names of the classifier that they train themselves.
 """
 
+import shlex
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,53 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from upreid_ray.config.errors import InputError, first_line
-from upreid_ray.core.backbone import build_backbone, read_backbone
+from upreid_ray.core.backbone import Description, build_backbone, num_features, read_backbone
+from upreid_ray.downstream.consumers import CONSUMERS, Consumer
 from upreid_ray.train.initialization import Initialization
-
-
-@dataclass(frozen=True)
-class Consumer:
-    """A tool that loads backbones.
-
-    Attributes:
-        head: What it calls its classifier.
-        container: Key under which it looks for the state dict, if any.
-        reads_safetensors: Whether it reads them too, or only what ``torch.save`` writes.
-        usage: How to load ``{file}`` into a ``{backbone}``.
-    """
-
-    head: tuple[str, ...]
-    container: str | None
-    reads_safetensors: bool
-    usage: str
-
-
-CONSUMERS = {
-    "torchvision": Consumer(
-        ("fc.weight", "fc.bias"),
-        container=None,
-        reads_safetensors=True,
-        usage="model.load_state_dict(torch.load('{file}'), strict=False)",
-    ),
-    "timm": Consumer(
-        ("fc.weight", "fc.bias"),
-        container=None,
-        reads_safetensors=True,
-        usage="timm.create_model('{backbone}', num_classes=0, checkpoint_path='{file}')",
-    ),
-    "fastreid": Consumer(
-        (),
-        container=None,
-        reads_safetensors=False,
-        usage="MODEL.BACKBONE.PRETRAIN True MODEL.BACKBONE.PRETRAIN_PATH {file}",
-    ),
-    "torchreid": Consumer(
-        ("classifier.weight", "classifier.bias"),
-        container="state_dict",
-        reads_safetensors=False,
-        usage="torchreid.utils.load_pretrained_weights(model, '{file}')",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -70,10 +25,10 @@ class ExportReport:
     """Which tensors the consumer will find.
 
     Attributes:
-        matched: Names in the file and in the consumer's model.
-        missing: Names of the consumer's model that are not in the file.
-        unexpected: Names in the file that the consumer's model does not have.
-        usage: How to load the file.
+        matched: Tensors both in the file and in the consumer's model.
+        missing: Tensors of the consumer's model that are not in the file.
+        unexpected: Tensors in the file that the consumer's model does not have.
+        usage: One line that loads the file.
     """
 
     matched: tuple[str, ...]
@@ -86,17 +41,17 @@ def export(init: Initialization, to: str, out: Path) -> ExportReport:
     """Write the weights for a consumer, and read them back.
 
     Args:
-        init: Holds the weights.
-        to: A key of `CONSUMERS`.
-        out: The file; it is whole or not there.
+        init: Backbone to write.
+        to: Consumer, a key of `CONSUMERS`.
+        out: File to write; it never exists in part.
 
     Raises:
-        InputError: The file cannot be written, or its ending is not the consumer's.
-        RuntimeError: The file does not hold every tensor of the backbone.
+        InputError: The file cannot be written, or the consumer does not read safetensors.
+        RuntimeError: The file lacks tensors of the backbone.
     """
     consumer = CONSUMERS[to]
     is_safetensors = out.suffix == ".safetensors"
-    if is_safetensors and not consumer.reads_safetensors:
+    if is_safetensors and consumer.safetensors_usage is None:
         raise InputError(f"--out {out}: {to} reads no safetensors; end the name in .pth")
     part = out.with_name(f"{out.name}.part{out.suffix}")
     try:
@@ -113,7 +68,23 @@ def export(init: Initialization, to: str, out: Path) -> ExportReport:
         matched=tuple(sorted(init.weights.keys() & expected)),
         missing=tuple(sorted(expected - init.weights.keys())),
         unexpected=tuple(sorted(init.weights.keys() - expected)),
-        usage=consumer.usage.format(file=out, backbone=init.description.backbone),
+        usage=usage(init.description, consumer, out),
+    )
+
+
+def usage(description: Description, consumer: Consumer, file: Path) -> str:
+    """Return one line with which a consumer loads the file of a backbone."""
+    is_safetensors = file.suffix == ".safetensors"
+    line = consumer.safetensors_usage if is_safetensors else consumer.usage
+    assert line is not None  # noqa: S101, `export` refuses such a file
+    return line.format(
+        **description.model_dump(include={"backbone", "height", "width", "last_stride"}),
+        file=str(file),
+        quoted_file=shlex.quote(str(file)),
+        depth=description.backbone.removeprefix("resnet"),
+        num_features=num_features(build_backbone(description.backbone)),
+        mean_255=[round(255 * value, 3) for value in description.mean],
+        std_255=[round(255 * value, 3) for value in description.std],
     )
 
 
@@ -128,7 +99,11 @@ def _write(
 
 
 def _check(weights: dict[str, Tensor], file: Path) -> None:
-    """Compare the file with what it should hold."""
+    """Compare the tensors of the file with those of the backbone.
+
+    Raises:
+        RuntimeError: They differ.
+    """
     _, written = read_backbone(file)
     differing = [name for name, tensor in weights.items() if not written[name].equal(tensor)]
     if differing:
