@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from upreid_ray.config.errors import InputError, first_line
-from upreid_ray.core.backbone import Description, read_backbone
+from upreid_ray.core.backbone import Description
 from upreid_ray.core.training import State
+from upreid_ray.core.weight_files import read_backbone
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"

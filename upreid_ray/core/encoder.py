@@ -17,7 +17,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.pretrain import ModelConfig
-from upreid_ray.core.backbone import build_backbone, num_features, read_backbone
+from upreid_ray.core.backbone import build_backbone, num_features
+from upreid_ray.core.weight_files import read_backbone
 
 
 class Encoder(nn.Module):

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from upreid_ray.config.errors import InputError, first_line
-from upreid_ray.core.backbone import Description, build_backbone, num_features, read_backbone
+from upreid_ray.core.backbone import Description, build_backbone, num_features
+from upreid_ray.core.weight_files import read_backbone
 from upreid_ray.downstream.consumers import CONSUMERS, Consumer
 from upreid_ray.train.initialization import Initialization
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from upreid_ray.config.downstream import DownstreamConfig, EvaluateConfig, LabelledDataConfig
 from upreid_ray.config.section import RANDOM
-from upreid_ray.core.backbone import Description, build_backbone, read_backbone
+from upreid_ray.core.backbone import Description, build_backbone
 from upreid_ray.core.checkpoint import read_exported
+from upreid_ray.core.weight_files import read_backbone
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 USUAL_SIZE = {"height": 256, "width": 128}

@@ -1,0 +1,213 @@
+"""Weights of the field's tools load by their rules; what is refused is named for what it is."""
+
+import argparse
+import string
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from tests.core.test_backbone import assert_holds, backbone, prefixed, refusal, save  # noqa: F401
+from upreid_ray.config.errors import InputError
+from upreid_ray.core.weight_files import read_backbone
+
+Weights = dict[str, Tensor]
+
+
+def other(weights: Weights) -> Weights:
+    """Return the weights of the network that is not meant."""
+    return {name: tensor + 1 for name, tensor in weights.items()}
+
+
+def sequential(weights: Weights) -> Weights:
+    """Name the weights as torch.nn.Sequential(*resnet.children()) does."""
+    parts = [name for name, _ in torchvision.models.resnet18().named_children()]
+    return {
+        f"{parts.index(name.split('.')[0])}.{name.partition('.')[2]}": tensor
+        for name, tensor in weights.items()
+    }
+
+
+FORMATS = {
+    "torchreid, with a numpy scalar": lambda weights: {
+        "state_dict": prefixed("module.", weights),
+        "epoch": 60,
+        "rank1": np.float32(0.9),
+        "optimizer": {},
+    },
+    "CION": lambda weights: {"teacher": prefixed("module.backbone.", weights)},
+    "DINO": lambda weights: {
+        "student": prefixed("module.backbone.", other(weights)),
+        "teacher": prefixed("backbone.", weights),
+        "args": argparse.Namespace(arch="resnet18", lr=0.1),
+        "epoch": 3,
+    },
+    "solo-learn": lambda weights: {
+        "state_dict": prefixed("backbone.", weights)
+        | prefixed("momentum_backbone.", other(weights))
+        | {"projector.0.weight": torch.zeros(2)}
+    },
+    "lightly": lambda weights: (
+        prefixed("backbone.", sequential(weights))
+        | prefixed("backbone_momentum.", sequential(other(weights)))
+    ),
+    "MoCo v3": lambda weights: {
+        "state_dict": prefixed(
+            "module.base_encoder.", weights | {"fc.0.weight": torch.zeros(2)}
+        )
+        | prefixed("module.momentum_encoder.", other(weights)),
+        "arch": "resnet18",
+    },
+    "BYOL": lambda weights: (
+        prefixed("online_encoder.net.", weights)
+        | prefixed("target_encoder.net.", other(weights))
+    ),
+    "VISSL": lambda weights: {
+        "classy_state_dict": {
+            "base_model": {
+                "model": {"trunk": prefixed("_feature_blocks.", weights), "heads": {}}
+            }
+        },
+        "loss": 1.0,
+    },
+    "MMPretrain": lambda weights: {
+        "meta": {"epoch": 3},
+        "state_dict": prefixed("backbone.", weights) | {"head.fc.weight": torch.zeros(2)},
+    },
+    **{
+        container: lambda weights, container=container: {container: weights}
+        for container in ("student", "net", "network", "weights", "model_state_dict")
+    },
+}
+
+
+@pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS.keys())
+def test_checkpoints_of_the_fields_tools_are_read(tmp_path, backbone, make):  # noqa: F811
+    assert_holds(save(make(backbone), tmp_path / "checkpoint.pth"), backbone)
+
+
+def test_a_prefix_chooses_among_several_networks(tmp_path, backbone):  # noqa: F811
+    both = prefixed("module.encoder_q.", other(backbone)) | prefixed(
+        "module.encoder_k.", backbone
+    )
+    file = save({"state_dict": both}, tmp_path / "moco.pth.tar")
+
+    assert_holds(f"{file}#encoder_k", backbone)
+    assert_holds(f"{file}#module.encoder_q", other(backbone))
+
+
+def test_a_prefix_that_no_network_has_is_refused_with_those_there_are(tmp_path, backbone):  # noqa: F811
+    both = prefixed("a.", backbone) | prefixed("b.", backbone)
+    file = save(both, tmp_path / "weights.pth")
+
+    with pytest.raises(InputError, match=r"choose with .*weights.pth#PREFIX: a, b$"):
+        read_backbone(f"{file}#c")
+
+
+def test_a_file_whose_own_name_has_a_number_sign_is_read(tmp_path, backbone):  # noqa: F811
+    assert_holds(save(backbone, tmp_path / "weights#1.pth"), backbone)
+
+
+def test_safetensors_are_known_by_their_content(tmp_path, backbone):  # noqa: F811
+    file = save(backbone, tmp_path / "weights.safetensors").rename(tmp_path / "weights.bin")
+
+    assert_holds(file, backbone)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"<!DOCTYPE html><html><body>Sign in</body></html>", "HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"", "the file is empty"),
+        (b"\x08\x07\x12\x07pytorch", "no PyTorch or safetensors file"),
+    ],
+)
+def test_a_file_that_is_no_weights_is_called_what_it_is(tmp_path, content, what):
+    file = tmp_path / "weights.pth"
+    file.write_bytes(content)
+
+    assert what in refusal(file)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:FutureWarning")
+def test_torchscript_is_called_what_it_is(tmp_path):
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "weights.pth"))
+
+    assert "it is a TorchScript module" in refusal(tmp_path / "weights.pth")
+
+
+def test_a_pickled_module_names_the_class_that_is_not_loaded(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "weights.pth")
+
+    message = refusal(tmp_path / "weights.pth")
+
+    assert "it holds an object of torch.nn.modules.linear.Linear" in message
+    assert "torch.save(model.state_dict(), FILE)" in message
+
+
+def test_instance_normalization_is_called_by_its_name(tmp_path, backbone):  # noqa: F811
+    weights = {name: w for name, w in backbone.items() if not name.startswith("layer1.0.bn1")}
+    weights |= {
+        "layer1.0.bn1.IN.weight": torch.ones(32),
+        "layer1.0.bn1.BN.weight": torch.ones(32),
+    }
+
+    assert "instance normalization (IBN)" in refusal(save(weights, tmp_path / "w.pth"))
+
+
+def test_another_depth_is_called_by_its_name(tmp_path):
+    with torch.device("meta"):
+        shapes = torchvision.models.resnet152().state_dict()
+    weights = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in shapes.items()}
+
+    message = refusal(save(weights, tmp_path / "w.pth"))
+
+    assert "is a resnet152; --model.backbone has resnet18, resnet34, resnet50" in message
+
+
+def test_a_vision_transformer_is_called_by_its_name(tmp_path):
+    weights = {
+        "patch_embed.proj.weight": torch.zeros(2),
+        "blocks.0.attn.qkv.weight": torch.zeros(2),
+    }
+
+    assert "holds a Vision Transformer" in refusal(save(weights, tmp_path / "w.pth"))
+
+
+NAMES = st.sampled_from(
+    (
+        *("state_dict", "model", "module", "teacher", "student", "encoder_k", "epoch", ""),
+        *("conv1.weight", "layer1.0.conv1.weight", "4.0.conv1.weight", "0.weight", "fc.weight"),
+    )
+) | st.text(string.ascii_lowercase + ".#0", max_size=8)
+VALUES = st.one_of(
+    st.none(),
+    st.integers(),
+    st.text(max_size=3),
+    st.builds(torch.zeros, st.integers(0, 3)),
+    st.builds(np.float32, st.floats(width=32)),
+)
+CONTENTS = st.recursive(
+    VALUES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200)
+@given(content=CONTENTS, prefix=st.sampled_from(["", "#", "#model", "#."]))
+def test_whatever_a_checkpoint_holds_is_read_or_refused_in_one_line(
+    tmp_path_factory, content, prefix
+):
+    file = tmp_path_factory.mktemp("weights") / "checkpoint.pth"
+    torch.save(content, file)
+
+    with pytest.raises(InputError) as refused:
+        read_backbone(f"{file}{prefix}")
+
+    assert "\n" not in str(refused.value)

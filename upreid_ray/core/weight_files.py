@@ -1,0 +1,269 @@
+"""Files of weights in the formats of the field's tools -> the backbone that they hold.
+
+Only tensors and harmless values are read from a pickle (`torch.load` with ``weights_only``).
+Nested dictionaries are flattened to dotted names, and a backbone is found by the names of its
+first tensors, wherever it stands: that covers containers (``state_dict``, ``model``,
+``teacher``, ...) and prefixes (``module.``, ``backbone.``, ...) of any depth.
+
+The layouts were read from the loaders and savers of these tools: torchvision and timm (plain),
+torchreid, fast-reid, MoCo v1 to v3, LUPerson, CION, DINO, solo-learn, lightly, BYOL, VISSL and
+MMPretrain.
+"""
+
+import argparse
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.run import BackboneName
+from upreid_ray.core.backbone import build_backbone
+
+# Every ResNet has these two, and no other part of a model of the field has both.
+LANDMARKS = ("conv1.weight", "layer1.0.conv1.weight")
+# The second network of methods that train one and let another follow; the first is taken. Of
+# DINO's two it is the teacher that is taken, as its authors do.
+COMPANIONS = {
+    "encoder_k",  # MoCo
+    "key_encoder",  # this package
+    "momentum_encoder",  # MoCo v3, MMPretrain
+    "momentum_backbone",  # solo-learn
+    "backbone_momentum",  # lightly
+    "target_encoder",  # BYOL
+    "target_network",
+    "student",  # DINO
+    "state_dict_ema",  # timm
+    "model_ema",
+}
+# What stands behind the features, in torchvision, torchreid, fast-reid and BoT.
+HEADS = ("fc", "classifier", "head", "heads", "bottleneck")
+# Names of a ResNet's parts where it was made a torch.nn.Sequential, as lightly's examples do.
+SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3"} | {
+    "7": "layer4"
+}
+# Residual blocks of each stage.
+DEPTHS: dict[tuple[int, ...], str] = {
+    (2, 2, 2, 2): "resnet18",
+    (3, 4, 6, 3): "resnet34 or resnet50",
+    (3, 4, 23, 3): "resnet101",
+    (3, 8, 36, 3): "resnet152",
+}
+# Harmless values that tools keep beside the weights: torchreid a numpy scalar, DINO and MoCo v3
+# the parsed command line. Calling or filling any of them runs no code of the file.
+SAFE_GLOBALS = [
+    argparse.Namespace,
+    np._core.multiarray.scalar,  # type: ignore[attr-defined] # how pickles name it
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+    np.dtype,
+    *(
+        type(np.dtype(kind))
+        for kind in ("bool", "int32", "int64", "uint8", "float16", "float32", "float64")
+    ),
+]
+
+
+def read_backbone(file: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """Read the weights of a backbone from a file of any of the field's tools.
+
+    Classifiers and everything outside the backbone are left out. Of several networks in one
+    file the trained one is taken by the names in `COMPANIONS`; ``FILE#PREFIX`` chooses another,
+    for example ``moco.pth.tar#encoder_k``.
+
+    Args:
+        file: A safetensors or PyTorch file, told apart by content, optionally with ``#PREFIX``.
+
+    Returns:
+        The name of the architecture, and its whole state dict on the CPU with torchvision's
+        names, floating-point tensors in fp32.
+
+    Raises:
+        InputError: The file cannot be read, or what it holds is not a whole backbone.
+    """
+    path, prefix = _split_prefix(str(file))
+    tensors = _without_sequential(dict(_flatten(_read(path))))
+    chosen = _choose(file, tensors, prefix)
+    weights = {
+        name.removeprefix(chosen): tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+        if name.startswith(chosen) and name.removeprefix(chosen).split(".")[0] not in HEADS
+    }
+    return _identify(file, weights)
+
+
+def _split_prefix(file: str) -> tuple[Path, str]:
+    """Split ``FILE#PREFIX``; a file whose own name has a ``#`` is taken as it is."""
+    name, _, prefix = file.rpartition("#")
+    return (Path(name), prefix) if name and not Path(file).exists() else (Path(file), "")
+
+
+def _read(path: Path) -> Any:  # noqa: ANN401, whatever a tool has saved
+    """Return what a file holds.
+
+    Raises:
+        InputError: It is no file of weights, or one that could run code.
+    """
+    try:
+        if _is_safetensors(path):
+            return load_file(path)
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises anything
+        reason = _explain(path, error)
+        raise InputError(f"{path}: cannot be read as weights ({reason})") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Tell a safetensors file, which begins with the length of a JSON header, from others."""
+    with path.open("rb") as stream:
+        begin = stream.read(9)
+    return path.suffix == ".safetensors" or (begin[8:] == b"{" and begin[6:8] == b"\0\0")
+
+
+def _explain(path: Path, error: Exception) -> str:
+    """Say what a file is that cannot be read, if that can be told."""
+    if not path.is_file():
+        return "it is a folder" if path.is_dir() else "there is no such file"
+    with path.open("rb") as stream:
+        begin = stream.read(512).lstrip().lower()
+    members = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+    unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
+    causes = {
+        "the file is empty": not begin,
+        "it is a Git LFS pointer; fetch the file itself with git lfs pull": begin.startswith(
+            b"version https://git-lfs"
+        ),
+        "it is an HTML page; download the file itself": begin.startswith(
+            (b"<!doctype", b"<html", b"<?xml")
+        ),
+        "it is a TorchScript module; save its state_dict() with torch.save": any(
+            name.endswith("/constants.pkl") for name in members
+        ),
+        "it is an exported program; save its state_dict() with torch.save": any(
+            name.endswith("archive_format") for name in members
+        ),
+        f"it holds an object of {unsafe[1] if unsafe else ''}, and such pickles can run code; "
+        "save the weights alone with torch.save(model.state_dict(), FILE)": unsafe is not None,
+    }
+    unknown = "it is no PyTorch or safetensors file, or is damaged"
+    return next((cause for cause, is_so in causes.items() if is_so), unknown)
+
+
+def _flatten(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401
+    """Yield the tensors of nested dictionaries under dotted names."""
+    if not isinstance(content, Mapping):
+        return
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        else:
+            yield from _flatten(value, f"{prefix}{name}.")
+
+
+def _without_sequential(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the parts of ResNets that were made a ``torch.nn.Sequential`` their names back."""
+    first, block = "0.weight", "4.0.conv1.weight"
+    prefixes = [
+        name.removesuffix(block)
+        for name in tensors
+        if re.search(rf"(^|\.){re.escape(block)}$", name)
+        and name.removesuffix(block) + first in tensors
+    ]
+    for prefix in prefixes:
+        named = {}
+        for name, tensor in tensors.items():
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            is_part = name.startswith(prefix) and number in SEQUENTIAL
+            named[f"{prefix}{SEQUENTIAL[number]}.{rest}" if is_part else name] = tensor
+        tensors = named
+    return tensors
+
+
+def _choose(file: str | Path, tensors: Mapping[str, Tensor], wanted: str) -> str:
+    """Return the prefix of the backbone that is meant.
+
+    Raises:
+        InputError: There is none, or it is not clear which.
+    """
+    found = [
+        name.removesuffix(LANDMARKS[1])
+        for name in tensors
+        if re.search(rf"(^|\.){re.escape(LANDMARKS[1])}$", name)
+        and name.removesuffix(LANDMARKS[1]) + LANDMARKS[0] in tensors
+    ]
+    if not found:
+        raise InputError(f"{file}: {_describe_other(tensors)}")
+    if wanted:
+        chosen = [prefix for prefix in found if f".{wanted.strip('.')}." in f".{prefix}"]
+    else:
+        trained = [prefix for prefix in found if not COMPANIONS & set(prefix.split("."))]
+        chosen = found if len(found) == 1 else trained
+    if len(chosen) != 1:
+        shown = ", ".join(sorted(prefix.rstrip(".") or "(no prefix)" for prefix in found))
+        plain = str(file).removesuffix(f"#{wanted}")
+        raise InputError(f"{file}: holds several networks; choose with {plain}#PREFIX: {shown}")
+    return chosen[0]
+
+
+def _describe_other(tensors: Mapping[str, Tensor]) -> str:
+    """Say what a file without a ResNet holds."""
+    if not tensors:
+        return "holds no tensors under names"
+    names = sorted(tensors)
+    first = ", ".join(names[:3])
+    if any(re.search(r"patch_embed|\.attn\.|self_attention", name) for name in names):
+        return f"holds a Vision Transformer, not a ResNet; its first tensors are {first}"
+    return f"holds no ResNet; its first tensors are {first}"
+
+
+def _identify(file: str | Path, weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """Return the architecture that these tensors are, all of them.
+
+    Raises:
+        InputError: They are none that ``--model.backbone`` knows.
+    """
+    architectures = get_args(BackboneName)
+    differing: dict[str, list[str]] = {}
+    for architecture in architectures:
+        with torch.device("meta"):
+            expected = build_backbone(architecture).state_dict()
+        # Files of before PyTorch 0.4.1 have no counters, and nothing reads them.
+        counters = {
+            name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")
+        }
+        whole = counters | weights
+        differing[architecture] = sorted(
+            name
+            for name in whole.keys() | expected.keys()
+            if name not in whole
+            or name not in expected
+            or whole[name].shape != expected[name].shape
+        )
+        if not differing[architecture]:
+            return architecture, whole
+    known = ", ".join(architectures)
+    if any(re.search(r"(^|\.)IN\.", name) for name in weights):
+        raise InputError(
+            f"{file}: is a ResNet with instance normalization (IBN), of which --model.backbone "
+            f"has none; it has {known}"
+        )
+    depth = DEPTHS.get(tuple(_num_blocks(weights, stage) for stage in range(1, 5)), "")
+    if depth and not any(name in depth for name in architectures):
+        raise InputError(f"{file}: is a {depth}; --model.backbone has {known}")
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    names = differing[nearest]
+    raise InputError(
+        f"{file}: is most like a {nearest}, but {len(names)} of its tensors are missing or "
+        f"different, such as {', '.join(names[:3])}"
+    )
+
+
+def _num_blocks(weights: Mapping[str, Tensor], stage: int) -> int:
+    """Count the residual blocks of a stage."""
+    return len({name.split(".")[1] for name in weights if name.startswith(f"layer{stage}.")})
