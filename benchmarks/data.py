@@ -38,12 +38,13 @@ from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.run import SyntheticConfig
 from upreid_ray.data.shards.images import ImageRules
-from upreid_ray.data.shards.manifest import Manifest, Shard, read_manifest
+from upreid_ray.data.shards.manifest import Manifest, Shard
 from upreid_ray.data.shards.preparation import write_shards
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.layouts import folder_records
 from upreid_ray.data.sources.source import synthetic_records
+from upreid_ray.data.stream.decode import Columns, decode_images
 from upreid_ray.data.stream.ray_data import read_stream, stream_blocks
-from upreid_ray.data.stream.rows import Columns, decode
 from upreid_ray.data.stream.training import Block, TrainingImages
 from upreid_ray.tracking.runs import environment
 
@@ -64,7 +65,7 @@ class Files(Dataset[NDArray[np.uint8]]):
     def __getitem__(self, index: int) -> NDArray[np.uint8]:
         """Read and decode one image."""
         encoded = pa.chunked_array([[self._files[index].read_bytes()]])
-        return decode(encoded, *self._size)["image"][0]
+        return decode_images(encoded, *self._size)["image"][0]
 
 
 class Blocks(Dataset[Columns]):
@@ -113,7 +114,7 @@ def decoding(files: list[Path], config: PretrainConfig, num_cores: int) -> tuple
 def _decode_files(files: list[Path], config: PretrainConfig) -> None:
     for start in range(0, len(files), 256):
         encoded = [file.read_bytes() for file in files[start : start + 256]]
-        decode(pa.chunked_array([encoded]), config.data.height, config.data.width)
+        decode_images(pa.chunked_array([encoded]), config.data.height, config.data.width)
 
 
 def from_folder(
@@ -162,7 +163,7 @@ def companions(config: PretrainConfig, num_images: int) -> tuple[float, float]:
         for n in range(num_images // 12_800)
     )
     manifest = Manifest(version=2, source="", plan="", row_group_images=64, shards=shards)
-    images = TrainingImages("", manifest, config)
+    images = TrainingImages(ShardSet("", manifest), config)
     steps = [np.full(images.num_images, -1) for _ in range(2)]
     size = config.training.group_size
     for epoch, step_of in enumerate(steps):
@@ -172,7 +173,7 @@ def companions(config: PretrainConfig, num_images: int) -> tuple[float, float]:
                 ranges, order = images.rows(block)
                 rows = np.concatenate(
                     [
-                        r.number * 12_800 + r.row_group * 64 + np.arange(r.start, r.stop)
+                        r.shard * 12_800 + r.row_group * 64 + np.arange(r.start, r.stop)
                         for r in ranges
                     ]
                 )[order]
@@ -210,7 +211,7 @@ def main() -> None:
         files, shards = _write(drawn, Path(name), console)
         num_images = len(files)
         files *= arguments.epochs
-        images = TrainingImages(shards, read_manifest(shards), config)
+        images = TrainingImages(shards, config)
         num_steps = images.steps_per_epoch * arguments.epochs
         kinds: dict[str, Callable[[], tuple[float, float]]] = {
             "decode": partial(decoding, files, config, num_cores),
@@ -256,7 +257,9 @@ def _spread(values: list[float], digits: int) -> str:
     return f"{median:.{digits}f} ({least:.{digits}f}-{most:.{digits}f})"
 
 
-def _write(drawn: SyntheticConfig, folder: Path, console: Console) -> tuple[list[Path], str]:
+def _write(
+    drawn: SyntheticConfig, folder: Path, console: Console
+) -> tuple[list[Path], ShardSet]:
     """Write the unlabeled people as files, and these as shards."""
     records = synthetic_records(drawn)
     unlabeled = pc.equal(records.table.column("split"), "unlabeled")
@@ -266,7 +269,7 @@ def _write(drawn: SyntheticConfig, folder: Path, console: Console) -> tuple[list
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(records.read(row))
         files.append(file)
-    write_shards(
+    shards = write_shards(
         folder_records(str(folder / "files")),
         str(folder / "shards"),
         source="synthetic",
@@ -274,7 +277,7 @@ def _write(drawn: SyntheticConfig, folder: Path, console: Console) -> tuple[list
         rules=ImageRules(),
         on_progress=lambda _: None,
     )
-    return files, str(folder / "shards")
+    return files, shards
 
 
 if __name__ == "__main__":

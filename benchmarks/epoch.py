@@ -33,11 +33,12 @@ from rich.table import Table
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.data.shards.images import ImageRules
-from upreid_ray.data.shards.manifest import MANIFEST_FILE, Manifest, read_manifest
+from upreid_ray.data.shards.manifest import MANIFEST_FILE, Manifest
 from upreid_ray.data.shards.preparation import write_shards
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.source import synthetic_records
+from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS, read_stream, stream_blocks
-from upreid_ray.data.stream.rows import Columns, read_rows
 from upreid_ray.data.stream.training import Block, Round, TrainingImages
 from upreid_ray.tracking.runs import environment
 
@@ -52,23 +53,21 @@ class Reader:
     """Reads a block with the keys of its images, and counts the blocks that were read.
 
     Attributes:
-        images: Of the set.
-        uri: Of the set.
+        images: Images of the set.
         counter: File that grows by one byte for each block.
     """
 
     images: TrainingImages
-    uri: str
     counter: Path
 
     def __call__(self, block: Block) -> Columns:
         """Read and decode a block."""
         columns = self.images.read(block)
         ranges, order = self.images.rows(block)
-        keys = read_rows(self.uri, ranges, ["key"]).column("key").take(pa.array(order))
+        names = self.images.row_groups.read(ranges, ["key"]).column("key")
         with self.counter.open("ab") as file:
             file.write(b".")
-        return {**columns, "key": np.array(keys.to_pylist())}
+        return {**columns, "key": np.array(names.take(pa.array(order)).to_pylist())}
 
     def num_read(self) -> int:
         """Count the blocks that were read, whoever read them."""
@@ -199,7 +198,7 @@ def _kind(process: psutil.Process) -> str | None:
 def repeated(folder: Path, config: PretrainConfig, num_images: int) -> str:
     """Prepare some people, and repeat them under other keys; return the set's URI."""
     drawn = config.data.synthetic.override({"num_unlabeled_identities": 150})
-    write_shards(
+    few = write_shards(
         synthetic_records(drawn),
         str(folder / "few"),
         source="synthetic",
@@ -207,7 +206,7 @@ def repeated(folder: Path, config: PretrainConfig, num_images: int) -> str:
         rules=ImageRules(),
         on_progress=lambda _: None,
     )
-    manifest = read_manifest(str(folder / "few"))
+    manifest = few.manifest
     shard = next(each for each in manifest.shards if each.split == "unlabeled")
     table = pq.read_table(folder / "few" / shard.name)
     many = folder / "many"
@@ -299,8 +298,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="upreid-bench-") as name:
         ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False)
         uri = repeated(Path(name), config, arguments.images)
-        images = TrainingImages(uri, read_manifest(uri), config)
-        reader = Reader(images, uri, Path(name, "blocks"))
+        images = TrainingImages(ShardSet.open(uri), config)
+        reader = Reader(images, Path(name, "blocks"))
         reader.counter.touch()
         memory = Memory()
         consumers = [

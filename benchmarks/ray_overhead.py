@@ -30,10 +30,10 @@ from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.training import TrainState, train, train_step
 from upreid_ray.data.shards.images import ImageRules
-from upreid_ray.data.shards.manifest import read_manifest
 from upreid_ray.data.shards.preparation import write_shards
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.source import synthetic_records
-from upreid_ray.data.stream.rows import Columns
+from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.training import Block, TrainingImages
 from upreid_ray.tracking.runs import environment
 from upreid_ray.train.job import KEEP_FREED_MEMORY
@@ -72,7 +72,7 @@ def plain_worker(
             "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=num_workers
         )
     torch.set_num_threads(config.scaling.threads_per_worker or 1)
-    images = TrainingImages(shards, read_manifest(shards), config)
+    images = TrainingImages(ShardSet.open(shards), config)
     state = TrainState(
         config, steps_per_epoch=images.steps_per_epoch, device=torch.device("cpu")
     )
@@ -193,7 +193,7 @@ def _config(
             "run.storage_path": str(folder / "runs"),
         }
     )
-    images = TrainingImages(shards, read_manifest(shards), config)
+    images = TrainingImages(ShardSet.open(shards), config)
     num_steps = images.steps_per_epoch * epochs
     return config.override(
         {"training.log_every_steps": num_steps // 4, "checkpoint.every_steps": num_steps // 2}

@@ -138,7 +138,7 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
         records = source_records(arguments.source, arguments.columns)
     connect_to_ray()
     with image_progress("preparing", len(records)) as advance:
-        manifest = write_shards(
+        shards = write_shards(
             records,
             arguments.out,
             source=arguments.source,
@@ -146,7 +146,8 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
             rules=rules,
             on_progress=advance,
         )
-    write_page(arguments.out, manifest, records, seed=arguments.seed)
+    write_page(shards, records, seed=arguments.seed)
+    manifest = shards.manifest
     Console(stderr=True).print(_table(manifest))
     mean, std = (",".join(map(str, each or ())) for each in (manifest.mean, manifest.std))
     logger.info("colours of this set: --augmentation.mean %s --augmentation.std %s", mean, std)
@@ -162,13 +163,14 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _check(arguments: argparse.Namespace) -> dict[str, Any]:
     from upreid_ray.data.shards.audit import audit  # noqa: PLC0415
-    from upreid_ray.data.shards.manifest import read_manifest  # noqa: PLC0415
     from upreid_ray.data.shards.progress import image_progress  # noqa: PLC0415
+    from upreid_ray.data.shards.shard_set import ShardSet  # noqa: PLC0415
 
-    manifest = read_manifest(arguments.check)
+    shards = ShardSet.open(arguments.check)
+    manifest = shards.manifest
     connect_to_ray()
     with image_progress("checking", sum(manifest.counts().values())) as advance:
-        damaged = audit(arguments.check, manifest, decode=arguments.decode, on_progress=advance)
+        damaged = audit(shards, decode=arguments.decode, on_progress=advance)
     if damaged:
         for name, wrong in list(damaged.items())[:NUM_NAMED]:
             logger.error("%s/%s: %s", arguments.check, name, wrong)

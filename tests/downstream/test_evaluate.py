@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from upreid_ray.config.downstream import EvaluateConfig
 from upreid_ray.config.errors import InputError
 from upreid_ray.core.retrieval import extract_features, retrieval_scores
-from upreid_ray.data.shards.manifest import read_manifest
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.labelled import LabelledImages
 from upreid_ray.downstream.evaluate import evaluate
 from upreid_ray.tracking import runs
@@ -67,7 +67,7 @@ def finished(ray_cluster, config) -> SimpleNamespace:
 def test_scores_are_those_of_one_process(finished, config):
     init = initialization.random("resnet18", seed=0)
     shards = finished.run.data.tags["shards"]
-    images = LabelledImages(shards, read_manifest(shards), height=64, width=32)
+    images = LabelledImages(ShardSet.open(shards), height=64, width=32)
     blocks = [images.read(number) for number in range(images.num_blocks)]
     assert len(blocks) == 2
     block = {name: np.concatenate([each[name] for each in blocks]) for name in blocks[0]}

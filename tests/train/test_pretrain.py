@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
-from upreid_ray.data.shards.manifest import read_manifest
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking import registry, runs
 from upreid_ray.train.job import KEEP_FREED_MEMORY
@@ -117,8 +117,8 @@ def test_the_version_carries_its_lineage(finished, tiny):
 
     expected = {
         "run": "tiny",
-        "manifest": read_manifest(shards).digest(),
-        "evaluation": read_manifest(shards).digest(["query", "gallery"]),
+        "manifest": ShardSet.open(shards).manifest.digest(),
+        "evaluation": ShardSet.open(shards).manifest.digest(["query", "gallery"]),
         "config": json.dumps(tiny.model_dump(mode="json")),
         "mlflow.source.git.commit": runs.environment()["mlflow.source.git.commit"],
         "score.mAP": str(finished.result.scores["mAP"]),
@@ -466,9 +466,7 @@ def test_a_run_without_finite_gradients_fails_once_and_names_the_images(finished
     noted = json.loads(
         (Path(str(tiny.run.storage_path)) / "diverging/not_finite.json").read_text()
     )
-    images = TrainingImages(
-        finished.tags["shards"], read_manifest(finished.tags["shards"]), config
-    )
+    images = TrainingImages(ShardSet.open(finished.tags["shards"]), config)
     assert "\n" not in str(failed.value)
     assert len(noted) >= 2
     assert all(keys == images.keys(int(step) - 1) for step, keys in noted.items())

@@ -16,8 +16,7 @@ from upreid_ray.config.errors import InputError
 from upreid_ray.config.run import JobConfig
 from upreid_ray.config.section import RANDOM, absolute_init
 from upreid_ray.core.backbone import Description
-from upreid_ray.data.shards.manifest import Manifest, read_manifest
-from upreid_ray.data.stream.labelled import check_labels
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.train.finetune import IMAGES
 from upreid_ray.train.initialization import resolve
 
@@ -123,7 +122,7 @@ def list_runs(
     variants: Sequence[Variant],
     descriptions: Mapping[str, Description],
     *,
-    shards: str,
+    shards: ShardSet,
     storage: str,
 ) -> list[ComparisonRun]:
     """Return the runs of a comparison, those on frozen features first, for they are quickest.
@@ -135,24 +134,24 @@ def list_runs(
         variants: Variants from `resolve_variants`.
         descriptions: Descriptions from `resolve_variants`. A random initialization has the
             architecture and the image size of the first one.
-        shards: URI of the labelled shards.
+        shards: Labelled shards.
         storage: Folder or URI in which each run has its folder.
 
     Raises:
         InputError: The set cannot be scored, or a split has too few persons for a batch.
     """
-    manifest = read_manifest(shards)
-    evaluation = config.finetune.evaluation.shards or shards
-    check_labels(evaluation, read_manifest(evaluation))
+    chosen = config.finetune.evaluation.shards
+    evaluation = ShardSet.open(chosen) if chosen else shards
+    evaluation.check_labels()
     maker = _RunMaker(
         common=config.finetune,
         of_random=_settings_of_random(config.finetune, next(iter(descriptions.values()), None)),
-        shards=shards,
-        evaluation=evaluation,
+        shards=shards.uri,
+        evaluation=evaluation.uri,
         storage=storage,
     )
     splits = {
-        split: _settings_of_split(config.finetune, manifest, shards, split, config.min_steps)
+        split: _settings_of_split(config.finetune, shards, split, config.min_steps)
         for split in config.splits
     }
     frozen: list[ComparisonRun] = []
@@ -235,7 +234,7 @@ def _settings_of_random(common: DownstreamConfig, first: Description | None) -> 
 
 
 def _settings_of_split(
-    common: DownstreamConfig, manifest: Manifest, shards: str, split: float, min_steps: int
+    common: DownstreamConfig, shards: ShardSet, split: float, min_steps: int
 ) -> dict[str, Any]:
     """Return the settings of the runs that train on a share of the persons.
 
@@ -245,7 +244,7 @@ def _settings_of_split(
     settings: dict[str, Any] = {"subset.persons": split}
     images_of = IMAGES[type(common)]
     try:
-        images = images_of(shards, manifest, common.override(settings), height=256, width=128)
+        images = images_of(shards, common.override(settings), height=256, width=128)
     except InputError as error:
         raise InputError(f"--splits {split:g}: {error}") from None
     num_steps = images.steps_per_epoch * common.training.epochs

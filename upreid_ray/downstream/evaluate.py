@@ -20,10 +20,10 @@ from upreid_ray.config.downstream import EvaluateConfig
 from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core.reranking import reranked_distances
 from upreid_ray.core.retrieval import Labels, cosine_distances, extract_features, score_rows
-from upreid_ray.data.shards.manifest import read_manifest
+from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
 from upreid_ray.data.shards.on_demand import labelled_shards
-from upreid_ray.data.stream.labelled import EVALUATION_SPLITS, LabelledImages, check_labels
-from upreid_ray.data.stream.rows import Columns
+from upreid_ray.data.stream.decode import Columns
+from upreid_ray.data.stream.labelled import LabelledImages
 from upreid_ray.tracking import runs
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.initialization import Initialization, requested
@@ -65,10 +65,9 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
     init = requested(config)
     folder = RunFolder.of(config.run, f"evaluate-{init.description.backbone}")
     shards = labelled_shards(config.data, folder.storage)
-    manifest = read_manifest(shards)
-    check_labels(shards, manifest)
+    shards.check_labels()
     size = {"height": init.description.height, "width": init.description.width}
-    images = LabelledImages(shards, manifest, **size)
+    images = LabelledImages(shards, **size)
 
     run_id = runs.start_run(
         client,
@@ -84,8 +83,8 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
         runs.log_metrics(client, run_id, metrics)
         lineage = {
             "init": init.uri,
-            "shards": shards,
-            "evaluation": manifest.digest(EVALUATION_SPLITS),
+            "shards": shards.uri,
+            "evaluation": shards.manifest.digest(EVALUATION_SPLITS),
         }
         runs.set_tags(client, run_id, lineage)
         result = EvaluateResult(

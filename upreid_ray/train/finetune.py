@@ -8,7 +8,6 @@ from functools import partial
 
 from upreid_ray.config.downstream import ClusterContrastConfig, DownstreamConfig, FinetuneConfig
 from upreid_ray.config.errors import InputError, RunFailed
-from upreid_ray.data.shards.manifest import read_manifest
 from upreid_ray.data.shards.on_demand import labelled_shards
 from upreid_ray.data.stream.persons import ClusterImages, PersonImages
 from upreid_ray.tracking import registry
@@ -56,7 +55,7 @@ def finetune(
     task = Task(
         worker=partial(WORKERS[type(config)], init=init),
         shards=shards,
-        images=IMAGES[type(config)](shards, read_manifest(shards), config, **size),
+        images=IMAGES[type(config)](shards, config, **size),
         model_name=config.run.register_as or f"upreid-{backbone}-finetuned",
         lineage={"init": init.uri},
     )

@@ -31,7 +31,7 @@ from upreid_ray.core.finetuning import (
     finetune_step,
 )
 from upreid_ray.core.training import StepReport, train
-from upreid_ray.data.shards.manifest import read_manifest
+from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.persons import (
     ChosenImages,
     ClusterImages,
@@ -40,7 +40,6 @@ from upreid_ray.data.stream.persons import (
     PersonImages,
 )
 from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS, read_stream, stream_blocks
-from upreid_ray.data.stream.rows import Columns
 from upreid_ray.train.initialization import Initialization
 from upreid_ray.train.worker import Worker, WorkerSettings, logger, prepare_process
 
@@ -87,7 +86,6 @@ class FinetuneWorker(Worker):
         images = init.description
         self.images = PersonImages(
             settings.shards,
-            read_manifest(settings.shards),
             settings.config,
             height=images.height,
             width=images.width,
@@ -129,7 +127,6 @@ class ClusterContrastWorker(Worker):
         self.config = settings.config
         self.images = ClusterImages(
             settings.shards,
-            read_manifest(settings.shards),
             settings.config,
             height=images.height,
             width=images.width,

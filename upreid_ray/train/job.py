@@ -35,8 +35,8 @@ from upreid_ray.config.downstream import DownstreamConfig
 from upreid_ray.config.errors import InputError, RunFailed, first_line
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.checkpoint import export_backbone, read_position
-from upreid_ray.data.shards.manifest import read_manifest
-from upreid_ray.data.stream.labelled import EVALUATION_SPLITS, check_labels
+from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.persons import ClusterImages, PersonImages
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking import registry, run_log, runs
@@ -92,14 +92,14 @@ class Task:
 
     Attributes:
         worker: Function that every worker calls with its settings.
-        shards: URI of the training shards.
+        shards: Training shards.
         images: The training images in these shards.
         model_name: Name of the registered model.
         lineage: Tags of the run and of the version, in addition to those of every run.
     """
 
     worker: WorkerFunction
-    shards: str
+    shards: ShardSet
     images: TrainingImages | PersonImages | ClusterImages
     model_name: str
     lineage: Mapping[str, str] = field(default_factory=dict)
@@ -186,13 +186,13 @@ class TrainJob:
         folder.write(RESULT_FILE, json.dumps(asdict(result), indent=1))
         return result
 
-    def _lineage(self, task: Task, evaluation: str | None) -> dict[str, str]:
+    def _lineage(self, task: Task, evaluation: ShardSet | None) -> dict[str, str]:
         """Return the tags that say what the backbone was made from."""
         return {
             "run": self.folder.name,
-            "shards": task.shards,
-            "manifest": read_manifest(task.shards).digest(),
-            "evaluation": read_manifest(evaluation).digest(EVALUATION_SPLITS)
+            "shards": task.shards.uri,
+            "manifest": task.shards.manifest.digest(),
+            "evaluation": evaluation.manifest.digest(EVALUATION_SPLITS)
             if evaluation
             else "none",
             **task.lineage,
@@ -292,23 +292,22 @@ def _stopped_by_sigterm(folder: RunFolder) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def evaluation_shards(chosen: str | None, shards: str) -> str | None:
-    """Return the URI of the shards with query and gallery images; None if there are none.
+def evaluation_shards(chosen: str | None, shards: ShardSet) -> ShardSet | None:
+    """Return the shards with query and gallery images; None if there are none.
 
     Args:
         chosen: URI that the user gave; None takes the training shards if they have any.
-        shards: URI of the training shards.
+        shards: Training shards.
 
     Raises:
-        InputError: The set cannot be scored.
+        InputError: The set cannot be read or scored.
     """
-    uri = chosen or shards
-    manifest = read_manifest(uri)
-    if chosen is None and not manifest.counts().keys() & EVALUATION_SPLITS:
-        logger.info("%s has no query and gallery images: nothing is scored", uri)
+    evaluation = ShardSet.open(chosen) if chosen else shards
+    if chosen is None and not evaluation.has_evaluation_images():
+        logger.info("%s has no query and gallery images: nothing is scored", shards.uri)
         return None
-    check_labels(uri, manifest)
-    return uri
+    evaluation.check_labels()
+    return evaluation
 
 
 def _run_workers(

@@ -10,8 +10,7 @@ from ray.train import UserCallback
 
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.encoder import Encoder
-from upreid_ray.data.shards.manifest import read_manifest
-from upreid_ray.data.shards.on_demand import synthetic_shards
+from upreid_ray.data.shards.on_demand import training_shards
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.job import Task, TrainJob, TrainResult
@@ -48,8 +47,8 @@ def fit(
     )
     if config.model.pretrained is not None and not resume:
         Encoder(config.model)  # Refuse unusable weights before any worker starts.
-    shards = config.data.shards or synthetic_shards(config.data.synthetic, job.folder.storage)
-    images = TrainingImages(shards, read_manifest(shards), config)
+    shards = training_shards(config.data, job.folder.storage)
+    images = TrainingImages(shards, config)
     if config.model.queue_size > images.num_images / 2:
         logger.warning(
             "--model.queue_size %d: the queue holds most of the %d images, so that an image's "

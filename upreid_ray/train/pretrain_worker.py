@@ -15,7 +15,6 @@ from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.sheet import view_sheet
 from upreid_ray.core.training import StepDraw, StepReport, TrainState, train, train_step
-from upreid_ray.data.shards.manifest import read_manifest
 from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS, read_stream, stream_blocks
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.train.worker import Worker, WorkerSettings, prepare_process
@@ -34,8 +33,7 @@ class PretrainWorker(Worker):
 
     def __init__(self, settings: WorkerSettings[PretrainConfig], device: torch.device) -> None:
         self.config = settings.config
-        manifest = read_manifest(settings.shards)
-        self.images = TrainingImages(settings.shards, manifest, self.config)
+        self.images = TrainingImages(settings.shards, self.config)
         state = TrainState(
             self.config, steps_per_epoch=self.images.steps_per_epoch, device=device
         )

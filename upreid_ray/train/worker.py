@@ -33,9 +33,9 @@ from upreid_ray.core.checkpoint import (
 )
 from upreid_ray.core.retrieval import extract_features, retrieval_scores
 from upreid_ray.core.training import State, StepReport
-from upreid_ray.data.shards.manifest import read_manifest
+from upreid_ray.data.shards.shard_set import ShardSet
+from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.labelled import LabelledImages
-from upreid_ray.data.stream.rows import Columns
 from upreid_ray.storage import open_folder
 from upreid_ray.tracking.run_log import RunLog
 from upreid_ray.train import stop_signal
@@ -57,16 +57,16 @@ class WorkerSettings(Generic[ConfigT]):
 
     Attributes:
         config: Settings of the run.
-        shards: URI of the training shards.
-        evaluation_shards: URI of shards with query and gallery images, or None.
+        shards: Training shards.
+        evaluation_shards: Shards with query and gallery images; None if nothing is scored.
         run_id: ID of the MLflow run.
         tracking_uri: URI of the MLflow server.
         folder: Folder of the run.
     """
 
     config: ConfigT
-    shards: str
-    evaluation_shards: str | None
+    shards: ShardSet
+    evaluation_shards: ShardSet | None
     run_id: str
     tracking_uri: str = field(repr=False)  # may hold a password; Ray shows the settings
     folder: RunFolder
@@ -126,7 +126,6 @@ class Worker(ABC):
         if settings.evaluation_shards is not None:
             self.labelled = LabelledImages(
                 settings.evaluation_shards,
-                read_manifest(settings.evaluation_shards),
                 height=state.description.height,
                 width=state.description.width,
             )

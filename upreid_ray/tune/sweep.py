@@ -24,9 +24,9 @@ from upreid_ray.config.errors import InputError, RunFailed, RunStopped
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.section import MAX_NAME
 from upreid_ray.core.checkpoint import read_position
-from upreid_ray.data.shards.manifest import read_manifest
-from upreid_ray.data.shards.on_demand import synthetic_shards
-from upreid_ray.data.stream.labelled import EVALUATION_SPLITS
+from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
+from upreid_ray.data.shards.on_demand import training_shards
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking import runs
 from upreid_ray.train import resources
@@ -235,9 +235,9 @@ def _register(
             tags={
                 "run": settings.folder(record.candidate.number).name,
                 "sweep": settings.run_id,
-                "shards": settings.shards,
-                "manifest": read_manifest(settings.shards).digest(),
-                "evaluation": read_manifest(settings.evaluation).digest(EVALUATION_SPLITS),
+                "shards": settings.shards.uri,
+                "manifest": settings.shards.manifest.digest(),
+                "evaluation": settings.evaluation.manifest.digest(EVALUATION_SPLITS),
             },
         )
     return model_uri, position.best_scores, position.images_per_second
@@ -254,19 +254,19 @@ def _retrain(
     return result.model_uri, result.scores, result.images_per_second
 
 
-def _shards(plan: SweepPlan, folder: RunFolder) -> tuple[str, str]:
+def _shards(plan: SweepPlan, folder: RunFolder) -> tuple[ShardSet, ShardSet]:
     """Return the training shards, made once for all trials, and those that trials score.
 
     Raises:
         InputError: They cannot be read or scored.
     """
     base = plan.base
-    shards = base.data.shards or synthetic_shards(base.data.synthetic, folder.storage)
-    TrainingImages(shards, read_manifest(shards), base)
+    shards = training_shards(base.data, folder.storage)
+    TrainingImages(shards, base)
     evaluation = evaluation_shards(base.evaluation.shards, shards)
     if evaluation is None:
         raise InputError(
-            f"--evaluation.shards none: {shards} has no query and gallery images, by which "
+            f"--evaluation.shards none: {shards.uri} has no query and gallery images, by which "
             "trials are judged"
         )
     return shards, evaluation

@@ -16,6 +16,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.section import Section
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.tune.space import Point, SweepPlan
 
@@ -69,15 +70,15 @@ class TrialSettings:
     Attributes:
         plan: Of the sweep.
         sweep: Folder of the sweep, in which trials have theirs.
-        shards: URI of the training shards.
-        evaluation: URI of the shards with query and gallery.
+        shards: Training shards.
+        evaluation: Shards with query and gallery images.
         run_id: Of the MLflow run of the sweep.
     """
 
     plan: SweepPlan
     sweep: RunFolder
-    shards: str
-    evaluation: str
+    shards: ShardSet
+    evaluation: ShardSet
     run_id: str
 
     def config(self, candidate: Candidate) -> PretrainConfig:
@@ -91,7 +92,7 @@ class TrialSettings:
                 **candidate.point,
                 "seed": candidate.seed,
                 "training.epochs": self.plan.num_epochs,
-                "data.shards": self.shards,
+                "data.shards": self.shards.uri,
                 "run.name": self.folder(candidate.number).name,
                 "run.storage_path": self.sweep.uri,
                 # Ray Tune starts a trial again, and knows when there is no use in it.

@@ -22,9 +22,10 @@ from upreid_ray.config.errors import InputError
 from upreid_ray.data.shards import preparation
 from upreid_ray.data.shards.audit import audit
 from upreid_ray.data.shards.images import ImageRules
-from upreid_ray.data.shards.manifest import Manifest, read_manifest, read_refused
+from upreid_ray.data.shards.manifest import Manifest
 from upreid_ray.data.shards.page import write_page
 from upreid_ray.data.shards.preparation import ShardWriter, plan_shards, write_shards
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.layouts import folder_records
 
 NUM_IMAGES = 24
@@ -67,7 +68,7 @@ def write(
         seed=seed,
         rules=ImageRules(**rules),
         on_progress=on_progress,
-    )
+    ).manifest
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def test_the_manifest_counts_the_usable_images_of_each_split(prepared):
 def test_the_manifest_on_disk_is_the_one_returned(prepared):
     out, manifest, _ = prepared
 
-    assert read_manifest(str(out)) == manifest
+    assert ShardSet.open(str(out)).manifest == manifest
 
 
 @pytest.mark.ray
@@ -173,7 +174,8 @@ def test_refused_images_are_listed_with_their_reasons(prepared):
     out, manifest, _ = prepared
 
     listed = [
-        (each.key, each.kind, each.reason.partition(":")[0]) for each in read_refused(str(out))
+        (each.key, each.kind, each.reason.partition(":")[0])
+        for each in ShardSet.open(str(out)).refused()
     ]
 
     assert listed == [
@@ -396,7 +398,9 @@ def test_duplicates_are_listed_with_an_image_that_stayed(filtered):
     out, manifest = filtered
     kept = {str(row["key"]) for row in rows(out, manifest)}
 
-    reasons = [one.reason for one in read_refused(str(out)) if one.kind == "duplicate"]
+    reasons = [
+        one.reason for one in ShardSet.open(str(out)).refused() if one.kind == "duplicate"
+    ]
 
     assert {reason.removeprefix("is a duplicate of ") for reason in reasons} <= kept
 
@@ -429,7 +433,7 @@ def test_a_preparation_killed_while_it_removes_duplicates_is_completed(
 # What the tasks of a preparation do, in a process that can be killed without a cluster.
 WRITE = """
 import sys
-from upreid_ray.data import preparation
+from upreid_ray.data.shards import preparation
 from upreid_ray.data.shards.images import ImageRules
 from upreid_ray.data.sources.layouts import folder_records
 
@@ -502,7 +506,7 @@ def test_sizes_of_images_are_columns_of_the_shards(filtered):
 def test_a_page_shows_images_of_the_set_and_of_what_was_refused(filtered, film):
     out, manifest = filtered
 
-    write_page(str(out), manifest, folder_records(str(film)), seed=0)
+    write_page(ShardSet.open(str(out)), folder_records(str(film)), seed=0)
 
     page = (out / "samples.html").read_text()
     (out / "samples.html").unlink()
@@ -524,7 +528,7 @@ def test_a_whole_set_passes_the_audit(prepared, decoding):
     out, manifest, _ = prepared
     progress: list[int] = []
 
-    damaged = audit(str(out), manifest, decode=decoding, on_progress=progress.append)
+    damaged = audit(ShardSet(str(out), manifest), decode=decoding, on_progress=progress.append)
 
     assert (damaged, sum(progress)) == ({}, NUM_IMAGES)
 
@@ -540,7 +544,7 @@ def test_the_audit_names_what_is_wrong_with_each_damaged_shard(prepared, tmp_pat
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
 
-    damaged = audit(str(tmp_path), manifest, decode=False, on_progress=bool)
+    damaged = audit(ShardSet(str(tmp_path), manifest), decode=False, on_progress=bool)
 
     assert damaged[changed] == "has another sha256 than when it was written"
     assert re.fullmatch(r"has \d+ bytes instead of \d+", damaged[cut])

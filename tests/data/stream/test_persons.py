@@ -130,10 +130,8 @@ def test_where_persons_are_too_few_a_batch_shows_them_repeatedly():
 
 def test_encoded_images_may_have_more_than_two_gib_together(tmp_path):
     images = [flat(number) for number in range(12)]
-    manifest = write_set(tmp_path, {"unlabeled": images})
-    chosen = ClusterImages(
-        str(tmp_path), manifest, ClusterContrastConfig(), height=32, width=32
-    )
+    shards = write_set(tmp_path, {"unlabeled": images})
+    chosen = ClusterImages(shards, ClusterContrastConfig(), height=32, width=32)
 
     column = chosen.encoded().column("image")
 

@@ -25,10 +25,12 @@ from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.data.shards import manifest
 from upreid_ray.data.shards.manifest import Manifest, Shard
-from upreid_ray.data.stream import ray_data, rows, training
+from upreid_ray.data.shards.row_groups import MAX_OPEN_SHARDS
+from upreid_ray.data.shards.shard_set import ShardSet
+from upreid_ray.data.stream import ray_data, training
+from upreid_ray.data.stream.decode import Columns, decode_images
 from upreid_ray.data.stream.labelled import LabelledImages
 from upreid_ray.data.stream.ray_data import read_stream, stream_blocks
-from upreid_ray.data.stream.rows import RowGroups, read_rows
 from upreid_ray.data.stream.training import TrainingImages
 
 BROKEN = b"\x89PNG no image"
@@ -51,7 +53,7 @@ def numbers(images: np.ndarray) -> list[int]:
 
 def write_set(
     folder: Path, splits: dict[str, list[bytes]], *, row_group: int = 4, num_shards: int = 2
-) -> Manifest:
+) -> ShardSet:
     """Write images as shards; pid and camid are the image's number in its split and 1."""
     described = []
     for split, images in splits.items():
@@ -88,14 +90,14 @@ def write_set(
                     sha256=hashlib.sha256(content).hexdigest(),
                 )
             )
-    return Manifest(
+    held = Manifest(
         version=manifest.FORMAT_VERSION,
         source="test",
         plan="",
         row_group_images=row_group,
         shards=tuple(described),
-        refused=(),
     )
+    return ShardSet(str(folder), held)
 
 
 def config(
@@ -121,7 +123,7 @@ def training_images(
     folder = folder / f"set{next(folders)}"
     half = len(images) // 2
     splits = {"train": images[:half], "unlabeled": images[half:], "query": [flat(0)] * 3}
-    return TrainingImages(str(folder), write_set(folder, splits), settings)
+    return TrainingImages(write_set(folder, splits), settings)
 
 
 def batches(
@@ -382,7 +384,7 @@ def test_damaged_images_never_stop_the_reading(kind, place, damage, cut):
     at = int(place * len(whole))
     damaged = whole[:at] + damage + (b"" if cut else whole[at + len(damage) :])
 
-    columns = rows.decode(pa.chunked_array([[whole, damaged]]), 32, 32)
+    columns = decode_images(pa.chunked_array([[whole, damaged]]), 32, 32)
 
     assert columns["decoded"][0]
 
@@ -455,8 +457,8 @@ def test_a_block_of_which_nothing_can_be_read_is_an_error_and_no_black_images(tm
 
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_labelled_images_of_a_damaged_shard_are_an_error_that_names_it(tmp_path, kind):
-    manifest = write_set(tmp_path, {"query": [flat(i) for i in range(9)]})
-    labelled = LabelledImages(str(tmp_path), manifest, **SIZE)
+    shards = write_set(tmp_path, {"query": [flat(i) for i in range(9)]})
+    labelled = LabelledImages(shards, **SIZE)
 
     damage(tmp_path, kind, "query")
 
@@ -489,14 +491,14 @@ def test_a_run_resumed_with_other_workers_in_an_epoch_sees_each_image_once(
 
 def test_an_epoch_opens_a_bounded_number_of_files(tmp_path):
     folder = tmp_path / "set"
-    manifest = write_set(folder, {"unlabeled": [flat(i) for i in range(300)]}, num_shards=100)
-    images = TrainingImages(str(folder), manifest, config())
+    shards = write_set(folder, {"unlabeled": [flat(i) for i in range(300)]}, num_shards=100)
+    images = TrainingImages(shards, config())
 
     before = len(list(Path("/proc/self/fd").iterdir()))
     seen = epoch(images, 0)
     opened = len(list(Path("/proc/self/fd").iterdir())) - before
 
-    assert (len(seen), opened <= rows.MAX_OPEN_SHARDS) == (296, True)
+    assert (len(seen), opened <= MAX_OPEN_SHARDS) == (296, True)
 
 
 def test_fewer_images_than_a_batch_are_refused(tmp_path):
@@ -510,7 +512,7 @@ def test_labelled_images_come_in_the_order_of_the_manifest_with_their_labels(tmp
         "query": [flat(100 + i) for i in range(9)],
         "train": [flat(200 + i) for i in range(9)],
     }
-    labelled = LabelledImages(str(tmp_path), write_set(tmp_path, splits), **SIZE)
+    labelled = LabelledImages(write_set(tmp_path, splits), **SIZE)
 
     blocks = [labelled.read(number) for number in range(labelled.num_blocks)]
 
@@ -531,7 +533,7 @@ def test_labelled_images_come_in_the_order_of_the_manifest_with_their_labels(tmp
 
 def test_labelled_images_that_do_not_decode_are_left_out(tmp_path):
     splits = {"query": [flat(0), BROKEN, flat(2)], "gallery": [flat(3), flat(4), flat(5)]}
-    labelled = LabelledImages(str(tmp_path), write_set(tmp_path, splits), **SIZE)
+    labelled = LabelledImages(write_set(tmp_path, splits), **SIZE)
 
     block = labelled.read(0)
 
@@ -541,12 +543,12 @@ def test_labelled_images_that_do_not_decode_are_left_out(tmp_path):
 
 def test_threads_that_read_one_shard_get_what_one_thread_gets(tmp_path):
     # While they shared a file, this ended the process with a segmentation fault.
-    manifest = write_set(tmp_path, {"query": [flat(i) for i in range(256)]}, num_shards=1)
-    groups = RowGroups(manifest, ("query",))
+    shards = write_set(tmp_path, {"query": [flat(i) for i in range(256)]}, num_shards=1)
+    groups = shards.row_groups(("query",))
 
     def keys(start: int) -> list[str]:
-        ranges = groups.ranges(np.arange(len(groups)), start, start + 32)
-        return read_rows(str(tmp_path), ranges, ["key", "image"]).column("key").to_pylist()
+        ranges = groups.ranges(start, start + 32)
+        return groups.read(ranges, ["key", "image"]).column("key").to_pylist()
 
     starts = list(range(0, 256, 32)) * 250
     with ThreadPoolExecutor(8) as pool:
@@ -592,7 +594,7 @@ def test_a_stream_in_another_order_than_due_is_noticed(ray_cluster, tmp_path):
 def test_a_long_wait_for_images_is_told(ray_cluster, tmp_path, monkeypatch, caplog):
     images = training_images(tmp_path, [flat(i) for i in range(70)], config(batch=16))
 
-    def read_slowly(block: training.Block) -> rows.Columns:
+    def read_slowly(block: training.Block) -> Columns:
         time.sleep(1)
         return images.read(block)
 

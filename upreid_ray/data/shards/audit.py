@@ -9,38 +9,39 @@ import ray.data
 
 from upreid_ray.config.errors import first_line
 from upreid_ray.data.shards.images import RefusedImageError, usable_image
-from upreid_ray.data.shards.manifest import Manifest, Shard
+from upreid_ray.data.shards.manifest import Shard
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.storage import open_folder
 
 
 def audit(
-    uri: str, manifest: Manifest, *, decode: bool, on_progress: Callable[[int], None]
+    shards: ShardSet, *, decode: bool, on_progress: Callable[[int], None]
 ) -> dict[str, str]:
     """Read every shard of a set, one Ray Data task each.
 
     Args:
-        uri: Folder or URI.
-        manifest: Of the set.
+        shards: The set.
         decode: Whether every image is decoded too.
         on_progress: Called with the number of images done since the last call.
 
     Returns:
         What is wrong with each file that is damaged, by name.
     """
-    rows = [{"number": number} for number in range(len(manifest.shards))]
+    members = shards.manifest.shards
+    rows = [{"number": number} for number in range(len(members))]
     tasks = ray.data.from_items(rows, override_num_blocks=len(rows))
 
     def look(row: dict[str, int]) -> dict[str, str]:
-        shard = manifest.shards[row["number"]]
+        shard = members[row["number"]]
         try:
-            _check(uri, shard, decode=decode)
+            _check(shards.uri, shard, decode=decode)
         except (pa.ArrowException, OSError, ValueError) as error:
             return {"name": shard.name, "wrong": first_line(error)}
         return {"name": shard.name, "wrong": ""}
 
     results = tasks.map(look)
     results.context.enable_progress_bars = False
-    sizes = {shard.name: shard.num_images for shard in manifest.shards}
+    sizes = {shard.name: shard.num_images for shard in members}
     damaged = {}
     for row in results.iter_rows():
         on_progress(sizes[row["name"]])

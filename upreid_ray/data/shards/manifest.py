@@ -5,21 +5,17 @@ split. The ``manifest.json`` beside the shards is written last: where it is, the
 """
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from upreid_ray.config.errors import InputError, first_line
-from upreid_ray.data.sources.records import Refused
-from upreid_ray.storage import is_file, open_folder, read_file
+from pydantic import BaseModel, ConfigDict
 
 MANIFEST_FILE = "manifest.json"
 REFUSED_FILE = "refused.jsonl"
 FORMAT_VERSION = 2
 TRAIN_SPLITS = ("train", "unlabeled")
+EVALUATION_SPLITS = ("query", "gallery")
 
 SCHEMA = pa.schema(
     [
@@ -62,7 +58,7 @@ class Manifest(BaseModel):
         rules: What was asked of the images.
         row_group_images: Images of each row group of a shard, the last one excepted.
         shards: In order.
-        num_refused: What did not go in, counted by kind; `read_refused` lists it.
+        num_refused: What did not go in, counted by kind; `ShardSet.refused` lists it.
         mean: Of each colour channel (0..1) over the training images, each of which counts the
             same; None in version 1.
         std: Of each colour channel over their pixels.
@@ -93,31 +89,3 @@ class Manifest(BaseModel):
         for shard in self.shards:
             counts[shard.split] = counts.get(shard.split, 0) + shard.num_images
         return counts
-
-
-def read_manifest(uri: str) -> Manifest:
-    """Return the manifest of the set of shards at a folder or URI.
-
-    Raises:
-        InputError: There is none, or it cannot be read.
-    """
-    filesystem, path = open_folder(uri)
-    try:
-        return Manifest.model_validate_json(read_file(filesystem, f"{path}/{MANIFEST_FILE}"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{uri}: no {MANIFEST_FILE}; make shards with jobs/prepare.py SOURCE --out {uri}"
-        ) from None
-    except (pa.ArrowException, OSError, ValidationError) as error:
-        raise InputError(
-            f"{uri}/{MANIFEST_FILE}: cannot be read ({first_line(error)})"
-        ) from error
-
-
-def read_refused(uri: str) -> list[Refused]:
-    """Return what did not go into the set at a folder or URI, sorted by key."""
-    filesystem, path = open_folder(uri)
-    if not is_file(filesystem, f"{path}/{REFUSED_FILE}"):
-        return []
-    lines = read_file(filesystem, f"{path}/{REFUSED_FILE}").decode().splitlines()
-    return [Refused(**json.loads(line)) for line in lines]

@@ -4,25 +4,36 @@ import logging
 from pathlib import Path
 
 from upreid_ray.config.downstream import LabelledDataConfig
+from upreid_ray.config.pretrain import DataConfig
 from upreid_ray.config.run import SyntheticConfig
 from upreid_ray.data.shards.images import ImageRules
-from upreid_ray.data.shards.manifest import MANIFEST_FILE
 from upreid_ray.data.shards.preparation import write_shards
 from upreid_ray.data.shards.progress import image_progress
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.records import Records
 from upreid_ray.data.sources.source import source_records, synthetic_records
-from upreid_ray.storage import is_file, open_folder
 
 logger = logging.getLogger(__name__)
 
 
-def synthetic_shards(config: SyntheticConfig, storage: str) -> str:
-    """Draw the synthetic set unless it is there; return its folder."""
+def synthetic_shards(config: SyntheticConfig, storage: str) -> ShardSet:
+    """Return the synthetic set, drawn first if it is not there."""
     source = f"synthetic {config.model_dump_json()}"
     return _shards(synthetic_records(config), storage, "synthetic", source, seed=config.seed)
 
 
-def labelled_shards(data: LabelledDataConfig, storage: str) -> str:
+def training_shards(data: DataConfig, storage: str) -> ShardSet:
+    """Return the shards to pre-train on: those that the user names, or the synthetic set.
+
+    Raises:
+        InputError: The shards cannot be read.
+    """
+    return (
+        ShardSet.open(data.shards) if data.shards else synthetic_shards(data.synthetic, storage)
+    )
+
+
+def labelled_shards(data: LabelledDataConfig, storage: str) -> ShardSet:
     """Return the shards of a labelled set, made first if they are not there.
 
     Raises:
@@ -30,17 +41,17 @@ def labelled_shards(data: LabelledDataConfig, storage: str) -> str:
     """
     if data.root is None:
         return synthetic_shards(data.synthetic, storage)
-    filesystem, path = open_folder(data.root)
-    if is_file(filesystem, f"{path}/{MANIFEST_FILE}"):
-        return data.root
+    if ShardSet.exists(data.root):
+        return ShardSet.open(data.root)
     records = source_records(data.root, {})
     return _shards(records, storage, Path(data.root).absolute().name, data.root, seed=0)
 
 
-def _shards(records: Records, storage: str, name: str, source: str, *, seed: int) -> str:
+def _shards(records: Records, storage: str, name: str, source: str, *, seed: int) -> ShardSet:
     """Write the records once, to a folder that their digest names."""
     rules = ImageRules()
     uri = f"{storage}/data/{name}-{records.digest(seed, rules)[:12]}"
     with image_progress(f"preparing {name}", len(records)) as advance:
-        write_shards(records, uri, source=source, seed=seed, rules=rules, on_progress=advance)
-    return uri
+        return write_shards(
+            records, uri, source=source, seed=seed, rules=rules, on_progress=advance
+        )

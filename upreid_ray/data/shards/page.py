@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from upreid_ray.data.shards.images import RefusedImageError, usable_image
-from upreid_ray.data.shards.manifest import Manifest, read_refused
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.records import Records, Refused
 from upreid_ray.page import PageFigure, PageSection, render_page
 from upreid_ray.storage import open_folder, write_whole
@@ -21,17 +21,16 @@ NUM_SHOWN_OF_KIND = 16
 THUMBNAIL_HEIGHT = 160
 
 
-def write_page(uri: str, manifest: Manifest, records: Records, *, seed: int) -> None:
+def write_page(shards: ShardSet, records: Records, *, seed: int) -> None:
     """Write ``samples.html`` beside the manifest: counts, random images, refused images.
 
     Args:
-        uri: Folder or URI of the shards.
-        manifest: Manifest of the shards.
+        shards: The set of shards.
         records: Records that the shards were made of, for pictures of refused images.
         seed: Seed of the choice of images.
     """
-    filesystem, path = open_folder(uri)
-    refused = read_refused(uri)
+    filesystem, path = open_folder(shards.uri)
+    manifest, refused = shards.manifest, shards.refused()
     counts = {
         **manifest.counts(),
         **{f"refused: {kind}": count for kind, count in manifest.num_refused.items()},
@@ -41,7 +40,7 @@ def write_page(uri: str, manifest: Manifest, records: Records, *, seed: int) -> 
             row["image"],
             f"{row['key']}: {row['width']}x{row['height']}, sharpness {row['sharpness']:.0f}",
         )
-        for row in _random_rows(uri, manifest, seed)
+        for row in _random_rows(shards, seed)
     ]
     sections = [
         PageSection(
@@ -61,9 +60,10 @@ def write_page(uri: str, manifest: Manifest, records: Records, *, seed: int) -> 
     write_whole(filesystem, f"{path}/{PAGE_FILE}", page.encode())
 
 
-def _random_rows(uri: str, manifest: Manifest, seed: int) -> list[dict[str, Any]]:
+def _random_rows(shards: ShardSet, seed: int) -> list[dict[str, Any]]:
     """Return rows of random row groups, which hold random images since shards are shuffled."""
-    filesystem, path = open_folder(uri)
+    filesystem, path = open_folder(shards.uri)
+    manifest = shards.manifest
     draw = np.random.default_rng(seed)
     sizes = np.array([shard.num_images for shard in manifest.shards], np.float64)
     drawn = Counter(draw.choice(len(sizes), NUM_SAMPLES, p=sizes / sizes.sum()).tolist())

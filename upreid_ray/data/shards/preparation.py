@@ -42,8 +42,8 @@ from upreid_ray.data.shards.manifest import (
     TRAIN_SPLITS,
     Manifest,
     Shard,
-    read_manifest,
 )
+from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.records import Records, Refused, Row
 from upreid_ray.storage import is_file, open_folder, write_whole
 
@@ -96,7 +96,7 @@ def write_shards(
     seed: int,
     rules: ImageRules,
     on_progress: Callable[[int], None],
-) -> Manifest:
+) -> ShardSet:
     """Write the records as shards, and the manifest last.
 
     A set that is whole already is left as it is, and shards that an earlier, killed call with
@@ -114,15 +114,15 @@ def write_shards(
         InputError: The folder holds another set or cannot be written, or no image is usable.
     """
     plan = records.digest(FORMAT_VERSION, seed, rules)
-    filesystem, path = open_folder(uri)
-    if is_file(filesystem, f"{path}/{MANIFEST_FILE}"):
-        manifest = read_manifest(uri)
-        if manifest.plan != plan:
+    if ShardSet.exists(uri):
+        shards = ShardSet.open(uri)
+        if shards.manifest.plan != plan:
             raise InputError(
                 f"--out {uri}: holds another set of shards; choose an empty folder"
             )
         on_progress(len(records))
-        return manifest
+        return shards
+    filesystem, path = open_folder(uri)
     try:
         filesystem.create_dir(path, recursive=True)
     except OSError as error:
@@ -160,7 +160,7 @@ def write_shards(
     )
     content = manifest.model_dump_json(indent=1).encode()
     write_whole(filesystem, f"{path}/{MANIFEST_FILE}", content)
-    return manifest
+    return ShardSet(uri, manifest)
 
 
 def _outcome(

@@ -20,9 +20,10 @@ from upreid_ray.config.downstream import (
 )
 from upreid_ray.config.errors import InputError
 from upreid_ray.core.groups import shares
-from upreid_ray.data.shards.manifest import TRAIN_SPLITS, Manifest
-from upreid_ray.data.stream.rows import Columns, RowGroups, RowRange, decode, read_rows
-from upreid_ray.data.stream.training import MIN_BLOCK_IMAGES
+from upreid_ray.data.shards.manifest import TRAIN_SPLITS
+from upreid_ray.data.shards.shard_set import ShardSet
+from upreid_ray.data.stream.decode import Columns, decode_images
+from upreid_ray.data.stream.ray_data import MIN_BLOCK_IMAGES
 
 Rows = NDArray[np.int64]
 
@@ -214,20 +215,18 @@ class ChosenImages:
 
     def __init__(
         self,
-        uri: str,
-        manifest: Manifest,
+        shards: ShardSet,
         config: DownstreamConfig,
         *,
         splits: Sequence[str],
         height: int,
         width: int,
     ) -> None:
-        self._uri = uri
         self._size = (height, width)
-        self._groups = RowGroups(manifest, splits)
+        self._groups = shards.row_groups(splits)
         if self._groups.num_images == 0:
-            raise InputError(f"{uri}: has no {' or '.join(splits)} images")
-        column = read_rows(uri, self._ranges(0, self._groups.num_images), ["pid"]).column("pid")
+            raise InputError(f"{shards.uri}: has no {' or '.join(splits)} images")
+        column = self._groups.read_all(["pid"]).column("pid")
         share = config.subset
         if not column.null_count:
             pids = column.to_numpy().astype(np.int64)
@@ -241,21 +240,20 @@ class ChosenImages:
         else:
             raise InputError(
                 f"--subset.persons {share.persons} --subset.images {share.images}: "
-                f"{column.null_count} of the images of {uri} have no person"
+                f"{column.null_count} of the images of {shards.uri} have no person"
             )
         self.num_images = len(self._chosen)
         self.num_blocks = -(-self.num_images // MIN_BLOCK_IMAGES)
 
     def encoded(self) -> pa.Table:
         """Read the encoded images that take part, for `PersonBatches.read`."""
-        table = read_rows(self._uri, self._ranges(0, self._groups.num_images), ["image"])
+        table = self._groups.read_all(["image"])
         # Rows of more than 2 GiB cannot be taken from Arrow's small binary columns.
         return table.cast(pa.schema({"image": pa.large_binary()})).take(pa.array(self._chosen))
 
     def keys(self, rows: Rows) -> list[str]:
         """Return the names of some of the images that take part."""
-        every = self._ranges(0, self._groups.num_images)
-        names = read_rows(self._uri, every, ["key"]).column("key")
+        names = self._groups.read_all(["key"]).column("key")
         keys: list[str] = names.take(pa.array(self._chosen[rows])).to_pylist()
         return keys
 
@@ -270,12 +268,10 @@ class ChosenImages:
         """
         first = number * MIN_BLOCK_IMAGES
         chosen = self._chosen[first : first + MIN_BLOCK_IMAGES]
-        table = read_rows(self._uri, self._ranges(chosen[0], chosen[-1] + 1), ["image"])
+        ranges = self._groups.ranges(chosen[0], chosen[-1] + 1)
+        table = self._groups.read(ranges, ["image"])
         images = _decode_whole(table.take(pa.array(chosen - chosen[0])), self._size)
         return {"image": images, "row": np.arange(first, first + len(images))}
-
-    def _ranges(self, start: int, stop: int) -> list[RowRange]:
-        return self._groups.ranges(np.arange(len(self._groups)), start, stop)
 
 
 class PersonImages(ChosenImages):
@@ -291,18 +287,18 @@ class PersonImages(ChosenImages):
     """
 
     def __init__(
-        self, uri: str, manifest: Manifest, config: FinetuneConfig, *, height: int, width: int
+        self, shards: ShardSet, config: FinetuneConfig, *, height: int, width: int
     ) -> None:
-        super().__init__(uri, manifest, config, splits=("train",), height=height, width=width)
+        super().__init__(shards, config, splits=("train",), height=height, width=width)
         if self._pids.min() < 0:
-            raise InputError(f"{uri}: has train images without a person")
+            raise InputError(f"{shards.uri}: has train images without a person")
         persons, labels = np.unique(self._pids, return_inverse=True)
         self.num_persons = len(persons)
         training = config.training
         if self.num_persons < training.num_persons:
             raise InputError(
                 f"--training.num_persons {training.num_persons}: exceeds the "
-                f"{self.num_persons} persons of {uri} that take part"
+                f"{self.num_persons} persons of {shards.uri} that take part"
             )
         self.steps_per_epoch = max(1, self.num_images // training.batch_size)
         self.batches = PersonBatches(labels, training, size=self._size, seed=config.seed)
@@ -319,15 +315,15 @@ class ClusterImages(ChosenImages):
 
     def __init__(
         self,
-        uri: str,
-        manifest: Manifest,
+        shards: ShardSet,
         config: ClusterContrastConfig,
         *,
         height: int,
         width: int,
     ) -> None:
-        split = next((s for s in TRAIN_SPLITS if manifest.counts().get(s)), TRAIN_SPLITS[0])
-        super().__init__(uri, manifest, config, splits=(split,), height=height, width=width)
+        counts = shards.manifest.counts()
+        split = next((s for s in TRAIN_SPLITS if counts.get(s)), TRAIN_SPLITS[0])
+        super().__init__(shards, config, splits=(split,), height=height, width=width)
         self._config = config
         self.steps_per_epoch = config.training.steps_per_epoch
 
@@ -340,7 +336,7 @@ class ClusterImages(ChosenImages):
 
 def _decode_whole(encoded: pa.Table, size: tuple[int, int]) -> NDArray[np.uint8]:
     """Decode images all of which must be whole, ``[n, 3, H, W]``."""
-    columns = decode(encoded.column("image"), *size)
+    columns = decode_images(encoded.column("image"), *size)
     if not columns["decoded"].all():
         raise ValueError("an image that was whole when it was prepared does not decode")
     return columns["image"]

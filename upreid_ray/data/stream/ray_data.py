@@ -10,10 +10,15 @@ import numpy as np
 import ray.data
 from ray.data import DataIterator
 
-from upreid_ray.data.stream.rows import Columns
+from upreid_ray.data.stream.decode import Columns
 
 logger = logging.getLogger(__name__)
+# Between two tasks a core idles for about 80 ms: a block should be worth the wait, in images
+# and in bytes, and half a CPU for each task lets another one work meanwhile.
 TASK_CPUS = 0.5
+MIN_BLOCK_IMAGES = 256
+MAX_BLOCK_IMAGES = 1024
+BLOCK_BYTES = 32 * 2**20
 # Each block of a dataset is known to its executor from the start: longer runs take several.
 MAX_DATASET_BLOCKS = 1024
 LONG_WAIT_SECONDS = 60.0

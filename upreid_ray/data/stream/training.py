@@ -24,15 +24,13 @@ from numpy.typing import NDArray
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.groups import shares
-from upreid_ray.data.shards.manifest import TRAIN_SPLITS, Manifest
-from upreid_ray.data.stream.rows import Columns, RowGroups, RowRange, decode, read_rows
+from upreid_ray.data.shards.manifest import TRAIN_SPLITS
+from upreid_ray.data.shards.row_groups import RowRange
+from upreid_ray.data.shards.shard_set import ShardSet
+from upreid_ray.data.stream.decode import Columns, decode_images
+from upreid_ray.data.stream.ray_data import BLOCK_BYTES, MAX_BLOCK_IMAGES, MIN_BLOCK_IMAGES
 
 logger = logging.getLogger(__name__)
-# Between two tasks a core idles for about 80 ms: a block should be worth the wait, in images
-# and in bytes, and half a CPU for each task lets another one work meanwhile.
-MIN_BLOCK_IMAGES = 256
-MAX_BLOCK_IMAGES = 1024
-BLOCK_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -80,27 +78,26 @@ class TrainingImages:
     """The unlabeled images of a set of shards, in the order of training.
 
     Attributes:
-        num_images: Of one epoch.
+        row_groups: Row groups of the training images.
+        num_images: Number of images in one epoch.
         steps_per_epoch: Whole batches of one epoch; which images are left over differs.
 
     Raises:
         InputError: There are fewer images than one batch takes.
     """
 
-    def __init__(self, uri: str, manifest: Manifest, config: PretrainConfig) -> None:
-        self._uri = uri
-        self._groups = RowGroups(manifest, TRAIN_SPLITS)
-        self._names = [shard.name for shard in manifest.shards]
+    def __init__(self, shards: ShardSet, config: PretrainConfig) -> None:
+        self.row_groups = shards.row_groups(TRAIN_SPLITS)
         self._config = config
         fitting = BLOCK_BYTES // (3 * config.data.height * config.data.width)
         num_images = max(MIN_BLOCK_IMAGES, min(MAX_BLOCK_IMAGES, fitting))
         self._steps_per_block = -(-num_images // config.training.group_size)
-        self.num_images = self._groups.num_images
+        self.num_images = self.row_groups.num_images
         self.steps_per_epoch = self.num_images // config.training.batch_size
         if self.steps_per_epoch == 0:
             raise InputError(
                 f"--training.batch_size {config.training.batch_size}: exceeds the "
-                f"{self.num_images} training images of {uri}"
+                f"{self.num_images} training images of {shards.uri}"
             )
 
     def rounds(self, start_step: int, stop_step: int) -> Iterator[Round]:
@@ -134,10 +131,10 @@ class TrainingImages:
     def rows(self, block: Block) -> tuple[list[RowRange], NDArray[np.int64]]:
         """Return where the images of a block lie, and the order in which they are seen."""
         seed, epoch = self._config.seed, block.epoch
-        order = np.random.default_rng((seed, epoch)).permutation(len(self._groups))
+        order = np.random.default_rng((seed, epoch)).permutation(len(self.row_groups))
         shuffle = np.random.default_rng((seed, epoch, block.start))
         return (
-            self._groups.ranges(order, block.start, block.stop),
+            self.row_groups.ranges(block.start, block.stop, order),
             shuffle.permutation(block.stop - block.start),
         )
 
@@ -153,10 +150,10 @@ class TrainingImages:
             InputError: There is no other image.
         """
         encoded, shards = self._shuffled(block, "image", pa.binary())
-        columns = decode(encoded, self._config.data.height, self._config.data.width)
+        columns = decode_images(encoded, self._config.data.height, self._config.data.width)
         columns["shard"] = shards
         if not columns["decoded"].any():
-            columns["image"] = self._others(block, self._names[int(shards[0])])
+            columns["image"] = self._others(block, int(shards[0]))
         # What was seen is decoded too: a later image may be replaced by one of these.
         return {name: column[block.skip :] for name, column in columns.items()}
 
@@ -171,18 +168,19 @@ class TrainingImages:
         values = []
         for part in ranges:
             try:
-                values += read_rows(self._uri, [part], [column]).column(column).chunks
+                values += self.row_groups.read([part], [column]).column(column).chunks
             except InputError as error:
                 logger.warning("left out: %s", error)
                 values.append(pa.nulls(part.stop - part.start, kind))
-        shards = np.repeat([p.number for p in ranges], [p.stop - p.start for p in ranges])
+        shards = np.repeat([p.shard for p in ranges], [p.stop - p.start for p in ranges])
         return pa.concat_arrays(values).take(pa.array(order)), shards[order]
 
-    def _others(self, block: Block, shard: str) -> NDArray[np.uint8]:
+    def _others(self, block: Block, shard: int) -> NDArray[np.uint8]:
         """Return images of the epoch's beginning instead of those of a block."""
         if block.start == 0:
             raise InputError(
-                f"{self._uri}/{shard}: its images do not decode, nor others of the set"
+                f"{self.row_groups.uri}/{self.row_groups.shard_names[shard]}: "
+                "its images do not decode, nor others of the set"
             )
         begin = self.read(Block(block.epoch, 0, min(block.start, MIN_BLOCK_IMAGES), 0))["image"]
         return begin[np.arange(block.stop - block.start) % len(begin)]
@@ -218,11 +216,11 @@ class TrainingImages:
             for block in mine:
                 undecodable.update(block["shard"][~block["decoded"]].tolist())
             if undecodable.total() > limit * max(num_seen, self.num_images / num_workers):
-                (number, count), *_ = undecodable.most_common(1)
+                (shard, count), *_ = undecodable.most_common(1)
                 raise InputError(
-                    f"{self._uri}: {undecodable.total()} of {num_seen} images do not decode, "
-                    f"more than --data.max_undecodable {limit} allows; {count} of them in "
-                    f"{self._names[number]}"
+                    f"{self.row_groups.uri}: {undecodable.total()} of {num_seen} images do not "
+                    f"decode, more than --data.max_undecodable {limit} allows; {count} of "
+                    f"them in {self.row_groups.shard_names[shard]}"
                 )
             for start in range(0, this.num_steps * group_size, group_size):
                 groups = [block["image"][start : start + group_size] for block in mine]

@@ -1,0 +1,57 @@
+"""Sets of shards are opened, or refused in one line; processes get them without files."""
+
+import pickle
+
+import pytest
+
+from tests.data.stream.test_stream import SIZE, flat, write_set
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.presets import PRESETS
+from upreid_ray.data.shards.manifest import MANIFEST_FILE
+from upreid_ray.data.shards.shard_set import ShardSet
+from upreid_ray.data.stream.labelled import LabelledImages
+from upreid_ray.data.stream.training import TrainingImages
+
+
+def test_a_folder_without_manifest_is_refused_in_one_line(tmp_path):
+    with pytest.raises(InputError, match=rf"^{tmp_path}: no manifest\.json; [^\n]+$"):
+        ShardSet.open(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1, 2", '{"version": 1}'])
+def test_a_broken_manifest_is_refused_in_one_line(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+
+    with pytest.raises(InputError, match=rf"^{tmp_path}/manifest\.json: [^\n]+$"):
+        ShardSet.open(str(tmp_path))
+
+
+def test_an_unknown_scheme_is_refused_in_one_line():
+    with pytest.raises(InputError, match=r"^nowhere://bucket/x: [^\n]+$"):
+        ShardSet.open("nowhere://bucket/x")
+
+
+def test_a_process_that_gets_a_set_does_not_read_the_manifest_again(tmp_path):
+    written = write_set(tmp_path, {"query": [flat(i) for i in range(9)]})
+    (tmp_path / MANIFEST_FILE).write_text(written.manifest.model_dump_json())
+    sent = pickle.dumps(ShardSet.open(str(tmp_path)))
+
+    (tmp_path / MANIFEST_FILE).unlink()
+
+    assert len(LabelledImages(pickle.loads(sent), **SIZE).read(0)["image"]) == 9
+
+
+def test_a_task_that_reads_blocks_gets_arrays_instead_of_the_manifest(tmp_path):
+    shards = write_set(tmp_path, {"unlabeled": [flat(0)] * 8})
+
+    images = TrainingImages(
+        shards, PRESETS["demo"].override({"training.batch_size": 8, "training.group_size": 8})
+    )
+
+    assert b"Manifest" not in pickle.dumps(images)
+
+
+def test_a_set_knows_whether_it_has_images_to_score(tmp_path):
+    for split, expected in (("train", False), ("query", True), ("gallery", True)):
+        shards = write_set(tmp_path / split, {split: [flat(0)]}, num_shards=1)
+        assert shards.has_evaluation_images() is expected

@@ -1,0 +1,107 @@
+"""A set of shards: where it lies, and what it holds."""
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Self
+
+import pyarrow as pa
+from pydantic import ValidationError
+
+from upreid_ray.config.errors import InputError, first_line
+from upreid_ray.data.shards.manifest import (
+    EVALUATION_SPLITS,
+    MANIFEST_FILE,
+    REFUSED_FILE,
+    Manifest,
+)
+from upreid_ray.data.shards.row_groups import RowGroups
+from upreid_ray.data.sources.records import Refused
+from upreid_ray.storage import is_file, open_folder, read_file
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """A whole set of shards.
+
+    The manifest is read once, by the process that opens the set, and travels with it: it has a
+    line for each shard of about 128 MB, thus about 400 lines for ten million images. Pickling
+    carries no connection.
+
+    Attributes:
+        uri: Folder or URI of the set.
+        manifest: What the set holds.
+    """
+
+    uri: str
+    manifest: Manifest = field(repr=False)
+
+    @classmethod
+    def open(cls, uri: str) -> Self:
+        """Read the manifest of the set at a folder or URI.
+
+        Raises:
+            InputError: There is no manifest, or it cannot be read.
+        """
+        filesystem, path = open_folder(uri)
+        try:
+            content = read_file(filesystem, f"{path}/{MANIFEST_FILE}")
+            return cls(uri, Manifest.model_validate_json(content))
+        except FileNotFoundError:
+            raise InputError(
+                f"{uri}: no {MANIFEST_FILE}; make shards with "
+                f"jobs/prepare.py SOURCE --out {uri}"
+            ) from None
+        except (pa.ArrowException, OSError, ValidationError) as error:
+            raise InputError(
+                f"{uri}/{MANIFEST_FILE}: cannot be read ({first_line(error)})"
+            ) from error
+
+    @staticmethod
+    def exists(uri: str) -> bool:
+        """Return whether there is a whole set at a folder or URI."""
+        filesystem, path = open_folder(uri)
+        return is_file(filesystem, f"{path}/{MANIFEST_FILE}")
+
+    def row_groups(self, splits: Collection[str]) -> RowGroups:
+        """Return the row groups of some splits, which read their rows."""
+        return RowGroups(self.uri, self.manifest, splits)
+
+    def refused(self) -> list[Refused]:
+        """Read what did not go into the set, sorted by key."""
+        filesystem, path = open_folder(self.uri)
+        if not is_file(filesystem, f"{path}/{REFUSED_FILE}"):
+            return []
+        lines = read_file(filesystem, f"{path}/{REFUSED_FILE}").decode().splitlines()
+        return [Refused(**json.loads(line)) for line in lines]
+
+    def has_evaluation_images(self) -> bool:
+        """Return whether there are query or gallery images."""
+        return not self.manifest.counts().keys().isdisjoint(EVALUATION_SPLITS)
+
+    def check_labels(self) -> None:
+        """Check that the query and gallery images can be scored.
+
+        Raises:
+            InputError: There are none, persons or cameras are unknown, or no query has a match.
+        """
+        cameras: dict[str, dict[int, set[int]]] = {split: {} for split in EVALUATION_SPLITS}
+        for split, cameras_of_person in cameras.items():
+            groups = self.row_groups((split,))
+            if groups.num_images == 0:
+                raise InputError(f"{self.uri}: has no {split} images")
+            labels = groups.read_all(["pid", "camid"])
+            for name, meaning in (("pid", "person"), ("camid", "camera")):
+                missing = labels.column(name).null_count
+                if missing:
+                    raise InputError(f"{self.uri}: {missing} {split} images have no {meaning}")
+            for pid, camid in zip(*(column.to_pylist() for column in labels), strict=True):
+                cameras_of_person.setdefault(pid, set()).add(camid)
+        if not any(
+            cameras["gallery"].get(pid, set()) - {camid}
+            for pid, camids in cameras["query"].items()
+            for camid in camids
+        ):
+            raise InputError(
+                f"{self.uri}: no query image has a match in the gallery under another camera"
+            )
