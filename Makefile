@@ -12,7 +12,7 @@ PEERS := kornia==0.9.0 kornia-rs==0.2.0 lightly==1.6.0 lightly-utils==0.0.2 \
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
 
-.PHONY: help setup pretrain sweep finetune compare check format test test-fast bench bench-data \
+.PHONY: help setup pretrain sweep finetune compare check docs format test test-fast bench bench-data \
   bench-peers chaos audit up down status secrets image lock clean
 
 help:  ## show this list
@@ -54,6 +54,9 @@ check: $(READY)  ## check format, lint, types, import layers and cluster manifes
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest --quiet tests/cluster/test_manifests.py
+
+docs: $(READY)  ## write the reference of all settings, docs/settings.md
+	$(BIN)/python -m docs.make_settings
 
 format: $(READY)  ## rewrite the code in the project's format
 	$(BIN)/ruff format .

@@ -1,7 +1,8 @@
-"""Compare initializations: frozen retrieval, and fine-tuned on parts of the labels.
+"""Compare initializations: score them frozen, and fine-tuned on fractions of the labels.
 
-Random weights are always a row. A row may have several initializations, such as those of
-several pre-training seeds, under a label. All settings of jobs/finetune.py are taken too.
+Random weights are always one row of the comparison. A row with a label may average several
+initializations, such as those of several pre-training seeds. All settings of finetune apply
+to every run.
 
 Examples:
   python jobs/compare.py --init models:/upreid-resnet50@champion moco.pth --data.root market1501
@@ -30,10 +31,10 @@ from upreid_ray.config.downstream import CompareConfig
 
 
 def main() -> dict[str, Any]:
-    """Parse, compare, and return what the JSON line says."""
+    """Run the job; return the content of its JSON line."""
     parser = JobParser(__doc__, "[PRESET] --init INIT [INIT ...] [--SETTING VALUE ...]")
     parser.add_argument(
-        "--resume", metavar="RUN_NAME", help="continue this comparison; give the same settings"
+        "--resume", metavar="RUN_NAME", help="continue this comparison; repeat its settings"
     )
     lists = {"init": "INIT|LABEL=INIT[,INIT...]", "splits": "SHARE"}
     for name, metavar in lists.items():
@@ -54,7 +55,7 @@ def main() -> dict[str, Any]:
     if arguments.resume is not None:
         common = common.override({"run.name": arguments.resume})
     config = CompareConfig.parse({**own, "finetune": common})
-    # After the arguments: it takes seconds, which a mistake or --help should not cost.
+    # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.compare import compare  # noqa: PLC0415
 
     connect_to_ray()

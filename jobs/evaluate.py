@@ -25,13 +25,13 @@ from upreid_ray.config.downstream import EvaluateConfig
 
 
 def main() -> dict[str, Any]:
-    """Parse, score, and return what the JSON line says."""
+    """Run the job; return the content of its JSON line."""
     parser = JobParser(__doc__, "--init INIT [--SETTING VALUE ...]")
     add_settings(parser, EvaluateConfig)
     arguments = parser.parse(sys.argv[1:])
     require_init(arguments)
     config = override(EvaluateConfig(), arguments)
-    # After the arguments: it takes seconds, which a mistake or --help should not cost.
+    # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.evaluate import evaluate  # noqa: PLC0415
 
     connect_to_ray()
@@ -41,7 +41,7 @@ def main() -> dict[str, Any]:
 
 
 def _table(init: str, scores: dict[str, float]) -> Table:
-    """Show the scores in percent, re-ranked ones in a row of their own."""
+    """Return a table of the scores in percent; re-ranked scores have their own row."""
     names = [name for name in scores if not name.endswith("_reranked")]
     table = Table("init", *names)
     for suffix, label in (("", init), ("_reranked", f"{init}, re-ranked")):

@@ -1,4 +1,4 @@
-"""Write a backbone as a file that another tool loads, and say which tensors it will find.
+"""Export a backbone as a file for another tool, and check which tensors that tool will load.
 
 INIT is models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, or a file of weights.
 
@@ -20,7 +20,7 @@ from upreid_ray.downstream.consumers import CONSUMERS
 
 
 def main() -> dict[str, Any]:
-    """Parse, write the file, and return what the JSON line says."""
+    """Run the job; return the content of its JSON line."""
     parser = JobParser(__doc__, "INIT --to CONSUMER --out FILE")
     parser.add_argument("init", type=absolute_init, metavar="INIT", help="backbone to export")
     parser.add_argument(
@@ -30,7 +30,7 @@ def main() -> dict[str, Any]:
         "--out", required=True, type=absolute, metavar="FILE", help="file to write"
     )
     arguments = parser.parse(sys.argv[1:])
-    # After the arguments: it takes seconds, which a mistake or --help should not cost.
+    # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.export import export  # noqa: PLC0415
     from upreid_ray.train.initialization import resolve  # noqa: PLC0415
 

@@ -1,8 +1,8 @@
-"""Fine-tune a backbone on a set of persons, score it and register it.
+"""Fine-tune a backbone on images of persons, score it and register it.
 
 Methods:
-  supervised        identity and triplet loss on labels (presets bot, demo)
-  cluster-contrast  without labels: clusters of images instead (presets paper, demo)
+  supervised        with labels: identity and triplet loss (presets bot, demo)
+  cluster-contrast  without labels: contrast between clusters of images (presets paper, demo)
 
 Examples:
   python jobs/finetune.py --init models:/upreid-resnet50@champion --data.root market1501
@@ -28,10 +28,10 @@ from upreid_ray.command_line import (
 
 
 def main() -> dict[str, Any]:
-    """Parse, fine-tune, and return what the JSON line says."""
+    """Run the job; return the content of its JSON line."""
     parser = JobParser(__doc__, "[PRESET] --init INIT [--method METHOD] [--SETTING VALUE ...]")
     parser.add_argument(
-        "--resume", metavar="RUN_NAME", help="continue this run; give the same settings again"
+        "--resume", metavar="RUN_NAME", help="continue this run; repeat its settings"
     )
     presets = add_finetune_settings(parser, sys.argv[1:])
     arguments = parser.parse(sys.argv[1:])
@@ -39,7 +39,7 @@ def main() -> dict[str, Any]:
     config = override(presets[arguments.preset], arguments)
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})
-    # After the arguments: it takes seconds, which a mistake or --help should not cost.
+    # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.train.finetune import finetune  # noqa: PLC0415
 
     connect_to_ray()

@@ -1,4 +1,4 @@
-"""Turn images into shards: checked, measured, shuffled Parquet files with a manifest.
+"""Convert images into shards: checked, shuffled Parquet files with a manifest.
 
 SOURCE is a folder or file, or a URI of one (s3://, gs://, hdfs://, file://):
   a folder of images of any depth, or of tracklets; their paths become the keys
@@ -7,11 +7,11 @@ SOURCE is a folder or file, or a URI of one (s3://, gs://, hdfs://, file://):
   tar files or a folder of them, such as WebDataset's shards
   Parquet files or a folder of them
   a list of paths (.txt, or a pickled list .pkl) of images, of tar or of Parquet files
-  the word synthetic
+  the word synthetic, which draws the synthetic set
 
-Images that do not go in are listed with their reasons in DIR/refused.jsonl; DIR/samples.html
-shows some of them and some of what is in. A killed run continues with the same command.
-The bounds hold for training images; query and gallery images stay as their protocol has them.
+DIR/refused.jsonl lists each image that was left out and the reason; DIR/samples.html shows
+samples of both kinds. After a kill, the same command continues. Limits and duplicates apply to
+training images only: query and gallery images stay as the protocol of their set has them.
 
 Examples:
   python jobs/prepare.py CROPS --out shards
@@ -43,19 +43,19 @@ logger = logging.getLogger("upreid_ray")
 
 SYNTHETIC = "synthetic"
 NUM_NAMED = 10
-# Flag, least value, unit, meaning.
+# Flag, least value, unit, description.
 BOUNDS: tuple[tuple[str, float, str, str], ...] = (
-    ("--max-height", 1, "PIXELS", "shrink higher images to this height"),
-    ("--min-width", 1, "PIXELS", "refuse narrower images"),
-    ("--min-height", 1, "PIXELS", "refuse lower images"),
-    ("--min-aspect", 0.0, "RATIO", "refuse images whose height by width is less"),
-    ("--max-aspect", 0.0, "RATIO", "refuse images whose height by width is more"),
+    ("--max-height", 1, "PIXELS", "shrink images that are taller than this"),
+    ("--min-width", 1, "PIXELS", "leave out images that are narrower than this"),
+    ("--min-height", 1, "PIXELS", "leave out images that are shorter than this"),
+    ("--min-aspect", 0.0, "RATIO", "leave out images of a smaller height / width"),
+    ("--max-aspect", 0.0, "RATIO", "leave out images of a larger height / width"),
     (
         "--min-sharpness",
         0.0,
         "VARIANCE",
-        "refuse images whose Laplacian, of grey levels 0..255 at 64x128 pixels, varies less; "
-        "samples.html shows the values of some images",
+        "leave out blurred images: the variance of their Laplacian (grey levels 0..255, 64x128 "
+        "pixels) is less than this; samples.html shows the values of some images",
     ),
 )
 
@@ -63,7 +63,7 @@ NumberT = TypeVar("NumberT", int, float)
 
 
 def main() -> dict[str, Any]:
-    """Parse, write or check the shards, and return what the JSON line says."""
+    """Run the job; return the content of its JSON line."""
     arguments = _parser().parse(sys.argv[1:])
     if arguments.check is not None:
         return _check(arguments)
@@ -78,15 +78,20 @@ def _parser() -> JobParser:
         __doc__, "SOURCE --out DIR [--FLAG VALUE ...]\n       %(prog)s --check DIR [--decode]"
     )
     add = parser.add_argument
-    add("source", type=_source, metavar="SOURCE", nargs="?", help="what to read: see above")
-    add("--out", type=absolute, metavar="DIR", help="folder or URI of the shards")
-    add("--seed", type=_at_least(0), default=0, help="of the order of the images")
+    add("source", type=_source, metavar="SOURCE", nargs="?", help="images to read, see above")
+    add("--out", type=absolute, metavar="DIR", help="folder or URI to write the shards to")
+    add(
+        "--seed",
+        type=_at_least(0),
+        default=0,
+        help="random seed of the order of the images (default: 0)",
+    )
     add(
         "--columns",
         type=_columns,
         default={},
         metavar="OURS=THEIRS,...",
-        help="columns of Parquet files for image, key, pid, camid and split",
+        help="names in the Parquet files for the columns image, key, pid, camid and split",
     )
     bounds = parser.add_argument_group("images")
     for flag, least, unit, meaning in BOUNDS:
@@ -96,8 +101,8 @@ def _parser() -> JobParser:
         "--duplicates",
         choices=("keep", "exact", "near"),
         default="keep",
-        help="keep all; or once those with equal pixels; or once those that look the same "
-        "(64 bits of rising and falling grey, of which few differ)",
+        help="keep duplicates, or drop exact ones (equal pixels) or near ones (64-bit "
+        "difference hashes that differ in few bits; default: %(default)s)",
     )
     add(
         "--max-distance",
@@ -111,14 +116,16 @@ def _parser() -> JobParser:
         "--check",
         type=absolute,
         metavar="DIR",
-        help="compare a set with its manifest instead; 1 if damaged",
+        help="verify existing shards against their manifest; exit with 1 if one is damaged",
     )
-    check.add_argument("--decode", action="store_true", help="decode every image too")
+    check.add_argument(
+        "--decode", action="store_true", help="with --check, also decode every image"
+    )
     return parser
 
 
 def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
-    # After the arguments: it takes seconds, which a mistake or --help should not cost.
+    # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.data.shards.duplicates import MAX_DISTANCE  # noqa: PLC0415
     from upreid_ray.data.shards.images import ImageRules  # noqa: PLC0415
     from upreid_ray.data.shards.page import write_page  # noqa: PLC0415
@@ -186,7 +193,7 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _at_least(least: NumberT) -> Callable[[str], NumberT]:
-    """Return what reads a number of the same type that is not less than this."""
+    """Return a parser of numbers that are at least this and of its type."""
 
     def read(text: str) -> NumberT:
         number = type(least)(text)
@@ -215,7 +222,7 @@ def _columns(text: str) -> dict[str, str]:
 
 
 def _table(manifest: "Manifest") -> Table:
-    """Show the images of each split, and what was refused."""
+    """Return a table of the images of each split and of those left out."""
     table = Table("split", "images", "shards", "MB")
     for split, count in manifest.counts().items():
         shards = [shard for shard in manifest.shards if shard.split == split]

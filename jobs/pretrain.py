@@ -21,17 +21,17 @@ from upreid_ray.command_line import (
 
 
 def main() -> dict[str, Any]:
-    """Parse, pre-train, and return what the JSON line says."""
+    """Run the job; return the content of its JSON line."""
     parser = JobParser(__doc__, "[PRESET] [--SETTING VALUE ...]")
     parser.add_argument(
-        "--resume", metavar="RUN_NAME", help="continue this run; give the same settings again"
+        "--resume", metavar="RUN_NAME", help="continue this run; repeat its settings"
     )
     add_pretrain_settings(parser)
     arguments = parser.parse(sys.argv[1:])
     config = read_pretrain_settings(arguments)
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})
-    # After the arguments: it takes seconds, which a mistake or --help should not cost.
+    # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.train.pretrain import fit  # noqa: PLC0415
 
     connect_to_ray()

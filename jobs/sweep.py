@@ -1,11 +1,11 @@
-"""Find the best settings of pre-training: many short runs, judged by retrieval.
+"""Search for the best settings of pre-training: many short runs, compared by retrieval scores.
 
-SPACE names what is swept: i2 (weights and temperatures of the two I2 terms), patches (the
-grid), all (both), or own (only what --space adds). After it come a preset and settings, as in
-pretrain.py. --space.SETTING sweeps one more setting, or another range of it:
+SPACE names the settings to sweep: i2 (weights and temperatures of the two I2 terms), patches
+(the grid of patches), all (both), or own (only those of --space). A preset and settings follow,
+as for pretrain. --space.SETTING AXIS sweeps one more setting, or changes its range; AXIS is
   uniform(a,b)  loguniform(a,b)  loguniform(a,b,zero)  choice(a,b,...)  grid(a,b,...)
-The best settings are in runs/NAME/best.json, for pretrain.py --config; the best backbone is
-registered; runs/NAME/report.html shows all.
+The sweep writes the best settings to runs/NAME/best.json, for pretrain --config, and a report
+to runs/NAME/report.html. It registers the best backbone.
 
 Examples:
   python jobs/sweep.py i2 demo --num_trials 8
@@ -39,11 +39,11 @@ AXIS = "space."
 
 
 def main() -> dict[str, Any]:
-    """Parse, sweep, and return what the JSON line says."""
+    """Run the job; return the content of its JSON line."""
     arguments = _parser().parse(sys.argv[1:])
     plan = None if arguments.resume is not None else _plan(arguments)
     run = _run(arguments)
-    # After the arguments: it takes seconds, which a mistake or --help should not cost.
+    # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.train.folder import RunFolder  # noqa: PLC0415
     from upreid_ray.tune import sweep  # noqa: PLC0415
 
@@ -57,10 +57,14 @@ def _parser() -> JobParser:
         __doc__, "SPACE [PRESET] [--SETTING VALUE ...] [--space.SETTING AXIS ...]"
     )
     parser.add_argument(
-        "space", nargs="?", choices=SPACES, metavar="SPACE", help="what is swept"
+        "space",
+        nargs="?",
+        choices=SPACES,
+        metavar="SPACE",
+        help="settings to sweep: %(choices)s",
     )
     parser.add_argument(
-        "--resume", metavar="SWEEP_NAME", help="continue this sweep, with its own settings"
+        "--resume", metavar="SWEEP_NAME", help="continue this sweep with its own settings"
     )
     add_settings(parser, SearchConfig)
     add_pretrain_settings(parser)
@@ -72,7 +76,7 @@ def _parser() -> JobParser:
 
 
 def _plan(arguments: argparse.Namespace) -> SweepPlan:
-    """Return what is to be swept.
+    """Return the plan of the sweep.
 
     Raises:
         InputError: A setting or an axis is refused.
@@ -86,7 +90,7 @@ def _plan(arguments: argparse.Namespace) -> SweepPlan:
     for path in space.keys() & given.keys():
         raise InputError(f"--{path} {given[path]}: is swept; --{AXIS}{path} says how")
     plan = SweepPlan(
-        # The name is that of the sweep, not of its runs.
+        # The name belongs to the sweep, not to its runs.
         base=read_pretrain_settings(arguments).override({"run.name": None}),
         search=override(SearchConfig(), arguments),
         space=space,
@@ -96,10 +100,10 @@ def _plan(arguments: argparse.Namespace) -> SweepPlan:
 
 
 def _run(arguments: argparse.Namespace) -> JobConfig:
-    """Return where the sweep lives.
+    """Return the settings of the folder of the sweep.
 
     Raises:
-        InputError: A sweep that is continued is given settings.
+        InputError: There are settings beside --resume.
     """
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     if arguments.resume is not None:

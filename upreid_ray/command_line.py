@@ -1,4 +1,4 @@
-"""What all jobs share: settings from the command line, errors as one line, one JSON line."""
+"""The command line of all jobs: settings from flags, errors of one line, results as JSON."""
 
 import argparse
 import ast
@@ -88,12 +88,12 @@ def add_settings(
 def add_finetune_settings(
     parser: argparse.ArgumentParser, words: Sequence[str], *, without: Sequence[str] = ()
 ) -> Mapping[str, DownstreamConfig]:
-    """Add the method of a fine-tuning, its presets and its settings.
+    """Add the flags of a fine-tuning: its method, a preset and every setting.
 
     Args:
-        parser: Gets the flags of the method that the words name.
-        words: Of the command line.
-        without: Settings that have no flag.
+        parser: Parser to which flags are added.
+        words: Words of the command line; the flags are those of the method that they name.
+        without: Settings that get no flag.
 
     Returns:
         The presets of the method.
@@ -120,10 +120,10 @@ def add_finetune_settings(
 
 
 def require_init(arguments: argparse.Namespace) -> None:
-    """Refuse a command line that does not say what to start from.
+    """Refuse a command line without ``--init``.
 
     Raises:
-        InputError: There is no ``--init``.
+        InputError: It is missing.
     """
     if "init" not in arguments:
         raise InputError(
@@ -133,7 +133,7 @@ def require_init(arguments: argparse.Namespace) -> None:
 
 
 def override(config: SectionT, arguments: argparse.Namespace) -> SectionT:
-    """Return the configuration with the settings that were given on the command line.
+    """Return a configuration with the settings of the command line.
 
     Raises:
         InputError: A setting is refused.
@@ -143,7 +143,7 @@ def override(config: SectionT, arguments: argparse.Namespace) -> SectionT:
 
 
 def add_pretrain_settings(parser: argparse.ArgumentParser) -> None:
-    """Add where a pre-training configuration begins, and its settings."""
+    """Add the flags of a pre-training: a preset or a file to start from, and every setting."""
     parser.add_argument(
         "preset", nargs="?", choices=PRESETS, help="settings to start from (default: demo)"
     )
@@ -189,11 +189,11 @@ def read_pretrain_settings(arguments: argparse.Namespace) -> PretrainConfig:
 
 
 def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
-    """Run a job and exit: 0 with its result as a JSON line, 1 if it failed, 2 if refused.
+    """Run a job, write its result as a JSON line, and exit.
 
-    3 is a run that was asked to stop and can be continued.
-
-    Progress and logs go to standard error, the JSON line is the last of standard output.
+    The exit status is 0 for success, 1 for a failure, 2 for input that was refused, and 3 for
+    a run that was asked to stop and can be continued. Progress and logs go to standard error;
+    the JSON line is the last line of standard output.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for library in ("alembic", "mlflow", "ray"):
@@ -223,18 +223,18 @@ def connect_to_ray(*, show_workers: bool = True) -> None:
     was once started on this machine, and wait for minutes if it is gone.
 
     Args:
-        show_workers: Whether to show what workers log.
+        show_workers: Whether to show the logs of workers.
     """
     import ray  # noqa: PLC0415, takes a second, which --help should not cost
 
     if ray.is_initialized():
         return
-    # They warn that a local cluster asks for a token, and that Ray Data draws no bars.
+    # These loggers warn of the token of a local cluster and of disabled progress bars.
     for talkative in ("ray._private.authentication", "ray.data._internal.progress"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        # Nobody announces the end of the only node; the watcher costs a process.
+        # The only node is never preempted, and the watcher costs a process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(address, logging_level=logging.WARNING, log_to_driver=show_workers)
     logging.getLogger("ray.data").setLevel(logging.WARNING)

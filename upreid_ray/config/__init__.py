@@ -1,1 +1,1 @@
-"""Every setting: errors, sections, runs, downstream jobs, sweeps, presets."""
+"""Settings of all jobs, and the errors that users see."""

@@ -1,4 +1,4 @@
-"""Settings of what is done with a pre-trained backbone."""
+"""Settings of the jobs that use a pre-trained backbone."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
@@ -36,172 +36,175 @@ from upreid_ray.config.section import (
 
 
 class LabelledDataConfig(Section):
-    """A set of persons and cameras, and the form in which a backbone sees its images."""
+    """Labelled images, their size and their normalization."""
 
     root: PathOrUri | None = None
-    """Folder in a labelled layout, or folder or URI of shards; none draws the synthetic set."""
+    """Folder in a labelled layout, or folder or URI of shards. Default: the synthetic set."""
     synthetic: SyntheticConfig = SyntheticConfig()
-    """The synthetic set that is drawn where no root is given."""
+    """Settings of the synthetic set, which is drawn if no root is given."""
     height: Pixels | None = None
-    """Height to which images are resized; none takes that of the pre-training, else 256."""
+    """Height of the resized images, in pixels. Default: the pre-training height, or 256."""
     width: Pixels | None = None
-    """Width to which images are resized; none takes that of the pre-training, else 128."""
+    """Width of the resized images, in pixels. Default: the pre-training width, or 128."""
     mean: Color | None = None
-    """Mean of each colour channel; none takes that of the pre-training, else ImageNet's."""
+    """Mean of each colour channel (0..1). Default: that of the pre-training, or of ImageNet."""
     std: Deviation | None = None
-    """Deviation of each channel; none takes that of the pre-training, else ImageNet's."""
+    """Standard deviation of each channel. Default: that of the pre-training, or of ImageNet."""
 
 
 class EvaluateConfig(Section):
-    """A frozen backbone scored by retrieval."""
+    """The evaluation of a frozen backbone."""
 
     init: Init = RANDOM
-    """models:/NAME@ALIAS or /VERSION, a checkpoint folder, a file of weights, or random."""
+    """Backbone to start from: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, a
+    file of weights, or random."""
     backbone: BackboneName = "resnet50"
-    """Architecture of a random initialisation."""
+    """Architecture of the backbone if --init is random."""
     seed: NonNegativeInt = 0
-    """Of a random initialisation."""
+    """Random seed of the weights if --init is random."""
     rerank: bool = False
-    """Score k-reciprocal re-ranking too."""
+    """Whether to score k-reciprocal re-ranking as well."""
     data: LabelledDataConfig = LabelledDataConfig()
-    """Images."""
+    """Settings of the images."""
     scaling: ScalingConfig = ScalingConfig(num_workers=1, use_gpu=False)
-    """Actors that compute features."""
+    """Settings of the workers that compute features."""
     run: JobConfig = JobConfig()
-    """Storage and names."""
+    """Settings of storage and names."""
 
 
 class SubsetConfig(Section):
-    """A part of the training images, for experiments with few labels."""
+    """A subset of the training images, for experiments with few labels."""
 
     persons: Share = 1.0
-    """Share of the persons; a smaller share is a part of each larger one."""
+    """Fraction of the persons to train on; subsets are nested."""
     images: Share = 1.0
-    """Share of the images of each person, one at least; nested like persons."""
+    """Fraction of each person's images to train on, at least one; subsets are nested."""
 
 
 class FinetuneAugmentationConfig(Section):
-    """How a view is drawn from an image."""
+    """The random augmentation of training images."""
 
     flip_probability: Probability = 0.5
-    """Probability of a left-right flip."""
+    """Probability of a horizontal flip."""
     padding: NonNegativeInt = 10
-    """Pixels by which the image is shifted at most, over black."""
+    """Largest random shift of an image in each direction, in pixels."""
     erase_probability: Probability = 0.5
-    """Probability that a rectangle is set to the mean colour."""
+    """Probability that a random rectangle is erased (set to the mean colour)."""
     erase_area: ShareRange = (0.02, 0.4)
-    """Area of the rectangle, as a share of the view."""
+    """Smallest and largest area of the erased rectangle, as a fraction of the image."""
 
 
 class FinetuneOptimizerConfig(Section):
-    """Adam with warm-up and steps."""
+    """Adam, with a linear warm-up and steps of the learning rate."""
 
     lr: PositiveFloat = 3.5e-4
-    """Peak learning rate."""
+    """Peak learning rate of Adam, reached after the warm-up."""
     weight_decay: NonNegativeFloat = 5e-4
-    """Weight decay of Adam."""
+    """Weight decay (L2 penalty) of Adam."""
     warmup_epochs: NonNegativeFloat = 10.0
-    """Epochs of linear warm-up from a tenth of the peak."""
+    """Number of epochs of linear warm-up, from a tenth of the peak learning rate."""
     milestones: tuple[PositiveFloat, ...] = (40.0, 90.0)
-    """Epochs after which the learning rate falls to a tenth."""
+    """Epochs after which the learning rate is divided by ten."""
     clip_norm: PositiveFloat | None = None
-    """A gradient of a greater norm is scaled down to it; none leaves gradients as they are."""
+    """Largest norm of the gradient; larger gradients are scaled down. Default: no clipping."""
 
 
 class PersonTrainingConfig(Section):
-    """How long and how large."""
+    """Length of the training and composition of the batches."""
 
     epochs: PositiveInt = 120
-    """Passes over the data, counted in images."""
+    """Number of epochs; one epoch takes as many images as the training set has."""
     num_persons: Annotated[int, Field(ge=2)] = 16
-    """Persons of a batch."""
+    """Number of persons in a batch."""
     num_images: Annotated[int, Field(ge=2)] = 4
-    """Images of each person of a batch."""
+    """Number of images of each person in a batch."""
     num_groups: PositiveInt = 1
-    """Groups of a batch, each with batch normalization and triplets of its own."""
+    """Number of groups of a batch; batch normalization and triplets stay within a group."""
     last_stride: Annotated[int, Field(ge=1, le=2)] = 1
-    """Of the last stage of the backbone; 1 keeps the resolution."""
+    """Stride of the last stage of the backbone; 1 doubles the resolution of the feature map."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the forward passes; auto is bf16 where the device multiplies it. Weights stay fp32."""
+    """Precision of the forward passes; auto is bf16 if the device supports it, otherwise fp32.
+    Weights are always fp32."""
     log_every_steps: PositiveInt = 20
-    """Steps between two entries of the training metrics."""
+    """Training steps between two log entries of the metrics."""
 
     @property
     def batch_size(self) -> int:
-        """Images of one step, over all workers."""
+        """Number of images in a training step, over all workers."""
         return self.num_persons * self.num_images
 
 
 class FinetuneTrainingConfig(PersonTrainingConfig):
-    """How long, how large, and against what."""
+    """Length of the training, composition of the batches and loss."""
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Of the identity loss."""
+    """Label smoothing of the identity loss."""
     margin: PositiveFloat = 0.3
-    """Of the triplet loss."""
+    """Margin of the triplet loss."""
 
 
 class ClusterTrainingConfig(PersonTrainingConfig):
-    """How long, how large, and against what."""
+    """Length of the training, composition of the batches and loss."""
 
     epochs: PositiveInt = 50
-    """Rounds of clustering and training."""
+    """Number of epochs; each begins with a new clustering."""
     steps_per_epoch: PositiveInt = 200
-    """Steps between two clusterings."""
+    """Number of training steps in an epoch, between two clusterings."""
     num_persons: Annotated[int, Field(ge=2)] = 16
-    """Clusters of a batch; where there are fewer, they come repeatedly."""
+    """Number of clusters in a batch; clusters repeat if there are fewer."""
     num_images: Annotated[int, Field(ge=2)] = 16
-    """Images of each cluster of a batch."""
+    """Number of images of each cluster in a batch."""
     temperature: PositiveFloat = 0.05
-    """Of the contrast with the clusters."""
+    """Temperature of the contrastive loss against the cluster centroids."""
     memory_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share that a cluster in memory keeps when it takes in the feature of an image."""
+    """Momentum of the centroids in memory when an image's feature updates them."""
 
 
 class ClusteringConfig(Section):
-    """DBSCAN on the k-reciprocal Jaccard distance."""
+    """DBSCAN clustering on the k-reciprocal Jaccard distance."""
 
     eps: Annotated[float, Field(gt=0, lt=1)] = 0.6
-    """Distance (0..1) up to which two images are neighbours; larger makes larger clusters."""
+    """Largest distance (0..1) between neighbours; larger values make larger clusters."""
     min_samples: PositiveInt = 4
-    """Neighbours, the image itself included, from which on an image founds a cluster."""
+    """Least number of neighbours of a core point of a cluster, the point itself included."""
     k1: PositiveInt = 30
-    """Neighbours among which reciprocal ones are looked for."""
+    """Number of nearest neighbours among which reciprocal ones are searched (k1)."""
     k2: PositiveInt = 6
-    """Nearest images whose descriptions are averaged."""
+    """Number of nearest neighbours whose encodings are averaged (k2)."""
 
 
 class DownstreamConfig(Section):
-    """A run that starts from an initialization and learns persons."""
+    """A fine-tuning run."""
 
     init: Init = RANDOM
-    """models:/NAME@ALIAS or /VERSION, a checkpoint folder, a file of weights, or random."""
+    """Backbone to start from: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, a
+    file of weights, or random."""
     backbone: BackboneName = "resnet50"
-    """Architecture of a random initialisation."""
+    """Architecture of the backbone if --init is random."""
     seed: NonNegativeInt = 0
-    """Of the order of images, augmentation, new weights and subsets."""
+    """Random seed of the image order, the augmentation, new weights and subsets."""
     data: LabelledDataConfig = LabelledDataConfig()
-    """Images."""
+    """Settings of the images."""
     subset: SubsetConfig = SubsetConfig()
-    """Part of the training images."""
+    """Settings of the subset of the training images."""
     augmentation: FinetuneAugmentationConfig = FinetuneAugmentationConfig()
-    """Views."""
+    """Settings of the augmentation."""
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
-    """Optimizer."""
+    """Settings of the optimizer."""
     training: PersonTrainingConfig = PersonTrainingConfig()
-    """Length and batch."""
+    """Settings of the training."""
     evaluation: EvaluationConfig = EvaluationConfig(every_epochs=20)
-    """Retrieval."""
+    """Settings of the evaluation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Checkpoints."""
+    """Settings of the checkpoints."""
     scaling: ScalingConfig = ScalingConfig(num_workers=1)
-    """Workers."""
+    """Settings of the workers."""
     run: RunConfig = RunConfig()
-    """Storage and names."""
+    """Settings of storage and names."""
 
     @property
     def num_groups(self) -> int:
-        """Groups of one step, over all workers."""
+        """Number of groups in a training step, over all workers."""
         return self.training.num_groups
 
     @model_validator(mode="after")
@@ -220,7 +223,7 @@ class FinetuneConfig(DownstreamConfig):
     """A supervised fine-tuning run."""
 
     training: FinetuneTrainingConfig = FinetuneTrainingConfig()
-    """Length, batch and objective."""
+    """Settings of the training."""
 
 
 class ClusterContrastConfig(DownstreamConfig):
@@ -229,29 +232,30 @@ class ClusterContrastConfig(DownstreamConfig):
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig(
         warmup_epochs=0, milestones=(20.0, 40.0)
     )
-    """Optimizer."""
+    """Settings of the optimizer."""
     training: ClusterTrainingConfig = ClusterTrainingConfig()
-    """Length, batch and objective."""
+    """Settings of the training."""
     clustering: ClusteringConfig = ClusteringConfig()
-    """Pseudo-persons."""
+    """Settings of the clustering."""
 
 
 class CompareConfig(Section):
-    """A comparison of initializations."""
+    """A comparison of initializations, frozen and fine-tuned."""
 
     init: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Rows: INIT, or LABEL=INIT[,INIT...] where seed k starts from the k-th init in turn."""
+    """Rows of the comparison: INIT or LABEL=INIT[,INIT...]; the seeds of a row take its
+    initializations in turn."""
     splits: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.3, 1.0)
-    """Shares of the persons whose images are trained on."""
+    """Fractions of the persons to train on, one column each."""
     seeds: PositiveInt = 3
-    """Runs of each row and split; they differ in order, augmentation and persons."""
+    """Number of runs for each row and split, which differ in their random seed."""
     min_steps: NonNegativeInt = 0
-    """Splits of fewer steps than this have all their epochs multiplied until they reach it."""
+    """Least number of training steps; the epochs of a split with fewer are multiplied."""
     finetune: FinetuneConfig | ClusterContrastConfig = FinetuneConfig()
-    """What the runs have in common."""
+    """Settings that all runs share."""
 
     def flatten(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        """Yield the settings under the names of their flags; those of each run are left out."""
+        """Yield ``(flag, value)`` of the settings that do not differ between the runs."""
         for path, value in super().flatten(prefix):
             if path not in ("finetune.init", "finetune.subset.persons"):
                 yield path.removeprefix("finetune."), value

@@ -1,4 +1,4 @@
-"""Named runs and named augmentations: where a command line begins."""
+"""Presets: named settings that a command line starts from."""
 
 from collections.abc import Mapping
 
@@ -23,17 +23,18 @@ from upreid_ray.config.pretrain import (
 from upreid_ray.config.run import CheckpointConfig, EvaluationConfig, ScalingConfig
 
 AUGMENTATIONS = {
-    # LUPerson's (Fu et al. 2021, https://arxiv.org/abs/2012.03753): without color jitter.
+    # The augmentation of LUPerson (Fu et al. 2021, https://arxiv.org/abs/2012.03753), without
+    # colour jitter.
     "luperson": AugmentationConfig(),
-    # The DINO family's for ReID (TransReID-SSL, Luo et al. 2021,
-    # https://arxiv.org/abs/2111.12084): color jitter, upright crops, ImageNet's statistics.
+    # The augmentation of DINO for ReID (TransReID-SSL, Luo et al. 2021,
+    # https://arxiv.org/abs/2111.12084): colour jitter, upright crops, ImageNet's statistics.
     "dino": AugmentationConfig(
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         crop_ratio=(0.4, 0.6),
         jitter_probability=0.8,
     ),
-    # Ours, for short runs on small images: upright crops, little blur and erasing.
+    # An augmentation for short runs on small images: upright crops, little blur and erasing.
     "mild": AugmentationConfig(
         crop_area=(0.5, 1.0),
         crop_ratio=(0.4, 0.6),
@@ -46,7 +47,7 @@ AUGMENTATIONS = {
 }
 
 _ONE_MACHINE = ScalingConfig(num_workers=1, use_gpu=False, cpus_per_worker=1.0)
-# Thousands of images instead of millions: a shorter queue, a key encoder that follows faster.
+# For thousands of images instead of millions: a shorter queue and a lower momentum.
 _SMALL_MODEL = ModelConfig(
     backbone="resnet18", queue_size=1024, momentum=0.99, final_momentum=1.0
 )
@@ -56,7 +57,7 @@ PRESETS = {
     "demo": PretrainConfig(
         data=DataConfig(height=64, width=32),
         augmentation=AUGMENTATIONS["mild"],
-        # Keys that follow faster teach less in so few steps, or collapse (docs/benchmarks.md).
+        # With a lower momentum, such a short run learns less or collapses (docs/benchmarks.md).
         model=_SMALL_MODEL.override({"momentum": 0.999}),
         optimizer=OptimizerConfig(lr=0.06, warmup_epochs=1),
         training=TrainingConfig(epochs=3, batch_size=64, group_size=32, log_every_steps=10),
@@ -68,7 +69,7 @@ PRESETS = {
     "laptop": PretrainConfig(
         data=DataConfig(height=128, width=64),
         augmentation=AUGMENTATIONS["mild"],
-        # A set may have a thousand images: a queue must not hold most of them.
+        # The queue must not hold most of the images of a set, which may be a thousand.
         model=_SMALL_MODEL.override({"queue_size": 256}),
         optimizer=OptimizerConfig(lr=0.02, warmup_epochs=1),
         training=TrainingConfig(epochs=10, batch_size=64, group_size=32, log_every_steps=10),
@@ -76,12 +77,12 @@ PRESETS = {
         checkpoint=CheckpointConfig(every_steps=50),
         scaling=_ONE_MACHINE,
     ),
-    # The recipe of LUPerson's MoCo v2, which the defaults are, with the I2 terms; 8 GPUs.
+    # The recipe of LUPerson's MoCo v2 with the I2 terms, on 8 GPUs. The defaults are these.
     # The command line requires --data.shards with it.
     "luperson": PretrainConfig(),
 }
 
-# Of the small images of the synthetic people, on two cores.
+# Settings for the small images of the synthetic people, on two cores.
 _SMALL_IMAGES = {
     "backbone": "resnet18",
     "data": LabelledDataConfig(height=64, width=32),

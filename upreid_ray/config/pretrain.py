@@ -35,169 +35,174 @@ SMALLEST_PATCH = 8  # pixels
 
 
 class DataConfig(Section):
-    """Which images are read, and at which size."""
+    """Training images and their size."""
 
     shards: PathOrUri | None = None
-    """Folder or URI with shards made by jobs/prepare.py; none draws the synthetic set."""
+    """Folder or URI of shards made by jobs/prepare.py. Default: the synthetic set."""
     synthetic: SyntheticConfig = SyntheticConfig()
-    """The synthetic set that is drawn where no shards are given."""
+    """Settings of the synthetic set, which is drawn if no shards are given."""
     height: Pixels = 256
-    """Height to which images are resized, in pixels."""
+    """Height of the resized images, in pixels."""
     width: Pixels = 128
-    """Width to which images are resized, in pixels."""
+    """Width of the resized images, in pixels."""
     max_undecodable: Probability = 0.01
-    """Share of images that may not decode, or lie in damaged shards, before the run stops."""
+    """Largest fraction of images that cannot be decoded or lie in damaged shards; above it the
+    run fails."""
 
 
 class AugmentationConfig(Section):
-    """How a view is drawn from an image, and how pixels are normalized."""
+    """The random augmentation of views, and the normalization of pixels."""
 
     mean: Color = (0.3525, 0.3106, 0.3140)
-    """Subtracted from each colour channel (0..1)."""
+    """Mean of each colour channel (0..1), subtracted from the pixels."""
     std: Deviation = (0.2660, 0.2522, 0.2505)
-    """Divides each colour channel after the mean is subtracted."""
+    """Standard deviation of each colour channel, by which pixels are divided."""
     crop_area: ShareRange = (0.2, 1.0)
-    """Area of the random crop, as a share of the image."""
+    """Smallest and largest area of the random crop, as a fraction of the image."""
     crop_ratio: PositiveRange = (3 / 4, 4 / 3)
-    """Width by height of the random crop, in pixels."""
+    """Smallest and largest aspect ratio (width / height) of the random crop."""
     flip_probability: Probability = 0.5
-    """Probability of a left-right flip."""
+    """Probability of a horizontal flip."""
     jitter_probability: Probability = 0.0
-    """Probability of color jitter."""
+    """Probability of colour jitter."""
     jitter_brightness: Jitter = 0.4
-    """Brightness is multiplied by 1 +- this."""
+    """Strength of brightness jitter: the factor is 1 plus or minus this."""
     jitter_contrast: Jitter = 0.4
-    """Contrast is multiplied by 1 +- this."""
+    """Strength of contrast jitter: the factor is 1 plus or minus this."""
     jitter_saturation: Jitter = 0.2
-    """Saturation is multiplied by 1 +- this."""
+    """Strength of saturation jitter: the factor is 1 plus or minus this."""
     jitter_hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    """Hue is turned by +- this share of the colour circle."""
+    """Strength of hue jitter: the largest shift, as a fraction of the colour circle."""
     grayscale_probability: Probability = 0.2
-    """Probability of grayscale."""
+    """Probability that a view is turned into grayscale."""
     blur_probability: Probability = 0.5
     """Probability of Gaussian blur."""
     blur_sigma: PositiveRange = (0.1, 2.0)
-    """Standard deviation of the blur, in pixels of the view."""
+    """Smallest and largest standard deviation of the blur, in pixels."""
     erase_probability: Probability = 0.5
-    """Probability that a rectangle is set to the mean colour."""
+    """Probability that a random rectangle is erased (set to the mean colour)."""
     erase_area: ShareRange = (0.02, 0.6)
-    """Area of the rectangle, as a share of the view."""
+    """Smallest and largest area of the erased rectangle, as a fraction of the view."""
     erase_ratio: PositiveRange = (0.3, 3.33)
-    """Height by width of the rectangle."""
+    """Smallest and largest aspect ratio (height / width) of the erased rectangle."""
 
 
 class PatchesConfig(Section):
-    """The grid of patches that the intrinsic contrastive loss compares."""
+    """The grid of patches of the intrinsic contrastive loss."""
 
     rows: PositiveInt = 4
-    """Rows of the grid."""
+    """Number of rows of patches."""
     columns: PositiveInt = 2
-    """Columns of the grid."""
+    """Number of columns of patches."""
     alignment: Literal["view", "body"] = "view"
-    """Cut the augmented view, or rows at fixed heights of the original image."""
+    """Where patches are cut: from the augmented view (view), or in rows at fixed heights of the
+    original image (body)."""
     mining: Literal["symmetry", "none"] = "symmetry"
-    """Hardest positive of the row against other rows, or same cell against all others."""
+    """How pairs are chosen: the hardest positive of a row against other rows (symmetry), or the
+    same cell against all others (none)."""
 
 
 class ModelConfig(Section):
-    """The encoders and the queue of keys."""
+    """The backbone, the momentum encoder and the queue of keys."""
 
     backbone: BackboneName = "resnet50"
-    """Torchvision's ResNet."""
+    """Architecture of the backbone, one of torchvision's ResNets."""
     pretrained: PathOrUri | None = None
-    """File of weights to start from: torchvision's, or a checkpoint of MoCo or fast-reid."""
+    """File of weights to start from: torchvision's, or a checkpoint of MoCo or fast-reid.
+    Default: random weights."""
     embedding_dim: PositiveInt = 128
-    """Size of the projected embedding."""
+    """Number of dimensions of the projected embedding."""
     queue_size: PositiveInt = 65536
-    """Past keys that serve as negatives."""
+    """Number of past keys in the queue, which serve as negatives."""
     momentum: Probability = 0.999
-    """Momentum of the key encoder at the first step."""
+    """Momentum of the key encoder at the first training step."""
     final_momentum: Probability = 0.999
-    """Momentum of the key encoder at the last step; cosine in between."""
+    """Momentum of the key encoder at the last training step, reached along a cosine."""
 
 
 class LossConfig(Section):
-    """Weights and temperatures of the three terms; a weight of 0 is not computed."""
+    """Weights and temperatures of the three loss terms; a term of weight 0 is not computed."""
 
     temperature: PositiveFloat = 0.1
-    """Of info_nce."""
+    """Temperature of the InfoNCE loss."""
     consistency_weight: NonNegativeFloat = 0.1
-    """Weight of global_consistency."""
+    """Weight of the global consistency loss."""
     consistency_temperature: PositiveFloat = 0.1
-    """Of the prediction from the augmented view."""
+    """Temperature of the softmax over the augmented view (the student)."""
     consistency_target_temperature: PositiveFloat = 0.04
-    """Of the target from the original image."""
+    """Temperature of the softmax over the original image (the teacher)."""
     intrinsic_weight: NonNegativeFloat = 0.1
-    """Weight of intrinsic_contrastive."""
+    """Weight of the intrinsic contrastive loss."""
     intrinsic_temperature: PositiveFloat = 0.2
-    """Of intrinsic_contrastive."""
+    """Temperature of the intrinsic contrastive loss."""
 
 
 class OptimizerConfig(Section):
-    """SGD with warm-up and cosine decay to zero."""
+    """SGD, with a linear warm-up and a cosine decay of the learning rate to zero."""
 
     lr: PositiveFloat = 0.3
-    """Peak learning rate for the whole batch; it is not scaled by anything."""
+    """Peak learning rate; it does not depend on the batch size or the number of workers."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of SGD."""
     weight_decay: NonNegativeFloat = 1e-4
     """Weight decay of SGD."""
     warmup_epochs: NonNegativeFloat = 0.0
-    """Epochs of linear warm-up."""
+    """Number of epochs of linear warm-up of the learning rate."""
     clip_norm: PositiveFloat | None = None
-    """A gradient of a greater norm is scaled down to it; none leaves gradients as they are."""
+    """Largest norm of the gradient; larger gradients are scaled down. Default: no clipping."""
 
 
 class TrainingConfig(Section):
-    """How long, how large and how precise."""
+    """Length, batch size and precision of the training."""
 
     epochs: PositiveInt = 200
-    """Passes over the data."""
+    """Number of passes over the training images."""
     batch_size: PositiveInt = 2560
-    """Images of one step, over all workers."""
+    """Number of images in a training step, over all workers."""
     group_size: Annotated[int, Field(ge=2)] = 320
-    """Images that batch normalization sees together; a worker processes one group at a time."""
+    """Number of images in a group: batch normalization sees one group at a time."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the forward passes; auto is bf16 where the device multiplies it. Weights stay fp32."""
+    """Precision of the forward passes; auto is bf16 if the device supports it, otherwise fp32.
+    Weights are always fp32."""
     compile: bool = True
-    """On a GPU, compile encoders and augmentation in the first steps, which takes minutes."""
+    """Whether to compile encoders and augmentation on GPUs, which takes minutes at first."""
     activation_checkpointing: bool = False
-    """Keep few activations and compute the others again: less memory, more time."""
+    """Whether to recompute activations in the backward pass: less memory, more time."""
     log_every_steps: PositiveInt = 20
-    """Steps between two entries of the training metrics."""
+    """Training steps between two log entries of the metrics."""
 
 
 class PretrainConfig(Section):
     """A pre-training run."""
 
     seed: NonNegativeInt = 0
-    """Of initial weights, order of images and augmentation."""
+    """Random seed of the initial weights, the image order and the augmentation."""
     data: DataConfig = DataConfig()
-    """Images."""
+    """Settings of the images."""
     augmentation: AugmentationConfig = AugmentationConfig()
-    """Views."""
+    """Settings of the augmentation."""
     patches: PatchesConfig = PatchesConfig()
-    """Patches."""
+    """Settings of the patches."""
     model: ModelConfig = ModelConfig()
-    """Encoders."""
+    """Settings of the model."""
     loss: LossConfig = LossConfig()
-    """Objective."""
+    """Settings of the loss."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """Optimizer."""
+    """Settings of the optimizer."""
     training: TrainingConfig = TrainingConfig()
-    """Length and batch."""
+    """Settings of the training."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Frozen retrieval."""
+    """Settings of the evaluation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Checkpoints."""
+    """Settings of the checkpoints."""
     scaling: ScalingConfig = ScalingConfig()
-    """Workers."""
+    """Settings of the workers."""
     run: RunConfig = RunConfig()
-    """Storage and names."""
+    """Settings of storage and names."""
 
     @property
     def num_groups(self) -> int:
-        """Groups of one step, over all workers."""
+        """Number of groups in a training step, over all workers."""
         return self.training.batch_size // self.training.group_size
 
     @property

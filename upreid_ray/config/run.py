@@ -1,4 +1,4 @@
-"""Settings that every kind of run has: synthetic data, workers, checkpoints, storage."""
+"""Settings that all jobs share: synthetic data, workers, checkpoints, storage."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,64 +10,65 @@ BackboneName = Literal["resnet18", "resnet34", "resnet50"]
 
 
 class SyntheticConfig(Section):
-    """The procedurally drawn people that stand in where no data is given."""
+    """The synthetic set: drawn people, used when no images are given."""
 
     seed: NonNegativeInt = 0
-    """Another seed draws other people."""
+    """Seed of the drawings; each seed draws other people."""
     num_train_identities: PositiveInt = 200
-    """Labelled people of the train split."""
+    """Number of people in the train split."""
     num_test_identities: PositiveInt = 60
-    """Labelled people of the query and gallery splits."""
+    """Number of people in the query and gallery splits."""
     num_unlabeled_identities: NonNegativeInt = 600
-    """People of the unlabeled split."""
+    """Number of people in the unlabeled split."""
     num_cameras: Annotated[int, Field(ge=2, le=64)] = 4
-    """Cameras, which differ in light, colour cast, blur, background and crop."""
+    """Number of cameras; they differ in light, colour cast, blur, background and crop."""
     images_per_camera: Annotated[int, Field(ge=2)] = 2
-    """Images of one person by one camera."""
+    """Number of images that each camera takes of each person."""
     height: Annotated[int, Field(ge=64, le=1024)] = 128
-    """Height of the drawings, in pixels."""
+    """Height of the drawn images, in pixels."""
     width: Pixels = 64
-    """Width of the drawings, in pixels."""
+    """Width of the drawn images, in pixels."""
 
 
 class EvaluationConfig(Section):
-    """Retrieval on query and gallery images, which picks the best checkpoint."""
+    """Retrieval scores during training, which decide which backbone is the best."""
 
     shards: PathOrUri | None = None
-    """Folder or URI with query and gallery splits; none takes those of the training set."""
+    """Folder or URI of shards with query and gallery splits. Default: the training shards."""
     every_epochs: PositiveInt = 10
-    """Epochs between two evaluations; the untrained and the final backbone are scored too."""
+    """Epochs between two evaluations; the first and the last backbone are always scored."""
 
 
 class CheckpointConfig(Section):
-    """When the state of training is saved."""
+    """When the state of training is saved, and how often."""
 
     every_steps: PositiveInt = 1000
-    """Steps between two checkpoints."""
+    """Training steps between two checkpoints."""
     num_to_keep: PositiveInt = 2
-    """Newest checkpoints kept; each holds the best backbone so far too."""
+    """Number of checkpoints to keep; each also holds the best backbone so far."""
 
 
 class ScalingConfig(Section):
-    """The processes that compute."""
+    """The worker processes of Ray and the hardware that each reserves."""
 
     num_workers: PositiveInt = 8
-    """Processes; to train, at most the groups of a batch (batch_size / group_size)."""
+    """Number of worker processes; training uses at most one for each group of a batch."""
     min_workers: PositiveInt | None = None
-    """Training goes on with this many where a node is lost; none waits for num_workers."""
+    """Least number of workers with which training continues after a node is lost. Default:
+    num_workers, so that training waits for a replacement."""
     max_workers: PositiveInt | None = None
-    """Training takes this many where nodes are there; none takes num_workers at most. On CPUs
-    it must leave one free: where workers take all, none decodes images and the run hangs."""
+    """Greatest number of workers, used if the cluster has room. Default: num_workers. On CPUs,
+    one CPU must stay free to decode images, or the run hangs."""
     resize_seconds: PositiveFloat = 60.0
-    """How often a run of fewer than max_workers looks whether more of them fit."""
+    """Seconds between two checks whether more workers fit, up to max_workers."""
     use_gpu: bool = True
-    """Processes compute on GPUs (and NCCL); false computes on CPUs (with Gloo)."""
+    """Whether workers compute on GPUs (with NCCL) or on CPUs (with Gloo)."""
     gpus_per_worker: Share = 1.0
-    """GPUs that each process reserves; with a part, several trials of a sweep share one."""
+    """Number of GPUs for each worker; a fraction lets several sweep trials share one GPU."""
     cpus_per_worker: PositiveFloat = 1.0
-    """CPUs that each process reserves; what it leaves free decodes images."""
+    """Number of CPUs that each worker reserves; the CPUs that are left decode images."""
     threads_per_worker: PositiveInt | None = None
-    """Threads of each process on CPUs; none shares the cores of a machine among them."""
+    """Number of threads of each worker on CPUs. Default: an equal share of the cores."""
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Self:
@@ -81,14 +82,18 @@ class ScalingConfig(Section):
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """The least and the greatest number of processes that train."""
+        """Least and greatest number of workers."""
         return self.min_workers or self.num_workers, self.max_workers or self.num_workers
 
     def check_workers(self, num_groups: int, source: str) -> None:
-        """Refuse more processes than the groups of a batch, which ``source`` decides.
+        """Refuse more workers than a batch has groups.
+
+        Args:
+            num_groups: Number of groups of a batch.
+            source: Flags that decide the number of groups, for the message.
 
         Raises:
-            ValueError: Of one line.
+            ValueError: There are more workers than groups.
         """
         flag = "max" if self.max_workers else "num"
         if self.bounds[1] > num_groups:
@@ -99,22 +104,23 @@ class ScalingConfig(Section):
 
 
 class JobConfig(Section):
-    """Where a job keeps what it makes."""
+    """Where a job stores its results."""
 
     name: Name | None = None
-    """Name of the run and of its folder; none makes one from the backbone and the time."""
+    """Name of the run and of its folder. Default: made from the kind of job and the time."""
     storage_path: PathOrUri | None = None
-    """Folder or URI of all runs; none takes $UPREID_RAY_STORAGE, else ./runs."""
+    """Folder or URI that holds all runs. Default: $UPREID_RAY_STORAGE, or ./runs without it."""
     experiment: str = "upreid"
-    """MLflow experiment."""
+    """Name of the MLflow experiment."""
 
 
 class RunConfig(JobConfig):
-    """Where the run lives."""
+    """Where a run stores its results, and which failures it survives."""
 
     max_failures: NonNegativeInt = 3
-    """Times that training starts again from its last checkpoint after a worker was lost."""
+    """Number of times that training restarts from a checkpoint after a worker is lost."""
     max_skipped_steps: NonNegativeInt = 10
-    """Steps in a row without a finite gradient, which change nothing, that a run survives."""
+    """Number of consecutive steps whose gradient is not finite before the run fails; such steps
+    change nothing."""
     register_as: Name | None = None
-    """Name of the registered model; none makes it from the backbone (upreid-resnet50)."""
+    """Name of the registered model. Default: made from the name of the backbone."""

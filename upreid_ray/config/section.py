@@ -1,4 +1,4 @@
-"""Every setting of a run, in one frozen tree.
+"""Sections: frozen groups of settings, which nest into one tree for each job.
 
 One setting has one name: ``optimizer.lr`` is the flag ``--optimizer.lr``, the key in a sweep,
 the MLflow parameter and the path in a checkpoint's ``config.json``.
@@ -35,7 +35,7 @@ def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 def _plain(value: Any, annotation: Any) -> Any:  # noqa: ANN401, any setting
-    """Return a value as pydantic reads it; text may say ``none`` or ``first,second``."""
+    """Return a value as pydantic reads it: text such as ``none`` or ``1,2`` is parsed."""
     if isinstance(value, BaseModel):
         return value.model_dump()
     if not isinstance(value, str):
@@ -57,9 +57,10 @@ def _without_secret(uri: str) -> str:
 
 
 def absolute(place: str) -> str:
-    """Return a path as an absolute one, from the working folder on; a URI as it is.
+    """Return a path as an absolute path, and a URI as it is.
 
-    Processes of a cluster have other working folders than the user.
+    Only the process of the user knows the folder that a relative path starts at: the other
+    processes of a cluster have other working folders.
 
     Raises:
         ValueError: The path is empty.
@@ -70,7 +71,7 @@ def absolute(place: str) -> str:
 
 
 def absolute_init(init: str) -> str:
-    """Return what a backbone starts from, with a path made `absolute`."""
+    """Return an initialization; if it is a path, an absolute one."""
     is_path = init != RANDOM and not init.startswith("models:")
     return absolute(init) if is_path else init
 
@@ -139,11 +140,12 @@ class Section(BaseModel):
         """Return a copy with the settings or sections at these dotted paths replaced.
 
         Args:
-            values: Dotted path to new value. Text is read as the setting's type: ``none`` is
-                None, and commas separate the members of a tuple.
+            values: New values by dotted path. Text is parsed as the type of the setting:
+                ``none`` is None, and commas separate the members of a tuple.
 
         Raises:
-            InputError: A path is unknown, a value is refused, or the whole is inconsistent.
+            InputError: A path is unknown, a value is refused, or two settings contradict each
+                other.
         """
         tree = self.model_dump()
         for path, value in values.items():
@@ -165,7 +167,7 @@ class Section(BaseModel):
         """Validate a nested mapping, such as the parsed JSON of ``model_dump_json``.
 
         Raises:
-            InputError: With the first refused setting, its flag and its value.
+            InputError: A setting is refused; the message names its flag and its value.
         """
         try:
             return cls.model_validate(tree)

@@ -8,23 +8,23 @@ from upreid_ray.config.section import Section
 
 
 class SearchConfig(Section):
-    """How a sweep looks for the best settings."""
+    """The search of a sweep: how points are drawn and trials stopped."""
 
     num_trials: PositiveInt = 16
-    """Points to try; the values of grid(...) come on top, each with every point."""
+    """Number of points to draw; each is combined with every value of grid(...)."""
     num_seeds: PositiveInt = 1
-    """Trials of each point, with the seeds --seed, --seed + 1, ..."""
+    """Number of trials of each point, with the seeds --seed, --seed + 1 and so on."""
     searcher: Literal["random", "tpe"] = "random"
-    """Draw points at random, or near good ones (Optuna's TPE)."""
+    """How points are drawn: at random, or near good ones (Optuna's TPE)."""
     scheduler: Literal["asha", "none"] = "asha"
-    """Stop trials that are behind at a rung (ASHA), or none."""
+    """How trials are stopped early: at the rungs of ASHA, or not at all (none)."""
     grace_epochs: PositiveInt | None = None
-    """Epochs before a trial may be stopped; none takes --evaluation.every_epochs."""
+    """Number of epochs before a trial may be stopped. Default: --evaluation.every_epochs."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """One trial of this many goes on at a rung; the next rung is this many times as far."""
+    """Reduction factor of ASHA: one in this many trials continues at each rung."""
     trial_epochs: PositiveInt | None = None
-    """Length of a trial, its schedules included; none takes --training.epochs."""
+    """Number of epochs of a trial, which its schedules span. Default: --training.epochs."""
     max_concurrent: PositiveInt | None = None
-    """Trials at a time; none takes as many as the cluster holds."""
+    """Largest number of trials at a time. Default: as many as fit on the cluster."""
     retrain: bool = False
-    """Train the best point again, for --training.epochs, and register that."""
+    """Whether to train the best point again for --training.epochs, and register the result."""
