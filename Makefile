@@ -8,7 +8,7 @@ PIP_AUDIT_VERSION := 2.10.1
 # Libraries that the benchmarks compare with; they use the project's torch.
 PEERS := kornia==0.9.0 kornia-rs==0.2.0 lightly==1.6.0 lightly-utils==0.0.2 \
   lightning-utilities==0.15.3
-# The allocator settings that workers on CPUs use.
+# The allocator settings of workers on CPUs, as in upreid_ray/core/cpu.py; a test compares them.
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
 

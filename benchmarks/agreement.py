@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.step import Case, provenance
-from upreid_ray.core.convolution import TrimmedConv2d
+from upreid_ray.core.cpu import TrimmedConv2d
 from upreid_ray.core.training import TrainState, train_step
 from upreid_ray.data.sources.synthetic import draw, portraits
 

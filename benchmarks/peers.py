@@ -36,7 +36,8 @@ from torchvision.transforms import v2
 from benchmarks.step import METHODS, Case, clock, new_state, provenance, spread
 from upreid_ray.config.pretrain import AugmentationConfig, PretrainConfig
 from upreid_ray.core.augment import draw_view_parameters, render_view
-from upreid_ray.core.backbone import build_backbone
+from upreid_ray.core.backbone import build_backbone, num_features
+from upreid_ray.core.cpu import for_cpu
 from upreid_ray.core.losses import global_consistency, info_nce, intrinsic_contrastive
 from upreid_ray.core.patches import cut_patches
 from upreid_ray.core.precision import autocast, multiplies_bf16
@@ -70,10 +71,10 @@ class Pictures(Dataset[tuple[Tensor, Tensor]]):
 class LightlyMoCo(nn.Module):
     """Lightly's example of MoCo v2."""
 
-    def __init__(self, backbone: nn.Module, num_features: int) -> None:
+    def __init__(self, backbone: nn.Module, width: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.projection_head = MoCoProjectionHead(num_features, num_features, 128)
+        self.projection_head = MoCoProjectionHead(width, width, 128)
         self.backbone_momentum = copy.deepcopy(self.backbone)
         self.projection_head_momentum = copy.deepcopy(self.projection_head)
         deactivate_requires_grad(self.backbone_momentum)
@@ -96,11 +97,12 @@ class Lightly:
         self, config: PretrainConfig, device: torch.device, *, tuned: bool, precision: str
     ) -> None:
         backbone = build_backbone(config.model.backbone)
-        num_features = 512 if config.model.backbone == "resnet18" else 2048
-        self.model = LightlyMoCo(backbone, num_features).to(device)
+        self.model = LightlyMoCo(backbone, num_features(backbone)).to(device)
         if tuned:
             self.model.to(memory_format=torch.channels_last)
-            if device.type == "cuda":
+            if device.type == "cpu":
+                for_cpu(self.model)
+            else:
                 for module in (self.model.backbone, self.model.backbone_momentum):
                     module.compile(dynamic=False)
         self.criterion = NTXentLoss(

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.core.cpu import KEEP_FREED_MEMORY
 from upreid_ray.core.training import TrainState, train, train_step
 from upreid_ray.data.shards.images import ImageRules
 from upreid_ray.data.shards.preparation import write_shards
@@ -36,7 +37,6 @@ from upreid_ray.data.sources.source import synthetic_records
 from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.training import Block, TrainingImages
 from upreid_ray.tracking.runs import environment
-from upreid_ray.train.job import KEEP_FREED_MEMORY
 from upreid_ray.train.pretrain import fit
 
 # Workers and threads of each: one core is left to all else, or none is.

@@ -8,10 +8,11 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from tests.core.tiny import tiny
 from upreid_ray.config.errors import InputError
-from upreid_ray.core.backbone import build_backbone
+from upreid_ray.core.backbone import Description, build_backbone
 from upreid_ray.core.model import UPReID
 from upreid_ray.core.weight_files import read_backbone
 
@@ -79,6 +80,36 @@ def test_torchvision_loads_the_weights_of_a_backbone(name):
     theirs.fc = nn.Identity()
 
     theirs.load_state_dict(build_backbone(name).state_dict(), strict=True)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("has_neck", [False, True])
+@pytest.mark.parametrize("last_stride", [1, 2])
+def test_an_extractor_is_plain_torchvision_and_can_be_scripted_and_traced(
+    backbone, last_stride, has_neck
+):
+    description = Description(
+        backbone="resnet18",
+        height=128,
+        width=64,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
+        last_stride=last_stride,
+        has_neck=has_neck,
+    )
+    neck = nn.BatchNorm1d(512).state_dict() if has_neck else {}
+
+    extractor = description.extractor(backbone, neck).eval()
+
+    kinds = {type(each) for each in extractor.modules() if isinstance(each, nn.Conv2d)}
+    assert kinds == {nn.Conv2d}
+    scripted = torch.jit.script(extractor)
+    traced = torch.jit.trace(extractor, torch.randn(1, 3, 32, 16))
+    for size in ((32, 16), (128, 64)):
+        images = torch.randn(2, 3, *size)
+        expected = extractor(images)
+        assert_close(scripted(images), expected)
+        assert_close(traced(images), expected)
 
 
 @pytest.mark.parametrize(("name", "size"), [("resnet18", 512), ("resnet50", 2048)])

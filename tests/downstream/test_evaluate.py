@@ -6,16 +6,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 from upreid_ray.config.downstream import EvaluateConfig
 from upreid_ray.config.errors import InputError
+from upreid_ray.config.run import ScalingConfig
+from upreid_ray.core.cpu import TrimmedConv2d
 from upreid_ray.core.retrieval import extract_features, retrieval_scores
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.labelled import LabelledImages
-from upreid_ray.downstream.evaluate import evaluate
+from upreid_ray.downstream.evaluate import _Extractor, evaluate
 from upreid_ray.tracking import runs
 from upreid_ray.train import initialization
 
@@ -62,6 +66,16 @@ def config(folder, market) -> EvaluateConfig:
 def finished(ray_cluster, config) -> SimpleNamespace:
     result = evaluate(config)
     return SimpleNamespace(result=result, run=runs.connect().get_run(result.run_id))
+
+
+def test_an_actor_without_a_gpu_trims_its_convolutions(ray_cluster):
+    init = initialization.random("resnet18", seed=0)
+    scaling = ScalingConfig(use_gpu=False, threads_per_worker=torch.get_num_threads())
+
+    extractor = _Extractor(ray.put(init), scaling).extractor
+
+    kinds = {type(each) for each in extractor.modules() if isinstance(each, nn.Conv2d)}
+    assert kinds == {TrimmedConv2d}
 
 
 def test_scores_are_those_of_one_process(finished, config):

@@ -12,10 +12,10 @@ from ray.train import ControllerError, WorkerGroupError
 
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.run import JobConfig
+from upreid_ray.core.cpu import KEEP_FREED_MEMORY
 from upreid_ray.tracking import run_log, runs
 from upreid_ray.train.folder import RUN_FILE, SNAPSHOT_FILE, STOP_FILE, RunFolder
 from upreid_ray.train.job import (
-    KEEP_FREED_MEMORY,
     _stopped_by_sigterm,
     deliver_metrics,
     first_cause,

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.core.cpu import KEEP_FREED_MEMORY
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking import registry, runs
-from upreid_ray.train.job import KEEP_FREED_MEMORY
 from upreid_ray.train.pretrain import fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]

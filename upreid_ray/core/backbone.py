@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from upreid_ray.config.run import BackboneName
 from upreid_ray.core.augment import Normalization
-from upreid_ray.core.convolution import TrimmedConv2d
 
 
 def build_backbone(name: str, *, last_stride: int = 2) -> nn.Module:
@@ -19,10 +18,6 @@ def build_backbone(name: str, *, last_stride: int = 2) -> nn.Module:
     """
     backbone = getattr(torchvision.models, name)(weights=None)
     backbone.fc = nn.Identity()
-    for module in backbone.modules():
-        if type(module) is nn.Conv2d:
-            # Torchvision lets nobody choose its convolutions; weights and names stay.
-            module.__class__ = TrimmedConv2d
     if last_stride == 1:
         for module in backbone.layer4.modules():
             if isinstance(module, nn.Conv2d):

@@ -32,12 +32,12 @@ from upreid_ray.core.augment import (
     step_generator,
 )
 from upreid_ray.core.backbone import Description
+from upreid_ray.core.cpu import ChannelsLastSGD, for_cpu
 from upreid_ray.core.encoder import group_momentum
 from upreid_ray.core.model import UPReID, Views
 from upreid_ray.core.patches import cut_patches
 from upreid_ray.core.precision import autocast
 from upreid_ray.core.schedule import key_momentum, learning_rate
-from upreid_ray.core.sgd import ChannelsLastSGD
 
 BatchT = TypeVar("BatchT")
 StateT = TypeVar("StateT", bound="State")
@@ -70,7 +70,7 @@ class State(ABC):
         self.device = device
         self.steps_per_epoch = steps_per_epoch
         self.num_steps = steps_per_epoch * epochs
-        self.model: Any = model
+        self.model: Any = for_cpu(model) if device.type == "cpu" else model
         self.parallel_model = distributed.data_parallel(model)
         self.optimizer = optimizer
         self.step = 0
@@ -164,13 +164,11 @@ class TrainState(State):
             model = UPReID(config)
         model = model.to(device).to(memory_format=torch.channels_last)
         optimizer = ChannelsLastSGD(
-            model.query_encoder.parameters(),
+            list(model.query_encoder.parameters()),
             lr=config.optimizer.lr,
             momentum=config.optimizer.momentum,
             weight_decay=config.optimizer.weight_decay,
         )
-        for parameter in model.query_encoder.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         super().__init__(
             model,
             optimizer,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from upreid_ray.config.downstream import EvaluateConfig
 from upreid_ray.config.run import ScalingConfig
+from upreid_ray.core.cpu import for_cpu
 from upreid_ray.core.reranking import reranked_distances
 from upreid_ray.core.retrieval import Labels, cosine_distances, extract_features, score_rows
 from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
@@ -184,15 +185,16 @@ class _Extractor:
         scaling: ScalingConfig,
     ) -> None:
         self._device = torch.device("cuda" if scaling.use_gpu else "cpu")
-        if not scaling.use_gpu:
-            take_threads(scaling, scaling.num_workers)
         start: Initialization = ray.get(init)
         extractor = start.extractor().to(memory_format=torch.channels_last)
-        self._extractor = extractor.to(self._device)
+        if not scaling.use_gpu:
+            take_threads(scaling, scaling.num_workers)
+            extractor = for_cpu(extractor)
+        self.extractor = extractor.to(self._device)
         self._normalization = start.description.normalization
 
     def __call__(self, block: Columns) -> Columns:
         """Replace the images of a block by their features."""
         images = torch.from_numpy(block.pop("image"))
-        features = extract_features(self._extractor, [images], self._normalization)
+        features = extract_features(self.extractor, [images], self._normalization)
         return {**block, "features": features.cpu().numpy()}

@@ -35,6 +35,7 @@ from upreid_ray.config.downstream import DownstreamConfig
 from upreid_ray.config.errors import InputError, RunFailed, first_line
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.checkpoint import export_backbone, read_position
+from upreid_ray.core.cpu import KEEP_FREED_MEMORY
 from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.persons import ClusterImages, PersonImages
@@ -52,15 +53,6 @@ WorkerFunction = Callable[[WorkerSettings[Any]], RunFailed | InputError | None]
 
 # Settings that may change when a run is resumed: they change its weights by rounding at most.
 FREE_SETTINGS = ("run.", "scaling.", "checkpoint.", "training.log_every_steps")
-
-# Lets the C library of Linux keep what a step frees for the next one. By default it gives large
-# blocks back, and each page comes anew, zeroed: a sixth of the time of a step on two cores.
-# One arena, since others than the first give back what is larger than 64 MiB all the same.
-KEEP_FREED_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),  # bytes
-}
 
 
 @dataclass(frozen=True)
