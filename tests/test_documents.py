@@ -20,6 +20,7 @@ DOCUMENTS = sorted(
         *ROOT.glob("cluster/*.md"),
     ]
 )
+JOBS = sorted(file.stem for file in ROOT.glob("jobs/[!_]*.py"))
 MAX_README_WORDS = 1000
 FOLDERS = ("upreid_ray", "jobs", "tests", "docs", "benchmarks", "cluster")
 SECRETS = "cluster/kubernetes/base/secrets"  # made by `make secrets`
@@ -27,7 +28,7 @@ FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | 
 SPAN = re.compile(r"`(?P<text>[^`]+)`")
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 SPAN_LANGUAGE = "a few words in a sentence"
-PROGRAMS = ("make ", "python ", "ray ")  # how a span begins that is a command
+PROGRAMS = ("make ", "python ", "ray ", "upreid ")  # how a span begins that is a command
 OPERATORS = frozenset("();<>|&")
 SETTING = re.compile(r"--[a-z_]+\.[a-z_.]*[a-z_]")
 
@@ -68,6 +69,8 @@ class Code:
                 match = re.fullmatch(r"jobs/(\w+)\.py", word)
                 if match and words[place - 1].endswith("python"):
                     yield match[1], words[place + 1 :]
+            if words[0] == "upreid":
+                yield words[1], words[2:]
 
 
 def relative(document: Path) -> str:
@@ -174,7 +177,7 @@ def test_every_verb_of_make_exists():
 
 
 def test_calls_of_jobs_are_found():
-    assert {job for _, job, _ in CALLS} == {file.stem for file in ROOT.glob("jobs/*.py")}
+    assert {job for _, job, _ in CALLS} == set(JOBS)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +190,8 @@ def test_every_call_of_a_job_is_one_that_its_parser_accepts(job, words):
 
 
 def test_every_setting_that_a_sentence_names_is_a_flag_of_a_job():
-    calls = [(file.stem,) for file in ROOT.glob("jobs/*.py")]
-    texts = [help_of(*call) for call in [*calls, ("finetune", "--method", "cluster-contrast")]]
+    texts = [help_of(job) for job in JOBS]
+    texts.append(help_of("finetune", "--method", "cluster-contrast"))
     known = {flag for text in texts for flag in SETTING.findall(text)}
     unknown = [
         f"{code}: {flag}"
