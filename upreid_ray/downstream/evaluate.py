@@ -28,7 +28,7 @@ from upreid_ray.data.stream.labelled import LabelledImages
 from upreid_ray.tracking import runs
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.initialization import Initialization, requested
-from upreid_ray.train.worker import take_threads
+from upreid_ray.train.worker import set_num_threads
 
 SCORES_FILE = "scores.json"
 
@@ -188,7 +188,7 @@ class _Extractor:
         start: Initialization = ray.get(init)
         extractor = start.extractor().to(memory_format=torch.channels_last)
         if not scaling.use_gpu:
-            take_threads(scaling, scaling.num_workers)
+            set_num_threads(scaling, scaling.num_workers)
             extractor = for_cpu(extractor)
         self.extractor = extractor.to(self._device)
         self._normalization = start.description.normalization

@@ -40,6 +40,7 @@ from upreid_ray.data.stream.persons import (
     PersonImages,
 )
 from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS, read_stream, stream_blocks
+from upreid_ray.train.evaluation import features_of_share
 from upreid_ray.train.initialization import Initialization
 from upreid_ray.train.worker import Worker, WorkerSettings, logger, prepare_process
 
@@ -75,6 +76,7 @@ def initial_backbone(config: DownstreamConfig, init: Initialization) -> nn.Modul
 class FinetuneWorker(Worker):
     """One process of a supervised fine-tuning run."""
 
+    config: FinetuneConfig
     state: FinetuneState
 
     def __init__(
@@ -115,6 +117,7 @@ class FinetuneWorker(Worker):
 class ClusterContrastWorker(Worker):
     """One process of an unsupervised fine-tuning run."""
 
+    config: ClusterContrastConfig
     state: ClusterContrastState
 
     def __init__(
@@ -124,7 +127,6 @@ class ClusterContrastWorker(Worker):
         device: torch.device,
     ) -> None:
         images = init.description
-        self.config = settings.config
         self.images = ClusterImages(
             settings.shards,
             settings.config,
@@ -151,9 +153,9 @@ class ClusterContrastWorker(Worker):
             yield from train(state, batches, cluster_contrast_step, stop_step=stop)
 
     def keys(self, step: int) -> list[str]:
-        """Return the names of the images of a step's batch; none of an epoch that is over.
+        """Return the names of the images of a step's batch; none after the step's epoch.
 
-        Its clusters, which decided what was in the batch, are gone.
+        The clusters that decided what was in the batch are gone by then.
         """
         last = self.state.step - 1
         if step // self.state.steps_per_epoch != last // self.state.steps_per_epoch:
@@ -162,14 +164,14 @@ class ClusterContrastWorker(Worker):
         return self.images.keys(self.images.batches(labels).rows(step))
 
     def _cluster(self) -> None:
-        """Begin an epoch with new clusters; every worker takes part, rank 0 finds them.
+        """Begin an epoch with new clusters, which rank 0 finds. Every worker must call this.
 
         Raises:
-            InputError: On every worker, if there are too few.
+            InputError: There are too few clusters; every worker raises it.
         """
         state = self.state
         state.average_running_statistics()
-        gathered = distributed.gather_at_first(self.features(self.images))
+        gathered = distributed.gather_at_first(features_of_share(state, self.images))
         found: Any = None
         if gathered is not None:
             rows = np.concatenate([block["row"] for _, blocks in gathered for block in blocks])
@@ -182,7 +184,7 @@ class ClusterContrastWorker(Worker):
             else:
                 found = torch.from_numpy(labels), centroids(features, labels).cpu()
                 self._log_clusters(labels)
-        # Others wait for rank 0 no longer than torch's process group allows (30 minutes).
+        # Other workers wait for rank 0 as long as torch's process group allows (30 minutes).
         shared = distributed.share_from_first(found)
         if isinstance(shared, InputError):
             raise shared
@@ -192,9 +194,7 @@ class ClusterContrastWorker(Worker):
     def _log_clusters(self, labels: NDArray[np.int64]) -> None:
         """Log how many clusters and outliers there are."""
         num_clusters, share = int(labels.max()) + 1, float((labels == OUTLIER).mean())
-        if self.log is not None:
-            values = {"clusters/number": float(num_clusters), "clusters/outliers": share}
-            self.log.metrics(self.state.step, values)
+        self.log_metrics({"clusters/number": float(num_clusters), "clusters/outliers": share})
         logger.info(
             "step %d/%d  %d clusters  %.1f%% outliers",
             self.state.step,
@@ -205,7 +205,7 @@ class ClusterContrastWorker(Worker):
 
 
 def _put_encoded(images: ChosenImages) -> "ray.ObjectRef | None":
-    """Put the encoded images where tasks find them; rank 0 does so for all."""
+    """Put the encoded images into the object store, at rank 0 for all workers."""
     return ray.put(images.encoded()) if distributed.rank() == 0 else None
 
 
@@ -218,10 +218,10 @@ def stream_batches(
     """Yield this worker's batches from the next step to ``stop_step``, decoded on Ray Data.
 
     Args:
-        batches: Of the run.
-        encoded: The images, at rank 0.
-        state: Says which step is the next.
-        stop_step: Step after the last.
+        batches: Batches of the run.
+        encoded: Encoded images at rank 0, None elsewhere.
+        state: State of training, whose ``step`` is the next step.
+        stop_step: Step after the last one.
     """
     rank, num_workers = distributed.rank(), distributed.world_size()
     num_steps = batches.steps_per_block * max(1, MAX_DATASET_BLOCKS // state.config.num_groups)

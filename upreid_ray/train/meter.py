@@ -1,4 +1,4 @@
-"""How fast and how well training goes: what a worker measures between two log entries."""
+"""Loss and speed of a worker between two log entries."""
 
 import logging
 import time
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class Gauges:
-    """The newest values of a run, which Prometheus scrapes from Ray's own metrics.
+    """The newest metrics of a run, which Prometheus scrapes along with Ray's own metrics.
 
     Args:
-        run: Its name, the tag of every value.
+        run: Name of the run, the tag of every metric.
     """
 
     def __init__(self, run: str) -> None:
@@ -26,7 +26,7 @@ class Gauges:
         self._gauges: dict[str, Gauge] = {}
 
     def set(self, values: Mapping[str, float]) -> None:
-        """Set values: ``section/name`` is ``ray_upreid_section_name`` in Prometheus."""
+        """Set metrics; Prometheus calls ``section/name`` ``ray_upreid_section_name``."""
         for name, value in values.items():
             if name not in self._gauges:
                 metric = f"upreid_{name.replace('/', '_')}"
@@ -35,12 +35,15 @@ class Gauges:
 
 
 class Meter:
-    """Means of the loss terms, and the speed.
+    """Means of the loss terms, skipped steps, and the speed.
+
+    Args:
+        batch_size: Images of a step on all workers together.
 
     Attributes:
-        terms: Names of the loss and its terms, as of the last reading.
-        skipped_steps: Of the last reading, those that changed nothing.
-        most_skipped: The longest row of them up to a step of the last reading.
+        terms: Names of the loss and its terms at the last reading.
+        skipped_steps: Steps of the last reading that had no finite gradient.
+        most_skipped: The most of such steps in a row, up to a step of the last reading.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -57,20 +60,20 @@ class Meter:
         self._window_started = time.perf_counter()
 
     def add(self, report: StepReport) -> None:
-        """Take in one step."""
+        """Add the report of one step."""
         self._reports.append(report)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time inside out of the speed."""
+        """Exclude the time inside this block from the speed."""
         before = time.perf_counter()
         yield
         self._window_started += time.perf_counter() - before
 
     def read(self) -> dict[str, float]:
-        """Return the means since the last reading, over all workers, and begin a new one.
+        """Return the means over all workers since the last reading, and begin a new one.
 
-        Steps that were skipped take no part in the means, which are NaN if all were.
+        Skipped steps are excluded; if every step was skipped, the means are NaN.
         """
         reports, self._reports = self._reports, []
         names = self.terms = tuple(name for name in reports[0].terms if name != "skipped")
@@ -79,7 +82,7 @@ class Meter:
         taken = (skipped == 0)[:, None]
         means = terms.where(taken, 0).sum(0) / taken.sum(0)
         distributed.average_([means])
-        values = means.tolist()  # waits for the device, so that the time below is that of work
+        values = means.tolist()  # Wait for the device before the time is read.
         in_a_row = skipped.int().tolist()
         self.skipped_steps = [r.step for r, n in zip(reports, in_a_row, strict=True) if n > 0]
         self.most_skipped = max(in_a_row)
@@ -95,7 +98,7 @@ class Meter:
 
     @property
     def mean_images_per_second(self) -> float:
-        """Speed over all readings but the first, which contains the start of the stream."""
+        """Speed over all readings except the first, in which the stream starts."""
         windows = self._windows[1:] or self._windows
         seconds = sum(seconds for _, seconds in windows)
         return sum(images for images, _ in windows) / seconds if seconds else 0.0

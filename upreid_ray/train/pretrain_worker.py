@@ -29,14 +29,13 @@ def pretrain_worker(settings: WorkerSettings[PretrainConfig]) -> RunFailed | Non
 class PretrainWorker(Worker):
     """One process of a pre-training run."""
 
+    config: PretrainConfig
     state: TrainState
 
     def __init__(self, settings: WorkerSettings[PretrainConfig], device: torch.device) -> None:
-        self.config = settings.config
-        self.images = TrainingImages(settings.shards, self.config)
-        state = TrainState(
-            self.config, steps_per_epoch=self.images.steps_per_epoch, device=device
-        )
+        config = settings.config
+        self.images = TrainingImages(settings.shards, config)
+        state = TrainState(config, steps_per_epoch=self.images.steps_per_epoch, device=device)
         super().__init__(settings, state)
 
     def steps(self) -> Iterator[StepReport]:
@@ -70,7 +69,7 @@ class PretrainWorker(Worker):
                 yield batch.pin_memory() if self.state.device.type == "cuda" else batch
 
     def _log_views(self, images: Tensor) -> None:
-        """Keep a picture of what the encoders see of the first batch."""
+        """Log a picture of the views of the first batch."""
         if self.log is not None:
             sheet = view_sheet(images, StepDraw.of(self.config, 0), self.config)
             self.log.picture("views.png", sheet)
