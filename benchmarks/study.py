@@ -3,15 +3,15 @@
 Each row of the study is a method and the settings in which it differs. A run pre-trains one row
 with one seed, on images without labels, by the package's own step in one process with one
 thread. Every hundred steps the frozen backbone is scored, and a line is appended to a file of
-JSON lines. Rows with the same seed begin with the same weights and see the same images under the
-same augmentation, so that differences between them are paired.
+JSON lines. Rows with the same seed begin with the same weights and see the same images under
+the same augmentation, so that differences between them are paired.
 
 By default a run trains on four fifths of the train persons, and is scored on the others: one
 query image for each person and camera, the rest is the gallery. `--test` trains on all train
 persons and scores the official query and gallery, which is for the final table alone.
 
-A step of UP-ReID costs about 2.25 times one of MoCo v2. For a comparison at equal time, add a row
-of MoCo v2 with more epochs, and compare the seconds, which are those of the processor.
+A step of UP-ReID costs about 2.25 times one of MoCo v2. For a comparison at equal time, add a
+row of MoCo v2 with more epochs, and compare the seconds, which are those of the processor.
 
 Finished runs are left out and broken ones go on, so the same command resumes a study.
 
