@@ -23,6 +23,7 @@ Finished runs are left out and broken ones go on, so the same command resumes a 
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import time
@@ -65,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
 BASELINE = "MoCo v2"
 TRAIN_SHARE = 0.8  # of the train persons; 600 of the 751 of Market-1501
 CONFIDENCE = 0.95
-BATCH_SIZE = 256  # of scoring
+SCORING_BATCH_SIZE = 256
 
 Line = dict[str, Any]
 
@@ -91,7 +92,13 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class StudyData:
-    """What the runs of a study train on and are scored on."""
+    """Images of a study.
+
+    Attributes:
+        train: ``[N, 3, H, W]``, uint8, the images to train on.
+        query: Query images of the persons to score.
+        gallery: Gallery images of the same persons.
+    """
 
     train: Tensor
     query: LabelledImages
@@ -124,14 +131,15 @@ def read_images(root: str, split: str, height: int, width: int) -> LabelledImage
 
 
 def split_persons(pids: NDArray[Any], camids: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-    """Split train images by person into those to train on, and query and gallery to choose by.
+    """Split the train images by person into train, query and gallery images.
 
     Args:
         pids: ``[N]``.
         camids: ``[N]``.
 
     Returns:
-        Masks ``[N]``: train, query (one image for each other person and camera), gallery.
+        Masks ``[N]``: the images of `TRAIN_SHARE` of the persons; of the others, one query
+        image for each person and camera; the rest.
     """
     persons = np.random.default_rng(0).permutation(np.unique(pids))
     train = np.isin(pids, persons[: int(TRAIN_SHARE * len(persons))])
@@ -143,7 +151,7 @@ def split_persons(pids: NDArray[Any], camids: NDArray[Any]) -> tuple[NDArray[Any
 
 
 def study_data(root: str, height: int, width: int, *, test: bool) -> StudyData:
-    """Read what a study needs: of the train split alone, or for the final table all splits."""
+    """Read the train split and divide it by person, or for ``test`` read all three splits."""
     everyone = read_images(root, "train", height, width)
     if test:
         query, gallery = (
@@ -173,10 +181,9 @@ def batches(images: Tensor, state: TrainState) -> Iterator[Tensor]:
 
 def score(state: TrainState, data: StudyData) -> dict[str, float]:
     """Score the frozen backbone."""
+    normalization = state.description.normalization
     query, gallery = (
-        extract_features(
-            state.extractor, each.images.split(BATCH_SIZE), state.config.augmentation
-        )
+        extract_features(state.extractor, each.images.split(SCORING_BATCH_SIZE), normalization)
         for each in (data.query, data.gallery)
     )
     scores = score_rows(
@@ -186,7 +193,12 @@ def score(state: TrainState, data: StudyData) -> dict[str, float]:
 
 
 class Run:
-    """A run of one row with one seed, which goes on where a broken one stopped."""
+    """One row with one seed; continues from the newest checkpoint in its folder.
+
+    Attributes:
+        state: State of training.
+        seconds: Processor seconds of the training steps so far.
+    """
 
     def __init__(self, config: PretrainConfig, data: StudyData, folder: Path) -> None:
         self._data, self._folder = data, folder
@@ -200,7 +212,7 @@ class Run:
     def lines(self) -> Iterator[Line]:
         """Train, and yield the scores at the beginning, at each checkpoint and at the end.
 
-        A checkpoint is written after its line was taken.
+        The checkpoint of a line is written when the next line is asked for.
         """
         state = self.state
         newest = max(self._folder.glob("*"), key=lambda each: int(each.name), default=None)
@@ -242,7 +254,7 @@ class Run:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         best = BestBackbone()
-        best.offer(state, {})
+        best.update(state, {})
         num_images = state.step * state.config.training.batch_size
         save_checkpoint(
             unfinished,
@@ -279,25 +291,25 @@ def study(
     out: Path,
     results: Path,
 ) -> None:
-    """Run what has no results yet: all rows with one seed, then all with the next.
+    """Run all rows with one seed, then all with the next; skip runs that have a final line.
 
     Args:
-        data: What to train on and what to score on.
+        data: Images to train on and to score.
         common: Settings of all rows.
-        rows: As `parse_row` reads them.
-        seeds: Of the runs.
-        preset: To which the settings are applied.
-        about: What else each line says.
-        out: Folder of checkpoints.
-        results: File to which lines are appended.
+        rows: Texts that `parse_row` reads.
+        seeds: Seeds of the runs.
+        preset: Name of the preset that the settings change.
+        about: Further entries of each line.
+        out: Folder of the checkpoints.
+        results: File to which the lines are appended.
     """
     results.parent.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         for row in rows:
             config = PRESETS[preset].override(common | parse_row(row) | {"seed": seed})
             run_about = {**about, "preset": preset, "common": common, "row": row, "seed": seed}
-            name = "_".join(f"{preset} {common} {row} {seed}".split()).replace("/", "")
-            run = Run(config, data, out / "".join(c for c in name if c not in "{}'\":,+"))
+            name = re.sub(r"[^\w.=]+", "_", f"{preset} {common} {row} {seed}")
+            run = Run(config, data, out / name)
             num_steps = run.state.num_steps
             known = [each for each in read_lines(results) if run_about.items() <= each.items()]
             if any(each["step"] == num_steps for each in known):
@@ -333,7 +345,7 @@ def paired_difference(
 
 
 def tables(lines: Iterable[Line]) -> Iterator[Table]:
-    """Yield a table of each kind of study: the final scores of each row, beside MoCo v2's."""
+    """Yield a table for each set, split and common settings: the final scores of each row."""
     studies: dict[str, dict[str, dict[int, dict[int, Line]]]] = defaultdict(
         lambda: defaultdict(lambda: defaultdict(dict))
     )
@@ -402,8 +414,14 @@ def main() -> None:
     add("--data.root", dest="root", help="folder of images or of shards, or 'synthetic'")
     add("--out", type=Path, help="folder of the checkpoints")
     add("--preset", default="demo", choices=PRESETS)
-    add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="of all rows")
-    add("--rows", nargs="+", default=list(METHODS), metavar="'METHOD NAME=VALUE ...'")
+    add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="settings of all rows")
+    add(
+        "--rows",
+        nargs="+",
+        default=list(METHODS),
+        metavar="'METHOD NAME=VALUE ...'",
+        help="rows of the table: %(default)s by default",
+    )
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--test", action="store_true", help="score the official query and gallery")
     add("--results", type=Path, default=RESULTS, help="file of JSON lines")

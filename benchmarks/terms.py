@@ -1,19 +1,19 @@
-"""What does each term of the objective ask of the backbone?
+"""How large is each term of the objective, and which gradient does it give the backbone?
 
-For a checkpoint of a run, or for weights that are as a run begins with, some batches pass the
-training step without an update. Of each term a table shows
+A few batches pass the training step without an update, with the weights of a checkpoint or with
+those that a run begins with. For each term a table shows
 
-- its value, beside the value for the same embeddings without information (the keys of an image
-  are those of another image, and its patches stand in random order) and the least possible one;
+- its value, beside its value for the same embeddings without information (each image has the
+  keys of another image, and its patches are in random order) and its least possible value;
 - the length of its gradient at the query encoder's backbone, the weight with which it is as
   long as that of info_nce (weights in this unit mean the same for any grid, queue or
   temperature), and the cosine between its gradients for two batches: what is steady adds up
   over steps, the rest is noise;
 - the cosines between the gradients. Below 0, one term undoes what another one does.
 
-A row is a list of settings that differ from the run's. The column "same row" says how often the
-middle of a row of patches of one view lies in the same row of the other view: the share of
-positives of the intrinsic term that show the same part of the body.
+A row is a list of settings that differ from those of the run. The column "same row" is the
+share of patches whose middle lies in the same row of the other view: so many positives of the
+intrinsic term show the same part of the body.
 
     python -m benchmarks.terms --data.root market1501
     python -m benchmarks.terms --data.root market1501 --checkpoint study/RUN/483 \
@@ -54,7 +54,7 @@ def without_information(keys: Tensor, config: PretrainConfig) -> Tensor:
 
     Args:
         keys: ``[B, 2 + P, D]``: view, original, patches.
-        config: Of the run.
+        config: Settings of the run.
     """
     num_patches = config.patches.rows * config.patches.columns
     order = (
@@ -212,9 +212,15 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--data.root", dest="root", default="synthetic", help="as in benchmarks.study")
-    add("--preset", default="demo", choices=PRESETS, help="of weights without a checkpoint")
-    add("--checkpoint", type=Path, help="folder of one; its settings take precedence")
-    add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="of all rows")
+    add(
+        "--preset", default="demo", choices=PRESETS, help="preset of a run without --checkpoint"
+    )
+    add(
+        "--checkpoint",
+        type=Path,
+        help="folder of a checkpoint, whose settings are used instead of --preset",
+    )
+    add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="settings of all rows")
     add("--rows", nargs="+", default=[""], metavar="'NAME=VALUE ...'")
     add("--batches", type=int, default=4)
     add("--results", type=Path, help="file to which a JSON line for each row is appended")
