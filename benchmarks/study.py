@@ -53,7 +53,7 @@ from upreid_ray.core.checkpoint import BestBackbone, load_checkpoint, save_check
 from upreid_ray.core.retrieval import Labels, cosine_distances, extract_features, score_rows
 from upreid_ray.core.training import TrainState, train, train_step
 from upreid_ray.data.sources.source import source_records, synthetic_records
-from upreid_ray.data.stream.rows import decode
+from upreid_ray.data.stream.decode import decode_images
 from upreid_ray.tracking.runs import environment
 
 RESULTS = Path(__file__).parent / "results" / "i2_study.jsonl"
@@ -125,7 +125,8 @@ def read_images(root: str, split: str, height: int, width: int) -> LabelledImage
     # Images of shards are read with the others of their row group.
     order = sorted(range(len(rows)), key=lambda row: rows[row].get("unit", 0))
     for row in track(order, f"decoding {split}", console=Console(stderr=True)):
-        images[row] = decode(pa.array([records.read(rows[row])]), height, width)["image"][0]
+        encoded = pa.array([records.read(rows[row])])
+        images[row] = decode_images(encoded, height, width)["image"][0]
     labels = (torch.tensor(table.column(name).to_pylist()) for name in ("pid", "camid"))
     return LabelledImages(torch.from_numpy(images), Labels(*labels))
 
