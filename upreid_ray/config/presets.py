@@ -22,6 +22,9 @@ from upreid_ray.config.pretrain import (
 )
 from upreid_ray.config.run import CheckpointConfig, EvaluationConfig, ScalingConfig
 
+# Statistics of the training images of ImageNet, by which torchvision's weights normalize.
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
 AUGMENTATIONS = {
     # The augmentation of LUPerson (Fu et al. 2021, https://arxiv.org/abs/2012.03753), without
     # colour jitter.
@@ -29,8 +32,8 @@ AUGMENTATIONS = {
     # The augmentation of DINO for ReID (TransReID-SSL, Luo et al. 2021,
     # https://arxiv.org/abs/2111.12084): colour jitter, upright crops, ImageNet's statistics.
     "dino": AugmentationConfig(
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
+        mean=IMAGENET["mean"],
+        std=IMAGENET["std"],
         crop_ratio=(0.4, 0.6),
         jitter_probability=0.8,
     ),

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from upreid_ray.config.downstream import DownstreamConfig, EvaluateConfig, LabelledDataConfig
+from upreid_ray.config.presets import IMAGENET
 from upreid_ray.config.section import RANDOM
 from upreid_ray.core.backbone import Description, build_backbone
 from upreid_ray.core.checkpoint import read_exported
 from upreid_ray.core.weight_files import read_backbone
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-USUAL_SIZE = {"height": 256, "width": 128}
+DEFAULT_SIZE = {"height": 256, "width": 128}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def random(backbone: str, *, seed: int) -> Initialization:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = build_backbone(backbone).state_dict()
-    return Initialization(RANDOM, _usual(backbone), weights)
+    return Initialization(RANDOM, _default_description(backbone), weights)
 
 
 def resolve(init: str) -> Initialization:
@@ -71,7 +71,7 @@ def resolve(init: str) -> Initialization:
     if path.is_dir():
         return Initialization(init, *read_exported(path))
     name, weights = read_backbone(path)
-    return Initialization(init, _usual(name), weights)
+    return Initialization(init, _default_description(name), weights)
 
 
 def requested(config: DownstreamConfig | EvaluateConfig) -> Initialization:
@@ -95,6 +95,6 @@ def for_images(init: Initialization, data: LabelledDataConfig) -> Initialization
     return replace(init, description=init.description.model_copy(update=given))
 
 
-def _usual(backbone: str) -> Description:
-    """Return the description of a backbone if only its architecture is known."""
-    return Description.model_validate({"backbone": backbone, **USUAL_SIZE, **IMAGENET})
+def _default_description(backbone: str) -> Description:
+    """Return the description of a backbone of which only the architecture is known."""
+    return Description.model_validate({"backbone": backbone, **DEFAULT_SIZE, **IMAGENET})

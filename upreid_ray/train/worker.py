@@ -223,7 +223,7 @@ class Worker(ABC):
     def _load_newest(self, checkpoints: Sequence[Checkpoint]) -> bool:
         """Load the newest intact checkpoint; return whether there is one."""
         found = distributed.share_from_first(
-            _newest_whole(checkpoints) if distributed.rank() == 0 else None
+            _newest_intact(checkpoints) if distributed.rank() == 0 else None
         )
         if found is None:
             return False
@@ -341,7 +341,7 @@ class Worker(ABC):
         )
 
 
-def _newest_whole(checkpoints: Sequence[Checkpoint]) -> int | None:
+def _newest_intact(checkpoints: Sequence[Checkpoint]) -> int | None:
     """Return the index of the last checkpoint whose files match their hashes."""
     for index, checkpoint in reversed(list(enumerate(checkpoints))):
         try:
