@@ -29,7 +29,7 @@ from upreid_ray.config.sweep import SearchConfig
 from upreid_ray.tracking.runs import environment
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.tune import sweep
-from upreid_ray.tune.report import PointOutcome, rank
+from upreid_ray.tune.report import PointOutcome, best_first
 from upreid_ray.tune.space import SweepPlan, format_value
 from upreid_ray.tune.trial_record import TrialRecord
 
@@ -115,9 +115,9 @@ def main() -> None:
         grid, asha = records(base, "grid"), records(base, "asha")
         chosen = grid[:: max(1, len(grid) // arguments.by_hand)][: arguments.by_hand]
         hand_seconds = by_hand(base, chosen, folder) / len(chosen) * len(grid)
-    best_of_grid, best_of_asha = rank(grid)[0], rank(asha)[0]
+    best_of_grid, best_of_asha = best_first(grid)[0], best_first(asha)[0]
     # What the grid says of ASHA's choice: its score with all seeds at full length.
-    same = next(each for each in rank(grid) if each.point == best_of_asha.point)
+    same = next(each for each in best_first(grid) if each.point == best_of_asha.point)
     table = Table("", "trials", "epochs trained", "seconds", "best point: mAP")
     table.add_row(
         "full grid",

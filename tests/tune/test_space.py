@@ -12,7 +12,7 @@ from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.section import absolute
 from upreid_ray.config.sweep import SearchConfig
 from upreid_ray.tune.points import PointSearch, candidates, draw_points, from_optuna, to_optuna
-from upreid_ray.tune.report import page, pictures, point_table, rank, trial_table
+from upreid_ray.tune.report import best_first, draw_figures, report_page
 from upreid_ray.tune.space import (
     SPACES,
     Choice,
@@ -276,13 +276,13 @@ RECORDS = [
 
 
 def test_points_rank_by_how_far_they_came_and_then_by_their_mean():
-    ranked = rank(RECORDS)
+    ranked = best_first(RECORDS)
 
     assert [outcome.point[LR] for outcome in ranked] == [0.3, 0.1, 0.2, 0.4]
 
 
 def test_the_score_of_a_trial_is_that_of_its_best_backbone():
-    outcome = next(each for each in rank(RECORDS) if each.point[LR] == 0.1)
+    outcome = next(each for each in best_first(RECORDS) if each.point[LR] == 0.1)
 
     assert outcome.scores == [0.4, 0.3]
     assert (outcome.mean, outcome.spread) == (
@@ -294,15 +294,9 @@ def test_the_score_of_a_trial_is_that_of_its_best_backbone():
 
 def test_the_report_is_one_page_with_its_pictures():
     made = plan({LR: "choice(0.1,0.2,0.3,0.4,0.5)"})
-    drawn = pictures(made, RECORDS)
-    text = page(
-        "Sweep <s>",
-        "9 trials",
-        points=point_table(rank(RECORDS), 3),
-        trials=trial_table(RECORDS, 3),
-        drawn=drawn,
-        best="{}",
-    )
+    drawn = draw_figures(made, RECORDS)
+    ranked = best_first(RECORDS)
+    text = report_page("<s>", made, RECORDS, ranked, figures=drawn, best="{}")
 
     assert set(drawn) == {"rungs.png", "parallel.png", "importance.png"}
     assert all(content.startswith(b"\x89PNG") for content in drawn.values())
@@ -312,3 +306,7 @@ def test_the_report_is_one_page_with_its_pictures():
         False,
     )
     assert text.count("<tr>") == 1 + 4 + 1 + 9
+    summary = (
+        f"9 trials of {made.num_epochs} epochs: 4 finished, 2 stopped, 1 failed, 2 diverged"
+    )
+    assert summary in text

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray import tune
 
 from tests.train.test_pretrain import TINY, Job, kill, train_workers
 from upreid_ray.command_line import JobParser, add_pretrain_settings, read_pretrain_settings
@@ -16,8 +17,10 @@ from upreid_ray.config.sweep import SearchConfig
 from upreid_ray.tracking import runs
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.tune import sweep
+from upreid_ray.tune.points import PointSearch
 from upreid_ray.tune.space import SweepPlan
-from upreid_ray.tune.trial_record import TrialRecord
+from upreid_ray.tune.trial_record import CANDIDATE, METRIC, TrialRecord
+from upreid_ray.tune.tuner import num_concurrent
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -185,7 +188,33 @@ def test_as_many_trials_run_at_a_time_as_the_cluster_holds(
         space={WEIGHT: "choice(0.1)"},
     )
 
-    assert sweep.num_concurrent(plan) == expected
+    assert num_concurrent(plan) == expected
+
+
+def test_ray_tune_trains_the_points_that_tpe_proposes(ray_cluster, base, folder):
+    plan = SweepPlan(
+        base=base,
+        search=SearchConfig(searcher="tpe", num_trials=3),
+        space={"optimizer.lr": "uniform(1,2)", "patches.rows": "choice(4,16)"},
+    )
+    search = PointSearch(plan, {})
+
+    def train(config):
+        if config[CANDIDATE]["number"] == 1:
+            raise RuntimeError
+        tune.report({METRIC: config[CANDIDATE]["point"]["optimizer.lr"]})
+
+    tune.Tuner(
+        tune.with_resources(train, {"CPU": 0}),
+        tune_config=tune.TuneConfig(
+            metric=METRIC, mode="max", search_alg=search, num_samples=3, max_concurrent_trials=1
+        ),
+        run_config=tune.RunConfig(storage_path=str(folder / "tpe"), verbose=0),
+    ).fit()
+
+    trained = [trial for trial in search.study.trials if trial.params["patches.rows"] == 4]
+    rates = [trial.params["optimizer.lr"] for trial in trained]
+    assert [trial.value for trial in trained] == [rates[0], None, rates[2]]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Retrieval with a frozen backbone: features on Ray Data, ranking in `core.retrieval`.
+"""Retrieval with a frozen backbone: Ray Data computes features, `core.retrieval` ranks.
 
 Dimensions: N images, Q query images, G gallery images, F features.
 """
@@ -38,10 +38,10 @@ class EvaluateResult:
     """What an evaluation finds.
 
     Attributes:
-        run_id: Of the MLflow run.
-        init: What was scored; of a registered model the version.
-        scores: 0..1 by name; those of re-ranking end in ``_reranked``.
-        images_per_second: Of computing features.
+        run_id: ID of the MLflow run.
+        init: Initialization that was scored; a version in place of an alias.
+        scores: Scores, 0..1 by name; names of scores after re-ranking end in ``_reranked``.
+        images_per_second: Images per second whose features were computed.
         result_dir: Folder of the run, with ``scores.json``.
     """
 
@@ -56,8 +56,8 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
     """Score a frozen backbone on the connected Ray cluster.
 
     Args:
-        config: Of the run.
-        parent_run_id: MLflow run of which this one is a trial.
+        config: Settings of the evaluation.
+        parent_run_id: ID of the MLflow run in which this run is nested.
 
     Raises:
         InputError: Something that the user gave cannot be used; nothing was started.
@@ -101,10 +101,10 @@ class Features:
 
     Attributes:
         values: ``[N, F]``, unit length.
-        pids: ``[N]``.
-        camids: ``[N]``.
-        is_query: ``[N]``, bool.
-        images_per_second: With which they were computed, without the start of the actors.
+        pids: ``[N]``, person of each image.
+        camids: ``[N]``, camera of each image.
+        is_query: ``[N]``, bool; the other images are the gallery.
+        images_per_second: Speed of the computation, without the start of the actors.
     """
 
     values: Tensor
@@ -132,7 +132,7 @@ def compute_features(
     init: Initialization,
     scaling: ScalingConfig,
 ) -> Features:
-    """Compute the features of all images: tasks decode, a pool of actors runs the backbone."""
+    """Compute the features of all images; tasks decode, and actors run the backbone."""
 
     def read_one(ids: Columns) -> Columns:
         return images.read(int(ids["id"][0]))
@@ -144,7 +144,7 @@ def compute_features(
             _Extractor,
             fn_constructor_args=(ray.put(init), scaling),
             batch_size=None,
-            # One block is computed while the next one is on its way.
+            # An actor computes one block while the next one arrives.
             compute=ActorPoolStrategy(
                 size=min(scaling.num_workers, images.num_blocks),
                 max_tasks_in_flight_per_actor=2,

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a table on a terminal, a line for each event in a log."""
+"""Progress of a sweep: a table on a terminal, or a line for each event in a log."""
 
 import logging
 
@@ -17,16 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 class SweepProgress(Callback):
-    """Shows each trial, and notes how it ended, in its folder and in MLflow.
+    """A callback of Ray Tune: shows each trial, and records how it ended.
 
-    Ray Tune pickles it, so what cannot be pickled is made in `setup`.
+    Ray Tune pickles it, so what cannot be pickled is created in `setup`.
     """
 
     def __init__(self, settings: TrialSettings) -> None:
         self._settings = settings
 
     def setup(self, **_: object) -> None:
-        """Begin to show."""
+        """Start the display."""
         self._client = runs.connect()
         self._records: dict[int, TrialRecord] = {}
         console = Console(stderr=True)
@@ -35,9 +35,9 @@ class SweepProgress(Callback):
             self._live.start()
 
     def on_trial_start(self, *, trial: Trial, **_: object) -> None:
-        """Show that a trial begins, or begins again."""
+        """Show that a trial starts, or starts again."""
         record = self._read(trial)
-        if record.state != "running":  # it only says again what it reached
+        if record.state != "running":  # it only repeats its reports
             return
         point = "  ".join(
             f"{path} {format_value(value)}" for path, value in record.candidate.point.items()
@@ -54,20 +54,20 @@ class SweepProgress(Callback):
             )
 
     def on_trial_complete(self, *, trial: Trial, **_: object) -> None:
-        """Note how a trial ended; one that did not say so itself was stopped at a rung."""
+        """Record how a trial ended; if it recorded no end itself, it was stopped at a rung."""
         record = self._read(trial)
         if record.state == "running":
             record = self._settings.note(record.candidate, "stopped", None)
         self._end(record)
 
     def on_trial_error(self, *, trial: Trial, **_: object) -> None:
-        """Note that a trial failed more often than allowed."""
+        """Record that a trial failed more often than allowed."""
         record = self._read(trial)
         reason = record.reason or "its process was lost"
         self._end(self._settings.note(record.candidate, "failed", reason))
 
     def on_experiment_end(self, **_: object) -> None:
-        """Stop to show."""
+        """Stop the display."""
         if self._live is not None:
             self._live.stop()
 
@@ -78,7 +78,7 @@ class SweepProgress(Callback):
         self._show(record, record.state + (f": {record.reason}" if record.reason else ""))
         try:
             mark_run(self._client, self._settings, record)
-        except Exception as error:  # whatever the server does must not stop a sweep
+        except Exception as error:  # no error of the server may stop a sweep
             logger.warning("MLflow: %s", first_line(error))
 
     def _show(self, record: TrialRecord, event: str) -> None:
@@ -91,11 +91,11 @@ class SweepProgress(Callback):
 
 
 def mark_run(client: runs.Client, settings: TrialSettings, record: TrialRecord) -> None:
-    """Note in MLflow how a trial ended."""
+    """Mark the MLflow run of a trial with its number and its final state."""
     folder = settings.folder(record.candidate.number)
     if folder.exists():
         run_id, _ = folder.recorded()
         tags = {"trial": str(record.candidate.number), "trial.state": record.state}
         runs.set_tags(client, run_id, tags)
-        if record.state == "stopped":  # at once, without a word to MLflow
+        if record.state == "stopped":  # its process was killed before it could tell MLflow
             runs.end_run(client, run_id, "KILLED")

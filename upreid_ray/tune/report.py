@@ -1,4 +1,4 @@
-"""What a sweep found: its ranked points, as tables, pictures and one page of HTML."""
+"""The result of a sweep: its ranked points, as tables, figures and one page of HTML."""
 
 import io
 import statistics
@@ -22,7 +22,7 @@ from upreid_ray.tune.space import Point, SweepPlan, format_value
 from upreid_ray.tune.trial_record import METRIC, TrialRecord
 
 SCORED = ("finished", "stopped")
-# Fewer trials say nothing about which setting matters.
+# With fewer trials, nothing can be said about which setting matters.
 MIN_IMPORTANCE_TRIALS = 4
 
 POINTS_TEXT = (
@@ -38,12 +38,12 @@ CAPTIONS = {
 
 @dataclass(frozen=True)
 class PointOutcome:
-    """What came of a point.
+    """The trials of a point and their scores.
 
     Attributes:
         point: Value of each swept setting.
-        records: Its trials that have a score, at least one.
-        has_diverged: Whether the loss of one of its trials was no number.
+        records: Trials that have a score, at least one.
+        has_diverged: Whether the loss of one of the trials became NaN or infinite.
     """
 
     point: Point
@@ -57,17 +57,17 @@ class PointOutcome:
 
     @property
     def mean(self) -> float:
-        """Of the scores."""
+        """Mean of the scores."""
         return statistics.mean(self.scores)
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation of the scores; None of a single one."""
+        """Standard deviation of the scores; None for a single one."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
     @property
     def epochs(self) -> float:
-        """How far all of its trials came."""
+        """Number of epochs that all of its trials reached."""
         return min(record.epochs for record in self.records)
 
     @property
@@ -76,11 +76,12 @@ class PointOutcome:
         return max(self.records, key=lambda record: record.best or 0.0)
 
 
-def rank(records: Sequence[TrialRecord]) -> list[PointOutcome]:
+def best_first(records: Sequence[TrialRecord]) -> list[PointOutcome]:
     """Return the points that have a score, the best first.
 
-    Points of which no trial diverged come first, then those that came farther, since a score
-    of a rung does not compare with one of the end, and then those with the better mean.
+    Points of which no trial diverged precede all others. Among these, points that were trained
+    longer precede, since a score at a rung does not compare with one at the end. Then the
+    better mean precedes.
     """
     outcomes = []
     for point in _unique([record.candidate.point for record in records]):
@@ -113,7 +114,7 @@ def trial_table(records: Sequence[TrialRecord], num_epochs: int) -> Table:
 def point_table(ranked: Sequence[PointOutcome], num_epochs: int) -> Table:
     """Return a table with a row for each point, the best first."""
     paths = list(ranked[0].point)
-    table = Table("rank", *_labels(paths).values(), "epochs", METRIC, "+-", "seeds")
+    table = Table("place", *_labels(paths).values(), "epochs", METRIC, "+-", "seeds")
     for place, outcome in enumerate(ranked, start=1):
         table.add_row(
             str(place),
@@ -126,12 +127,12 @@ def point_table(ranked: Sequence[PointOutcome], num_epochs: int) -> Table:
     return table
 
 
-def pictures(plan: SweepPlan, records: Sequence[TrialRecord]) -> dict[str, bytes]:
-    """Return pictures as PNG files by name: rungs, parallel coordinates and importance.
+def draw_figures(plan: SweepPlan, records: Sequence[TrialRecord]) -> dict[str, bytes]:
+    """Return figures as PNG files by name: rungs, parallel coordinates and importance.
 
     Args:
-        plan: Of the sweep.
-        records: Its trials; those without a score are left out.
+        plan: Plan of the sweep.
+        records: Trials of the sweep; those without a score are left out.
     """
     mpl.use("agg")
     axes = plan.axes()
@@ -160,7 +161,7 @@ def pictures(plan: SweepPlan, records: Sequence[TrialRecord]) -> dict[str, bytes
         return trial.intermediate_values[first]
 
     with warnings.catch_warnings():
-        # Optuna says that its pictures with matplotlib may change.
+        # Optuna warns that its figures with matplotlib are experimental.
         warnings.simplefilter("ignore")
         drawn = {"rungs.png": plots.plot_intermediate_values(study)}
         drawn["rungs.png"].set(title="", xlabel="epoch", ylabel=METRIC)
@@ -175,32 +176,40 @@ def pictures(plan: SweepPlan, records: Sequence[TrialRecord]) -> dict[str, bytes
     return {name: _png(axis) for name, axis in drawn.items()}
 
 
-def page(
-    title: str,
-    summary: str,
+def report_page(
+    name: str,
+    plan: SweepPlan,
+    records: Sequence[TrialRecord],
+    ranked: Sequence[PointOutcome],
     *,
-    points: Table,
-    trials: Table,
-    drawn: Mapping[str, bytes],
+    figures: Mapping[str, bytes],
     best: str,
 ) -> str:
     """Return the report as one page of HTML that needs no other file.
 
     Args:
-        title: Of the page.
-        summary: A sentence.
-        points: From `point_table`.
-        trials: From `trial_table`.
-        drawn: From `pictures`.
-        best: The best settings, as JSON.
+        name: Name of the sweep.
+        plan: Plan of the sweep.
+        records: Trials of the sweep.
+        ranked: Points from `best_first`.
+        figures: Figures from `draw_figures`.
+        best: Best settings, as JSON.
     """
-    figures = [PageFigure(CAPTIONS[name], content) for name, content in drawn.items()]
+    states = Counter(record.state for record in records)
+    summary = f"{len(records)} trials of {plan.num_epochs} epochs: " + ", ".join(
+        f"{number} {state}" for state, number in states.items()
+    )
     return render_page(
-        title,
+        f"Sweep {name}",
         [
             PageSection(text=summary),
-            PageSection("Points", table=_cells(points), text=POINTS_TEXT, figures=figures),
-            PageSection("Trials", table=_cells(trials)),
+            PageSection(
+                "Points",
+                table=_cells(point_table(ranked, plan.num_epochs)),
+                text=POINTS_TEXT,
+                figures=[PageFigure(CAPTIONS[file], image) for file, image in figures.items()],
+            ),
+            PageSection("Trials", table=_cells(trial_table(records, plan.num_epochs))),
             PageSection("Best settings", preformatted=best),
         ],
     )
@@ -213,7 +222,7 @@ def _cells(table: Table) -> list[tuple[str, ...]]:
 
 
 def _png(axes: Axes) -> bytes:
-    """Return a picture as a file, and free it."""
+    """Return a figure as a PNG file, and free it."""
     figure = axes.get_figure(root=True)
     assert figure is not None  # noqa: S101, these axes come from a figure
     figure.set_size_inches(11, 5)
@@ -224,7 +233,7 @@ def _png(axes: Axes) -> bytes:
 
 
 def _labels(paths: Iterable[str]) -> dict[str, str]:
-    """Return the names of settings without their sections, where these are different."""
+    """Return the names of settings, without their sections where the names stay different."""
     names = {path: path.rpartition(".")[2] for path in paths}
     times = Counter(names.values())
     return {path: name if times[name] == 1 else path for path, name in names.items()}

@@ -1,4 +1,4 @@
-"""What a sweep tries: an axis for each setting, and the points that they span.
+"""The search space of a sweep: an axis for each setting; a point has a value on each axis.
 
 An axis is a Python value in ``SPACES`` and text on the command line, such as
 ``--space.optimizer.lr "loguniform(1e-3,1)"``.
@@ -16,9 +16,9 @@ from upreid_ray.config.sweep import SearchConfig
 
 SPEC = re.compile(r"^(?P<kind>[a-z]+)\((?P<members>.*)\)$")
 ZERO = "zero"
-# Share of the draws of a log-uniform axis with zero that are 0.
+# Share of zeros among the draws of a log-uniform axis with zero.
 ZERO_SHARE = 0.2
-# What must be the same in all trials, or is not a trial's to choose.
+# Settings that cannot be swept, with the reason. A name that ends in "." is a section.
 FIXED = {
     "run.": "says where runs live",
     "scaling.": "says which processes compute",
@@ -35,7 +35,7 @@ Point = dict[str, Any]
 
 
 class _Spec:
-    """An axis as text, which `read_axis` reads back."""
+    """Base class that writes an axis as the text that `read_axis` reads."""
 
     def __str__(self) -> str:
         members: list[str] = []
@@ -50,23 +50,23 @@ class _Spec:
 
 @dataclass(frozen=True)
 class Uniform(_Spec):
-    """Each number from ``low`` to ``high`` is as likely; whole ones if the setting is whole."""
+    """Uniform between ``low`` and ``high``, both included; integers for integer settings."""
 
     low: float
     high: float
 
     @property
     def floor(self) -> float:
-        """Where the axis begins."""
+        """Smallest value that a searcher draws."""
         return self.low
 
 
 @dataclass(frozen=True)
 class LogUniform(_Spec):
-    """Each order of magnitude from ``low`` to ``high`` is as likely.
+    """Log-uniform between ``low`` and ``high``: each order of magnitude is equally likely.
 
-    With ``zero``, the axis goes on below ``low``, and all that is there stands for 0, which
-    the smallest weights are close to: a searcher sees one axis without a gap.
+    With ``zero``, the axis extends below ``low``, and every value there stands for 0. So a
+    searcher sees one axis without a gap, on which 0 lies next to the smallest weights.
     """
 
     low: float
@@ -75,7 +75,7 @@ class LogUniform(_Spec):
 
     @property
     def floor(self) -> float:
-        """Where the axis begins."""
+        """Smallest value that a searcher draws."""
         if not self.zero:
             return self.low
         return self.low * (self.low / self.high) ** (ZERO_SHARE / (1 - ZERO_SHARE))
@@ -83,14 +83,14 @@ class LogUniform(_Spec):
 
 @dataclass(frozen=True)
 class Choice(_Spec):
-    """One of some values."""
+    """A choice of one of the values."""
 
     values: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Grid(_Spec):
-    """Every one of some values, with every value of the other grids."""
+    """Every one of the values, combined with every value of the other grids."""
 
     values: tuple[Any, ...]
 
@@ -100,24 +100,24 @@ Space = Mapping[str, Axis]
 
 
 class SweepPlan(Section):
-    """All that decides what a sweep does; nothing else is needed to go on with it."""
+    """All settings of a sweep, enough to resume it."""
 
     base: PretrainConfig
-    """Settings of all trials, where the space says nothing; the run has no name."""
+    """Settings that all trials share; the run has no name."""
     search: SearchConfig
-    """How points are drawn, and trials stopped."""
+    """How points are drawn and trials are stopped."""
     space: dict[str, str]
-    """The axis of each swept setting, as text."""
+    """Axis of each swept setting, as text."""
 
     def flatten(self, prefix: str = "") -> Iterator[tuple[str, Any]]:
-        """Yield the settings as the command line names them."""
+        """Yield the settings under the names of their flags."""
         yield from self.base.flatten(prefix)
         yield from self.search.flatten(prefix)
         for path, axis in self.space.items():
             yield f"{prefix}space.{path}", axis
 
     def axes(self) -> dict[str, Axis]:
-        """Return the axes, checked against the settings.
+        """Return the axes by path, validated against the settings.
 
         Raises:
             InputError: A setting does not exist, may not be swept or refuses a value.
@@ -126,20 +126,20 @@ class SweepPlan(Section):
 
     @property
     def num_epochs(self) -> int:
-        """Length of a trial."""
+        """Length of a trial, in epochs."""
         return self.search.trial_epochs or self.base.training.epochs
 
     @property
     def grace_epochs(self) -> int:
-        """Epochs before a trial may be stopped."""
+        """Number of epochs before a trial may be stopped."""
         return self.search.grace_epochs or self.base.evaluation.every_epochs
 
 
 def check_plan(plan: SweepPlan) -> None:
-    """Refuse a plan before anything starts.
+    """Check a plan before anything starts.
 
     Raises:
-        InputError: An axis is refused, there is none, or the rungs do not fit the trials.
+        InputError: There is no axis, an axis is invalid, or the rungs do not fit the trials.
     """
     if not plan.space:
         raise InputError("--space.SETTING: nothing is swept; name a space or give an axis")
@@ -167,14 +167,14 @@ def read_axis(base: PretrainConfig, path: str, text: str) -> Axis:
     """Return the axis of a setting.
 
     Args:
-        base: Whose setting it is.
+        base: Settings that the path belongs to.
         path: Dotted path of the setting.
         text: ``uniform(a,b)``, ``loguniform(a,b)``, ``loguniform(a,b,zero)``,
             ``choice(a,b,...)`` or ``grid(a,b,...)``.
 
     Raises:
-        InputError: The setting may not be swept or does not exist, or the text is none of
-            these, or the setting refuses a value.
+        InputError: The setting does not exist or may not be swept, the text has another form,
+            or the setting refuses a value.
     """
     flag = f"--space.{path} {text}"
     for fixed, reason in FIXED.items():
@@ -208,18 +208,18 @@ def read_axis(base: PretrainConfig, path: str, text: str) -> Axis:
 
 
 def format_value(value: Any) -> str:  # noqa: ANN401, the value of a setting
-    """Return a value with the digits that matter."""
+    """Return a value as text, a float with three digits."""
     return f"{value:.3g}" if isinstance(value, float) else _text(value)
 
 
 def _read(base: PretrainConfig, path: str, text: str, flag: str) -> Any:  # noqa: ANN401
-    """Return the value of one setting, whatever the others are."""
+    """Return the value of one setting; it need not agree with other settings."""
     *parents, name = path.split(".")
     section: Any = base
     for parent in parents:
         section = getattr(section, parent, None)
     if not isinstance(section, Section) or name not in type(section).model_fields:
-        base.override({path: text})  # which says what is wrong with the path
+        base.override({path: text})  # raises an error that says what is wrong with the path
     try:
         value = getattr(section.override({name: text}), name)
     except InputError as error:
@@ -247,11 +247,11 @@ _PATCHES: Space = {
 }
 
 SPACES: dict[str, Space] = {
-    # The weights and temperatures of the two terms that make MoCo v2 into UP-ReID.
+    # Weights and temperatures of the two terms that UP-ReID adds to MoCo v2.
     "i2": _I2,
-    # The grid of patches, and how they are cut and compared.
+    # Grid of the patches, and how patches are cut and compared.
     "patches": _PATCHES,
     "all": {**_I2, **_PATCHES},
-    # Only what the command line adds.
+    # Only the axes that the command line adds.
     "own": {},
 }

@@ -16,24 +16,25 @@ from upreid_ray.tune.trial_record import (
     TIME,
     Candidate,
     RungReport,
-    State,
     TrialSettings,
+    TrialState,
 )
 
 
 def run_trial(config: dict[str, Any], settings: TrialSettings, tracking_uri: str) -> None:
     """Train one candidate, from its newest checkpoint if it has one.
 
-    What no repetition could change ends the trial here and is noted; all else is raised, and
-    Ray Tune starts the trial again.
+    A failure that would occur again ends the trial and is recorded. Any other failure is
+    raised, and Ray Tune starts the trial again.
 
     Args:
-        config: Of Ray Tune: the candidate.
-        settings: Of all trials.
-        tracking_uri: Of the MLflow server; apart, for Ray Tune writes the settings to a file.
+        config: Configuration from Ray Tune, which holds the candidate.
+        settings: Settings of all trials.
+        tracking_uri: URI of the MLflow server. It is no part of the settings, which Ray Tune
+            writes to a file, since it may hold a password.
     """
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
-    # Ray Train looks this often whether its workers have begun, reported or ended.
+    # Interval at which Ray Train checks whether its workers have started, reported or ended.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     candidate = Candidate.parse(config[CANDIDATE])
     record = settings.read(candidate)
@@ -42,7 +43,7 @@ def run_trial(config: dict[str, Any], settings: TrialSettings, tracking_uri: str
         tune.report({TIME: epoch, METRIC: score})
     if record.state != "running":
         return
-    state: State = "finished"
+    state: TrialState = "finished"
     reason = None
     try:
         fit(
@@ -63,5 +64,5 @@ def run_trial(config: dict[str, Any], settings: TrialSettings, tracking_uri: str
         state, reason = "diverged" if diverged else "failed", first_line(error)
     record = settings.note(candidate, state, reason)
     if state != "finished":
-        # The searcher learns that it was a bad point.
+        # The searcher should learn that this was a bad point.
         tune.report({TIME: record.epochs, METRIC: 0.0})

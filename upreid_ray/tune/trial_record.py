@@ -1,9 +1,11 @@
-"""What is known of the trials of a sweep, and of how they are told to Ray Tune.
+"""The records of the trials of a sweep: what each one trains, and what it has reached.
 
-It is in ``trial.json`` of a trial's folder, written before Ray Tune hears of it. A trial that
-starts again, after a crash or in a resumed sweep, tells it from there.
+The record of a trial is ``trial.json`` in its folder. It is written before Ray Tune gets the
+same report, so that a trial that starts again, after a crash or in a resumed sweep, can repeat
+its reports.
 
-Nothing here imports torch or MLflow: Ray Train's controller needs it, and begins sooner.
+This module imports neither torch nor MLflow, so that Ray Train's controller, which loads it,
+starts sooner.
 """
 
 from collections.abc import Mapping
@@ -24,55 +26,55 @@ METRIC, TIME = "mAP", "epoch"
 CANDIDATE = "candidate"
 TRIAL_FILE = "trial.json"
 
-State = Literal["running", "finished", "stopped", "diverged", "refused", "failed"]
+TrialState = Literal["running", "finished", "stopped", "diverged", "refused", "failed"]
 
 
 class Candidate(Section):
     """A point with a seed: what one trial trains."""
 
     number: NonNegativeInt
-    """Of the trial, from 0 on."""
+    """Number of the trial, from 0 on."""
     point: Point
     """Value of each swept setting."""
     seed: NonNegativeInt
-    """Of the run."""
+    """Seed of the run."""
 
 
 class TrialRecord(Section):
-    """What is known of a trial."""
+    """The state of a trial, and its scores so far."""
 
     candidate: Candidate
-    """What it trains."""
-    state: State = "running"
-    """How it ended."""
+    """Point and seed that it trains."""
+    state: TrialState = "running"
+    """How it ended, unless it is still running."""
     rungs: Mapping[float, float] = Field(default_factory=dict)
-    """Epoch to the mAP there."""
+    """mAP by epoch."""
     checkpoint: str | None = None
-    """Newest checkpoint, which holds the best backbone."""
+    """Folder or URI of the newest checkpoint, which also holds the best backbone."""
     reason: str | None = None
-    """Why it did not finish."""
+    """Why it did not finish; None if it did."""
 
     @property
     def best(self) -> float | None:
-        """The best mAP, which is that of the backbone in the checkpoint; None without rungs."""
+        """Best mAP, that of the best backbone in the checkpoint; None without rungs."""
         return max(self.rungs.values(), default=None)
 
     @property
     def epochs(self) -> float:
-        """How far it came."""
+        """Number of epochs at the last rung."""
         return max(self.rungs, default=0.0)
 
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What is the same for all trials of a sweep.
+    """What all trials of a sweep share, and access to their records.
 
     Attributes:
-        plan: Of the sweep.
-        sweep: Folder of the sweep, in which trials have theirs.
+        plan: Plan of the sweep.
+        sweep: Folder of the sweep, which contains the folders of the trials.
         shards: Training shards.
         evaluation: Shards with query and gallery images.
-        run_id: Of the MLflow run of the sweep.
+        run_id: ID of the MLflow run of the sweep.
     """
 
     plan: SweepPlan
@@ -85,7 +87,7 @@ class TrialSettings:
         """Return the settings of a trial.
 
         Raises:
-            InputError: The point is inconsistent.
+            InputError: Settings of the point contradict each other.
         """
         return self.plan.base.override(
             {
@@ -95,7 +97,7 @@ class TrialSettings:
                 "data.shards": self.shards.uri,
                 "run.name": self.folder(candidate.number).name,
                 "run.storage_path": self.sweep.uri,
-                # Ray Tune starts a trial again, and knows when there is no use in it.
+                # Ray Tune starts a trial again, but not one that failed for good.
                 "run.max_failures": 0,
             }
         )
@@ -105,7 +107,7 @@ class TrialSettings:
         return RunFolder(self.sweep.uri, f"{self.sweep.name}-{number:03d}")
 
     def records(self) -> list[TrialRecord]:
-        """Return what is known of all trials that have begun, in their order."""
+        """Return the records of all trials that have begun, by number."""
         names = [
             name for name in self.sweep.folders() if name.startswith(f"{self.sweep.name}-")
         ]
@@ -114,26 +116,26 @@ class TrialSettings:
         return sorted(records, key=lambda record: record.candidate.number)
 
     def read(self, candidate: Candidate) -> TrialRecord:
-        """Return what is known of a trial."""
+        """Return the record of a trial; a new one if it has not begun."""
         text = self.folder(candidate.number).read(TRIAL_FILE)
         return (
             TrialRecord.model_validate_json(text) if text else TrialRecord(candidate=candidate)
         )
 
-    def note(self, candidate: Candidate, state: State, reason: str | None) -> TrialRecord:
-        """Note how a trial ended, or why it has to begin again; return its record."""
+    def note(self, candidate: Candidate, state: TrialState, reason: str | None) -> TrialRecord:
+        """Record how a trial ended, or why it starts again; return its record."""
         update = {"state": state, "reason": reason}
         record = self.read(candidate).model_copy(update=update)
         self.write(record)
         return record
 
     def write(self, record: TrialRecord) -> None:
-        """Note what is known of a trial."""
+        """Write the record of a trial."""
         self.folder(record.candidate.number).write(TRIAL_FILE, record.model_dump_json(indent=1))
 
 
 class RungReport(TuneReportCallback):
-    """Notes the mAP of each evaluation, and tells Ray Tune; lives in Ray Train's controller."""
+    """A callback of Ray Train's controller: records each mAP, and reports it to Ray Tune."""
 
     def __init__(self, settings: TrialSettings, candidate: Candidate) -> None:
         super().__init__()
@@ -142,11 +144,11 @@ class RungReport(TuneReportCallback):
 
     def after_report(
         self,
-        run_context: Any,  # noqa: ANN401, of a class that Ray keeps to itself
+        run_context: Any,  # noqa: ANN401, its class is private to Ray
         metrics: list[dict[str, Any]],
         checkpoint: Checkpoint | None,
     ) -> None:
-        """Pass on what has scores; other checkpoints are no rungs."""
+        """Record and report a checkpoint that has scores; others are no rungs."""
         if METRIC not in metrics[0] or checkpoint is None:
             return
         record = self._settings.read(self._candidate)
