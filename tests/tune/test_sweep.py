@@ -20,7 +20,7 @@ from upreid_ray.tune import sweep
 from upreid_ray.tune.points import PointSearch
 from upreid_ray.tune.space import SweepPlan
 from upreid_ray.tune.trial_record import CANDIDATE, METRIC, TrialRecord
-from upreid_ray.tune.tuner import num_concurrent
+from upreid_ray.tune.tuner import TRIAL_RESOURCES, num_concurrent
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -205,7 +205,7 @@ def test_ray_tune_trains_the_points_that_tpe_proposes(ray_cluster, base, folder)
         tune.report({METRIC: config[CANDIDATE]["point"]["optimizer.lr"]})
 
     tune.Tuner(
-        tune.with_resources(train, {"CPU": 0}),
+        tune.with_resources(train, TRIAL_RESOURCES),
         tune_config=tune.TuneConfig(
             metric=METRIC, mode="max", search_alg=search, num_samples=3, max_concurrent_trials=1
         ),
