@@ -46,6 +46,7 @@ from upreid_ray.data.sources.source import synthetic_records
 from upreid_ray.data.stream.decode import Columns, decode_images
 from upreid_ray.data.stream.ray_data import read_stream, stream_blocks
 from upreid_ray.data.stream.training import Block, TrainingImages
+from upreid_ray.storage import Location
 from upreid_ray.tracking.runs import environment
 
 KINDS = ("decode", "folder", "shards", "stream")
@@ -163,7 +164,7 @@ def companions(config: PretrainConfig, num_images: int) -> tuple[float, float]:
         for n in range(num_images // 12_800)
     )
     manifest = Manifest(version=2, source="", plan="", row_group_images=64, shards=shards)
-    images = TrainingImages(ShardSet("", manifest), config)
+    images = TrainingImages(ShardSet(Location("/"), manifest), config)
     steps = [np.full(images.num_images, -1) for _ in range(2)]
     size = config.training.group_size
     for epoch, step_of in enumerate(steps):

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pyarrow import fs
-
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.run import JobConfig
 from upreid_ray.config.section import Section, absolute
-from upreid_ray.storage import open_folder, write_whole
+from upreid_ray.storage import Location
 
 logger = logging.getLogger(__name__)
 
@@ -48,19 +46,23 @@ class RunFolder:
         return cls(storage, run.name or f"{kind}-{stamp}")
 
     @property
+    def location(self) -> Location:
+        """Location of this folder."""
+        return Location(self.storage) / self.name
+
+    @property
     def uri(self) -> str:
         """Folder or URI of this run."""
-        return f"{self.storage}/{self.name}"
+        return self.location.uri
 
     def exists(self) -> bool:
         """Tell whether a run of this name was started."""
-        return self.read(RUN_FILE) is not None
+        return (self.location / RUN_FILE).is_file()
 
     def remove(self, file: str) -> None:
         """Remove a file of this folder, if it is there."""
-        if self.read(file) is not None:
-            filesystem, path = open_folder(self.uri)
-            filesystem.delete_file(f"{path}/{file}")
+        if (self.location / file).is_file():
+            (self.location / file).delete_file()
 
     def record(self, config: Section, run_id: str) -> None:
         """Note the settings and the MLflow run, which `recorded_run` finds again."""
@@ -73,11 +75,10 @@ class RunFolder:
         Raises:
             InputError: The storage cannot be written.
         """
-        filesystem, path = open_folder(self.uri)
         try:
-            filesystem.create_dir(path, recursive=True)
+            self.location.make_folder()
             encoded = content.encode() if isinstance(content, str) else content
-            write_whole(filesystem, f"{path}/{file}", encoded)
+            (self.location / file).write_whole(encoded)
         except OSError as error:
             raise InputError(
                 f"--run.storage_path {self.storage}: cannot be written ({error})"
@@ -85,18 +86,12 @@ class RunFolder:
 
     def folders(self) -> list[str]:
         """Return the names of the folders in this one."""
-        filesystem, path = open_folder(self.uri)
-        found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        return [each.base_name for each in found if each.type == fs.FileType.Directory]
+        return self.location.folder_names()
 
     def read(self, file: str) -> str | None:
         """Return the text of a file of this folder, None if there is none."""
-        filesystem, path = open_folder(self.uri)
-        if filesystem.get_file_info(f"{path}/{file}").type != fs.FileType.File:
-            return None
-        with filesystem.open_input_stream(f"{path}/{file}") as stream:
-            text: str = stream.read().decode()
-        return text
+        place = self.location / file
+        return place.read_bytes().decode() if place.is_file() else None
 
     def checkpoints(self) -> list[str]:
         """Return the names of the checkpoints of this run, whole or not, the oldest first."""

@@ -33,7 +33,6 @@ from upreid_ray.core.checkpoint import (
 )
 from upreid_ray.core.training import State, StepReport
 from upreid_ray.data.shards.shard_set import ShardSet
-from upreid_ray.storage import open_folder
 from upreid_ray.tracking.run_log import RunLog
 from upreid_ray.train import stop_signal
 from upreid_ray.train.evaluation import Evaluation
@@ -214,11 +213,11 @@ class Worker(ABC):
 
     def _unlisted_checkpoints(self) -> list[Checkpoint]:
         """Return the checkpoints in the run's folder; Ray Train's own list may be lost."""
-        filesystem, path = open_folder(self.folder.uri)
+        folder = self.folder.location
         names = distributed.share_from_first(
             self.folder.checkpoints() if distributed.rank() == 0 else []
         )
-        return [Checkpoint(f"{path}/{name}", filesystem) for name in names]
+        return [Checkpoint((folder / name).path, folder.filesystem) for name in names]
 
     def _load_newest(self, checkpoints: Sequence[Checkpoint]) -> bool:
         """Load the newest intact checkpoint; return whether there is one."""

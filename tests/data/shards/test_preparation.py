@@ -27,6 +27,7 @@ from upreid_ray.data.shards.page import write_page
 from upreid_ray.data.shards.preparation import ShardWriter, plan_shards, write_shards
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.layouts import folder_records
+from upreid_ray.storage import Location
 
 NUM_IMAGES = 24
 
@@ -418,7 +419,7 @@ def test_a_preparation_killed_while_it_removes_duplicates_is_completed(
 ):
     out, manifest = filtered
     records, rules = folder_records(str(film)), ImageRules(**ASKED)
-    writer = ShardWriter(str(tmp_path), manifest.plan, rules, records.read, 1)
+    writer = ShardWriter(Location(str(tmp_path)), manifest.plan, rules, records.read, 1)
     parts = list(plan_shards(records.table, seed=0))
     for part in parts:
         writer.write(part)
@@ -436,12 +437,13 @@ import sys
 from upreid_ray.data.shards import preparation
 from upreid_ray.data.shards.images import ImageRules
 from upreid_ray.data.sources.layouts import folder_records
+from upreid_ray.storage import Location
 
 source, out, plan = sys.argv[1:]
 preparation.SMALL_SHARD_IMAGES = 4
 records = folder_records(source)
 rules = ImageRules(min_width=16, min_aspect=1.0, duplicates="near")
-writer = preparation.ShardWriter(out, plan, rules, records.read, 1)
+writer = preparation.ShardWriter(Location(out), plan, rules, records.read, 1)
 for part in preparation.plan_shards(records.table, seed=0):
     writer.write(part)
 """
@@ -528,7 +530,9 @@ def test_a_whole_set_passes_the_audit(prepared, decoding):
     out, manifest, _ = prepared
     progress: list[int] = []
 
-    damaged = audit(ShardSet(str(out), manifest), decode=decoding, on_progress=progress.append)
+    damaged = audit(
+        ShardSet(Location(str(out)), manifest), decode=decoding, on_progress=progress.append
+    )
 
     assert (damaged, sum(progress)) == ({}, NUM_IMAGES)
 
@@ -544,7 +548,7 @@ def test_the_audit_names_what_is_wrong_with_each_damaged_shard(prepared, tmp_pat
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
 
-    damaged = audit(ShardSet(str(tmp_path), manifest), decode=False, on_progress=bool)
+    damaged = audit(ShardSet(Location(str(tmp_path)), manifest), decode=False, on_progress=bool)
 
     assert damaged[changed] == "has another sha256 than when it was written"
     assert re.fullmatch(r"has \d+ bytes instead of \d+", damaged[cut])

@@ -32,6 +32,7 @@ from upreid_ray.data.stream.decode import Columns, decode_images
 from upreid_ray.data.stream.labelled import LabelledImages
 from upreid_ray.data.stream.ray_data import read_stream, stream_blocks
 from upreid_ray.data.stream.training import TrainingImages
+from upreid_ray.storage import Location
 
 BROKEN = b"\x89PNG no image"
 folders = count()
@@ -97,7 +98,7 @@ def write_set(
         row_group_images=row_group,
         shards=tuple(described),
     )
-    return ShardSet(str(folder), held)
+    return ShardSet(Location(str(folder)), held)
 
 
 def config(

@@ -11,7 +11,7 @@ from upreid_ray.config.errors import first_line
 from upreid_ray.data.shards.images import RefusedImageError, usable_image
 from upreid_ray.data.shards.manifest import Shard
 from upreid_ray.data.shards.shard_set import ShardSet
-from upreid_ray.storage import open_folder
+from upreid_ray.storage import Location
 
 
 def audit(
@@ -34,7 +34,7 @@ def audit(
     def look(row: dict[str, int]) -> dict[str, str]:
         shard = members[row["number"]]
         try:
-            _check(shards.uri, shard, decode=decode)
+            _check(shards.folder, shard, decode=decode)
         except (pa.ArrowException, OSError, ValueError) as error:
             return {"name": shard.name, "wrong": first_line(error)}
         return {"name": shard.name, "wrong": ""}
@@ -50,10 +50,9 @@ def audit(
     return dict(sorted(damaged.items()))
 
 
-def _check(uri: str, shard: Shard, *, decode: bool) -> None:
+def _check(folder: Location, shard: Shard, *, decode: bool) -> None:
     """Raise if a shard is not what the manifest says."""
-    filesystem, path = open_folder(uri)
-    with filesystem.open_input_file(f"{path}/{shard.name}") as stream:
+    with (folder / shard.name).open_input_file() as stream:
         content = stream.read_buffer()
     if len(content) != shard.num_bytes:
         raise ValueError(f"has {len(content)} bytes instead of {shard.num_bytes}")

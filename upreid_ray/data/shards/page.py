@@ -13,7 +13,6 @@ from upreid_ray.data.shards.images import RefusedImageError, usable_image
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.records import Records, Refused
 from upreid_ray.page import PageFigure, PageSection, render_page
-from upreid_ray.storage import open_folder, write_whole
 
 PAGE_FILE = "samples.html"
 NUM_SAMPLES = 64
@@ -29,7 +28,6 @@ def write_page(shards: ShardSet, records: Records, *, seed: int) -> None:
         records: Records that the shards were made of, for pictures of refused images.
         seed: Seed of the choice of images.
     """
-    filesystem, path = open_folder(shards.uri)
     manifest, refused = shards.manifest, shards.refused()
     counts = {
         **manifest.counts(),
@@ -57,19 +55,18 @@ def write_page(shards: ShardSet, records: Records, *, seed: int) -> None:
         figures = [_thumbnail(_read(records, one), f"{one.key}: {one.reason}") for one in shown]
         sections.append(PageSection(f"Refused: {kind}", thumbnails=figures))
     page = render_page(manifest.source, sections)
-    write_whole(filesystem, f"{path}/{PAGE_FILE}", page.encode())
+    (shards.folder / PAGE_FILE).write_whole(page.encode())
 
 
 def _random_rows(shards: ShardSet, seed: int) -> list[dict[str, Any]]:
     """Return rows of random row groups, which hold random images since shards are shuffled."""
-    filesystem, path = open_folder(shards.uri)
     manifest = shards.manifest
     draw = np.random.default_rng(seed)
     sizes = np.array([shard.num_images for shard in manifest.shards], np.float64)
     drawn = Counter(draw.choice(len(sizes), NUM_SAMPLES, p=sizes / sizes.sum()).tolist())
     rows: list[dict[str, Any]] = []
     for number, count in sorted(drawn.items()):
-        with filesystem.open_input_file(f"{path}/{manifest.shards[number].name}") as stream:
+        with (shards.folder / manifest.shards[number].name).open_input_file() as stream:
             file = pq.ParquetFile(stream)
             group = file.read_row_group(int(draw.integers(file.num_row_groups)))
         chosen = draw.permutation(len(group))[:count]

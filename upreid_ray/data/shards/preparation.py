@@ -22,7 +22,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 from numpy.typing import NDArray
-from pyarrow import fs
 
 from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.data.shards.duplicates import equal_originals, near_originals
@@ -45,7 +44,7 @@ from upreid_ray.data.shards.manifest import (
 )
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.records import Records, Refused, Row
-from upreid_ray.storage import is_file, open_folder, write_whole
+from upreid_ray.storage import Location
 
 ROW_GROUP_IMAGES = 64
 SHARD_BYTES = 128 * 2**20
@@ -122,20 +121,20 @@ def write_shards(
             )
         on_progress(len(records))
         return shards
-    filesystem, path = open_folder(uri)
+    folder = Location(uri)
     try:
-        filesystem.create_dir(path, recursive=True)
+        folder.make_folder()
     except OSError as error:
-        raise InputError(f"{uri}: cannot be written ({first_line(error)})") from error
+        raise InputError(f"{folder}: cannot be written ({first_line(error)})") from error
 
-    writer = ShardWriter(uri, plan, rules, records.read, records.num_readers)
+    writer = ShardWriter(folder, plan, rules, records.read, records.num_readers)
     parts = plan_shards(records.table, seed=seed)
     written: dict[str, Written] = {}
     for each in _in_tasks(ray.data.from_arrow(list(parts)), writer.write):
         written[each.shard.name] = each
         on_progress(each.shard.num_images + len(each.refused))
     if rules.duplicates != "keep":
-        removal = _duplicates(uri, written, rules)
+        removal = _duplicates(folder, written, rules)
         rows = [{"name": name, "again": json.dumps(again)} for name, again in removal.items()]
         if rows:
             tasks = ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -145,7 +144,7 @@ def write_shards(
     used, refused = _outcome(records, written.values(), source)
     if refused:
         lines = "".join(json.dumps(asdict(one)) + "\n" for one in refused)
-        write_whole(filesystem, f"{path}/{REFUSED_FILE}", lines.encode())
+        (folder / REFUSED_FILE).write_whole(lines.encode())
     mean, std = _statistics(used)
     manifest = Manifest(
         version=FORMAT_VERSION,
@@ -158,9 +157,8 @@ def write_shards(
         mean=mean,
         std=std,
     )
-    content = manifest.model_dump_json(indent=1).encode()
-    write_whole(filesystem, f"{path}/{MANIFEST_FILE}", content)
-    return ShardSet(uri, manifest)
+    (folder / MANIFEST_FILE).write_whole(manifest.model_dump_json(indent=1).encode())
+    return ShardSet(folder, manifest)
 
 
 def _outcome(
@@ -223,14 +221,14 @@ class ShardWriter:
     """What tasks do.
 
     Attributes:
-        uri: Of the set.
+        folder: Folder of the set.
         plan: As in the manifest.
         rules: What is asked of the images.
         read: As in `Records`.
         num_readers: As in `Records`.
     """
 
-    uri: str
+    folder: Location
     plan: str
     rules: ImageRules
     read: Callable[[Row], bytes]
@@ -242,12 +240,14 @@ class ShardWriter:
         Args:
             part: From `plan_shards`.
         """
-        filesystem, path = open_folder(self.uri)
-        name, split = part.column("name")[0].as_py(), part.column("split")[0].as_py()
-        if not self._is_mine(filesystem, f"{path}/{name}"):
+        file, split = (
+            self.folder / part.column("name")[0].as_py(),
+            part.column("split")[0].as_py(),
+        )
+        if not self._is_mine(file):
             table, refused = self._table(part, split)
-            self._save(filesystem, f"{path}/{name}", table, refused)
-        return self._written(filesystem, path, name, split)
+            self._save(file, table, refused)
+        return self._written(file, split)
 
     def remove(self, removal: pa.Table) -> Written:
         """Write a shard again without its duplicates.
@@ -256,10 +256,9 @@ class ShardWriter:
             removal: One row, with the ``name`` of the shard and ``again``: a JSON object with
                 the row and the original's key of each image that is to go.
         """
-        filesystem, path = open_folder(self.uri)
-        name = removal.column("name")[0].as_py()
+        file = self.folder / removal.column("name")[0].as_py()
         again = {int(k): v for k, v in json.loads(removal.column("again")[0].as_py()).items()}
-        with filesystem.open_input_file(f"{path}/{name}") as stream:
+        with file.open_input_file() as stream:
             table = pq.read_table(stream)
         refused = json.loads(table.schema.metadata[b"refused"])
         keys = table.column("key").to_pylist()
@@ -270,15 +269,15 @@ class ShardWriter:
         stays = np.ones(len(table), bool)
         stays[list(again)] = False
         split = table.column("split")[0].as_py()
-        self._save(filesystem, f"{path}/{name}", table.filter(pa.array(stays)), refused)
-        return self._written(filesystem, path, name, split)
+        self._save(file, table.filter(pa.array(stays)), refused)
+        return self._written(file, split)
 
-    def _is_mine(self, filesystem: fs.FileSystem, file: str) -> bool:
+    def _is_mine(self, file: Location) -> bool:
         """Tell whether a shard is there, whole, and was written for this plan."""
-        if not is_file(filesystem, file):
+        if not file.is_file():
             return False
         try:
-            with filesystem.open_input_file(file) as stream:
+            with file.open_input_file() as stream:
                 metadata = pq.read_schema(stream).metadata or {}
         except (pa.ArrowException, OSError):
             return False
@@ -322,13 +321,7 @@ class ShardWriter:
         with ThreadPoolExecutor(self.num_readers) as pool:
             yield from pool.map(read_one, rows)
 
-    def _save(
-        self,
-        filesystem: fs.FileSystem,
-        file: str,
-        table: pa.Table,
-        refused: list[dict[str, str]],
-    ) -> None:
+    def _save(self, file: Location, table: pa.Table, refused: list[dict[str, str]]) -> None:
         metadata = {"plan": self.plan, "refused": json.dumps(refused)}
         buffer = io.BytesIO()
         small = [name for name in _leaves(table.schema) if name != "image"]
@@ -342,15 +335,15 @@ class ShardWriter:
             write_statistics=small,
             write_page_checksum=True,
         )
-        write_whole(filesystem, file, buffer.getvalue())
+        file.write_whole(buffer.getvalue())
 
-    def _written(self, filesystem: fs.FileSystem, path: str, name: str, split: str) -> Written:
+    def _written(self, file: Location, split: str) -> Written:
         """Describe a shard from what is on disk."""
-        with filesystem.open_input_file(f"{path}/{name}") as stream:
+        with file.open_input_file() as stream:
             content = stream.read_buffer()
         table = pq.read_table(pa.BufferReader(content), columns=["mean", "mean_square"])
         shard = Shard(
-            name=name,
+            name=file.name,
             split=split,
             num_images=len(table),
             num_bytes=len(content),
@@ -387,10 +380,9 @@ def _in_tasks(inputs: ray.data.Dataset, do: Callable[[pa.Table], Written]) -> It
 
 
 def _duplicates(
-    uri: str, written: dict[str, Written], rules: ImageRules
+    folder: Location, written: dict[str, Written], rules: ImageRules
 ) -> dict[str, dict[int, str]]:
     """Return for each shard with duplicates their rows, and the key of what each repeats."""
-    filesystem, path = open_folder(uri)
     names = [
         name
         for name, each in sorted(written.items())
@@ -399,7 +391,7 @@ def _duplicates(
     column = "fingerprint" if rules.duplicates == "near" else "digest"
     tables = []
     for name in names:
-        with filesystem.open_input_file(f"{path}/{name}") as stream:
+        with (folder / name).open_input_file() as stream:
             tables.append(pq.read_table(stream, columns=["key", column]))
     if not tables:
         return {}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.data.shards.manifest import Manifest
-from upreid_ray.storage import opened_folder
+from upreid_ray.storage import Location
 
 # Limit of each process that reads.
 MAX_OPEN_SHARDS = 64
@@ -42,14 +42,14 @@ class RowGroups:
     connection: each process opens shards when it reads them.
 
     Attributes:
-        uri: Folder or URI of the set.
+        folder: Folder of the set.
         shard_names: Names of all shards, in the manifest's order.
         num_images: Number of images in these splits.
     """
 
-    def __init__(self, uri: str, manifest: Manifest, splits: Collection[str]) -> None:
+    def __init__(self, folder: Location, manifest: Manifest, splits: Collection[str]) -> None:
         size = manifest.row_group_images
-        self.uri = uri
+        self.folder = folder
         self.shard_names = [shard.name for shard in manifest.shards]
         self._num_bytes = [shard.num_bytes for shard in manifest.shards]
         images = np.array(
@@ -105,12 +105,12 @@ class RowGroups:
         for part in ranges:
             name, num_bytes = self.shard_names[part.shard], self._num_bytes[part.shard]
             try:
-                file = _open_shard(self.uri, name, num_bytes, get_ident())
+                file = _open_shard(self.folder / name, num_bytes, get_ident())
                 # Threads for one column cost more than they save.
                 group = file.read_row_group(part.row_group, columns=columns, use_threads=False)
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise InputError(
-                    f"{self.uri}/{name}: is damaged ({first_line(error)})"
+                    f"{self.folder / name}: is damaged ({first_line(error)})"
                 ) from error
             tables.append(group.slice(part.start, part.stop - part.start))
         return pa.concat_tables(tables).combine_chunks()
@@ -125,10 +125,9 @@ class RowGroups:
 
 
 @lru_cache(maxsize=MAX_OPEN_SHARDS)
-def _open_shard(uri: str, name: str, num_bytes: int, _thread: int) -> pq.ParquetFile:
+def _open_shard(shard: Location, num_bytes: int, _thread: int) -> pq.ParquetFile:
     # Each thread has its own: two that read from one ParquetFile crash the process.
-    filesystem, path = opened_folder(uri)
-    file = filesystem.open_input_file(f"{path}/{name}")
+    file = shard.open_input_file()
     if file.size() != num_bytes:
         raise ValueError(f"it has {file.size()} bytes instead of {num_bytes}")
     return pq.ParquetFile(file, page_checksum_verification=True)

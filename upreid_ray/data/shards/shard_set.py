@@ -17,7 +17,7 @@ from upreid_ray.data.shards.manifest import (
 )
 from upreid_ray.data.shards.row_groups import RowGroups
 from upreid_ray.data.sources.records import Refused
-from upreid_ray.storage import is_file, open_folder, read_file
+from upreid_ray.storage import Location
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class ShardSet:
     carries no connection.
 
     Attributes:
-        uri: Folder or URI of the set.
+        folder: Folder of the set.
         manifest: What the set holds.
     """
 
-    uri: str
+    folder: Location
     manifest: Manifest = field(repr=False)
 
     @classmethod
@@ -43,36 +43,40 @@ class ShardSet:
         Raises:
             InputError: There is no manifest, or it cannot be read.
         """
-        filesystem, path = open_folder(uri)
+        folder = Location(uri)
         try:
-            content = read_file(filesystem, f"{path}/{MANIFEST_FILE}")
-            return cls(uri, Manifest.model_validate_json(content))
+            content = (folder / MANIFEST_FILE).read_bytes()
+            return cls(folder, Manifest.model_validate_json(content))
         except FileNotFoundError:
             raise InputError(
-                f"{uri}: no {MANIFEST_FILE}; make shards with "
-                f"jobs/prepare.py SOURCE --out {uri}"
+                f"{folder}: no {MANIFEST_FILE}; make shards with "
+                f"jobs/prepare.py SOURCE --out {folder}"
             ) from None
         except (pa.ArrowException, OSError, ValidationError) as error:
             raise InputError(
-                f"{uri}/{MANIFEST_FILE}: cannot be read ({first_line(error)})"
+                f"{folder / MANIFEST_FILE}: cannot be read ({first_line(error)})"
             ) from error
 
     @staticmethod
     def exists(uri: str) -> bool:
         """Return whether there is a whole set at a folder or URI."""
-        filesystem, path = open_folder(uri)
-        return is_file(filesystem, f"{path}/{MANIFEST_FILE}")
+        return (Location(uri) / MANIFEST_FILE).is_file()
+
+    @property
+    def uri(self) -> str:
+        """Absolute path or URI of the folder."""
+        return self.folder.uri
 
     def row_groups(self, splits: Collection[str]) -> RowGroups:
         """Return the row groups of some splits, which read their rows."""
-        return RowGroups(self.uri, self.manifest, splits)
+        return RowGroups(self.folder, self.manifest, splits)
 
     def refused(self) -> list[Refused]:
         """Read what did not go into the set, sorted by key."""
-        filesystem, path = open_folder(self.uri)
-        if not is_file(filesystem, f"{path}/{REFUSED_FILE}"):
+        file = self.folder / REFUSED_FILE
+        if not file.is_file():
             return []
-        lines = read_file(filesystem, f"{path}/{REFUSED_FILE}").decode().splitlines()
+        lines = file.read_bytes().decode().splitlines()
         return [Refused(**json.loads(line)) for line in lines]
 
     def has_evaluation_images(self) -> bool:

@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from upreid_ray.config.errors import InputError, first_line
-from upreid_ray.data.sources.layouts import num_readers
 from upreid_ray.data.sources.pickles import read_pickle
 from upreid_ray.data.sources.records import (
     Records,
@@ -25,8 +24,9 @@ from upreid_ray.data.sources.records import (
     is_image_name,
     make_records,
     not_text,
+    num_readers,
 )
-from upreid_ray.storage import is_local, open_folder, reading
+from upreid_ray.storage import Location, reading
 
 LMDB_FILE = "data.mdb"
 LMDB_KEYS_FILE = "keys.pkl"
@@ -48,9 +48,9 @@ def tar_records(source: str, tars: Sequence[str]) -> Records:
     places: list[tuple[int, int, int]] = []
     refused: list[Refused] = []
     for number, uri in enumerate(tars):
-        filesystem, path = open_folder(uri)
-        prefix = f"{path.rpartition('/')[2]}/" if len(tars) > 1 else ""
-        with reading(uri), filesystem.open_input_file(path) as stream:
+        tar = Location(uri)
+        prefix = f"{tar.name}/" if len(tars) > 1 else ""
+        with reading(uri), tar.open_input_file() as stream:
             try:
                 for member in _members(stream):
                     key = f"{prefix}{member.name}"
@@ -66,7 +66,7 @@ def tar_records(source: str, tars: Sequence[str]) -> Records:
         raise InputError(f"{refused[0].key}: {refused[0].reason}")
     files, offsets, sizes = np.array(places, np.int64).reshape(-1, 3).T
     columns = {"key": keys, "num_bytes": sizes, "file": files, "offset": offsets}
-    readers = num_readers(open_folder(tars[0])[0]) if tars else 1
+    readers = num_readers([Location(tars[0])] if tars else [])
     return make_records(
         source, columns, TarReader(tuple(tars)), num_readers=readers, refused=refused
     )
@@ -88,8 +88,7 @@ class TarReader:
 
 @lru_cache(maxsize=32)
 def _opened(uri: str) -> pa.NativeFile:
-    filesystem, path = open_folder(uri)
-    return filesystem.open_input_file(path)
+    return Location(uri).open_input_file()
 
 
 def _members(stream: pa.NativeFile) -> Iterable[tarfile.TarInfo]:
@@ -117,12 +116,13 @@ def lmdb_records(source: str) -> Records:
     Raises:
         InputError: It cannot be read, is not local, or has no images.
     """
-    filesystem, path = open_folder(source)
-    if not is_local(filesystem):
+    location = Location(source)
+    if not location.is_local:
         raise InputError(
             f"{source}: an LMDB is mapped into memory, so it must be on a local disk"
         )
-    file = Path(path, LMDB_FILE) if Path(path).is_dir() else Path(path)
+    path = Path(location.path)
+    file = path / LMDB_FILE if path.is_dir() else path
     places = [folder / LMDB_KEYS_FILE for folder in file.parents[:2]]
     listed = next((place for place in places if place.is_file()), None)
     raw: list[str | bytes] = [] if listed is None else _listed_keys(listed)
@@ -203,8 +203,8 @@ def parquet_records(source: str, files: Sequence[str], columns: Mapping[str, str
     tables = []
     unit = 0
     for number, uri in enumerate(files):
-        filesystem, path = open_folder(uri)
-        with reading(uri), filesystem.open_input_file(path) as stream:
+        location = Location(uri)
+        with reading(uri), location.open_input_file() as stream:
             file = pq.ParquetFile(stream)
             names = _column_names(uri, file.schema_arrow, columns)
             labels = file.read([name for name in names.values() if name != names["image"]])
@@ -217,8 +217,8 @@ def parquet_records(source: str, files: Sequence[str], columns: Mapping[str, str
                 for column, name in names.items()
                 if column != "image"
             }
-            stem = path.rpartition("/")[2]
-            table.setdefault("key", pa.array([f"{stem}/{row:08d}" for row in range(size)]))
+            keys = [f"{location.name}/{row:08d}" for row in range(size)]
+            table.setdefault("key", pa.array(keys))
             groups = np.repeat(np.arange(len(sizes)), sizes)
             table |= {
                 "num_bytes": pa.array(_mean_sizes(file, names["image"])[groups]),
@@ -295,6 +295,5 @@ class ParquetReader:
 
 @lru_cache(maxsize=1)
 def _row_group(uri: str, number: int, image: str) -> pa.ChunkedArray:
-    filesystem, path = open_folder(uri)
-    with filesystem.open_input_file(path) as stream:
+    with Location(uri).open_input_file() as stream:
         return _field(pq.ParquetFile(stream).read_row_group(number, columns=[image]), image)

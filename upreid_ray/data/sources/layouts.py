@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow import fs
 
 from upreid_ray.config.errors import InputError
 from upreid_ray.data.sources.records import (
@@ -25,22 +24,12 @@ from upreid_ray.data.sources.records import (
     is_image_name,
     make_records,
     not_text,
+    num_readers,
 )
-from upreid_ray.storage import (
-    files_below,
-    is_file,
-    is_folder,
-    is_local,
-    open_folder,
-    opened_folder,
-    read_file,
-    reading,
-)
+from upreid_ray.storage import Location, reading
 
 logger = logging.getLogger(__name__)
 
-# Requests that a process has on their way where files are not local.
-NUM_REMOTE_READERS = 16
 MARKET_FOLDERS: dict[str, Split] = {
     "bounding_box_train": "train",
     "query": "query",
@@ -78,38 +67,11 @@ class ImageFile:
 class FileReader:
     """Reads images that are files; their keys are paths below a folder."""
 
-    uri: str
+    folder: Location
 
     def __call__(self, row: Row) -> bytes:
-        """Return the bytes of a file."""
-        filesystem, path = opened_folder(self.uri)
-        return read_file(filesystem, f"{path}/{row['key']}")
-
-
-class Folder:
-    """A folder that may have a layout."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.filesystem, self.path = open_folder(source)
-
-    def has_folder(self, name: str) -> bool:
-        """Tell whether there is a folder of this name."""
-        return is_folder(self.filesystem, f"{self.path}/{name}")
-
-    def has_file(self, name: str) -> bool:
-        """Tell whether there is a file of this name."""
-        return is_file(self.filesystem, f"{self.path}/{name}")
-
-    def lines(self, name: str) -> list[str]:
-        """Return the lines of a file."""
-        return read_file(self.filesystem, f"{self.path}/{name}").decode().splitlines()
-
-    def images(self, below: str = "") -> Iterator[tuple[str, int]]:
-        """Yield key and size of every image at any depth."""
-        for name, num_bytes in files_below(self.filesystem, f"{self.path}/{below}".rstrip("/")):
-            if is_image_name(name):
-                yield f"{below}/{name}" if below else name, num_bytes
+        """Return the content of a file."""
+        return (self.folder / row["key"]).read_bytes()
 
 
 def folder_records(source: str) -> Records:
@@ -129,16 +91,16 @@ def folder_records(source: str) -> Records:
     Raises:
         InputError: The folder cannot be read, has no images, or breaks the rules of its layout.
     """
-    folder = Folder(source)
+    folder = Location(source)
     with reading(source):
-        if not is_folder(folder.filesystem, folder.path):
-            kind = "is not a folder" if is_file(folder.filesystem, folder.path) else "missing"
+        if not folder.is_folder():
+            kind = "is not a folder" if folder.is_file() else "missing"
             raise InputError(f"{source}: {kind}; give a folder of images or 'synthetic'")
-        versions = [name for name in VERSIONS if _layout(Folder(f"{source}/{name}"))]
+        versions = [name for name in VERSIONS if _layout(folder / name)]
         if versions:
-            first = f"{source}/{versions[0]}"
             raise InputError(
-                f"{source}: holds several versions of a set; give one, such as {first}"
+                f"{source}: holds several versions of a set; give one, such as "
+                f"{folder / versions[0]}"
             )
         layout = _layout(folder)
         return _labelled(folder, layout(folder)) if layout else _tree(folder)
@@ -206,26 +168,26 @@ def label_warnings(table: pa.Table) -> list[str]:
     return warnings
 
 
-def _layout(folder: Folder) -> Callable[[Folder], Iterator[ImageFile]] | None:
+def _layout(folder: Location) -> Callable[[Location], Iterator[ImageFile]] | None:
     """Return what reads a labelled set, or None if the folder is none."""
-    if folder.has_folder("bounding_box_train") or folder.has_folder("bounding_box_test"):
+    if any((folder / name).is_folder() for name in ("bounding_box_train", "bounding_box_test")):
         return _market_files
-    if folder.has_file("list_train.txt") or folder.has_file("list_query.txt"):
+    if any((folder / name).is_file() for name in ("list_train.txt", "list_query.txt")):
         return _msmt17_files
-    if folder.has_folder("bbox_train"):
+    if (folder / "bbox_train").is_folder():
         return _mars_files
     return None
 
 
-def _market_files(folder: Folder) -> Iterator[ImageFile]:
+def _market_files(folder: Location) -> Iterator[ImageFile]:
     for name, split in MARKET_FOLDERS.items():
-        if not folder.has_folder(name):
+        if not (folder / name).is_folder():
             continue
-        for key, num_bytes in folder.images(name):
+        for key, num_bytes in _images(folder, name):
             match = MARKET_NAME.match(key.rpartition("/")[2])
             if match is None:
                 raise InputError(
-                    f"{folder.source}/{key}: no person and camera in its name, such as "
+                    f"{folder}/{key}: no person and camera in its name, such as "
                     "0002_c1s1_000451_03.jpg"
                 )
             pid, camid = int(match[1]), int(match[2])
@@ -233,19 +195,19 @@ def _market_files(folder: Folder) -> Iterator[ImageFile]:
                 yield ImageFile(key, split, pid, camid, num_bytes)
 
 
-def _msmt17_files(folder: Folder) -> Iterator[ImageFile]:
-    folders = [pair for pair in MSMT17_FOLDERS if folder.has_folder(pair[0])]
+def _msmt17_files(folder: Location) -> Iterator[ImageFile]:
+    folders = [pair for pair in MSMT17_FOLDERS if (folder / pair[0]).is_folder()]
     if not folders:
         expected = " or ".join(f"{train}/ and {test}/" for train, test in MSMT17_FOLDERS)
-        raise InputError(f"{folder.source}: has lists of MSMT17 but neither {expected}")
+        raise InputError(f"{folder}: has lists of MSMT17 but neither {expected}")
     train_folder, test_folder = folders[0]
     num_train_persons = 0
     for name, split in MSMT17_LISTS.items():
-        if not folder.has_file(name):
+        if not (folder / name).is_file():
             continue
         part = train_folder if split == "train" else test_folder
-        sizes = dict(folder.images(part))
-        for line in folder.lines(name):
+        sizes = dict(_images(folder, part))
+        for line in (folder / name).read_bytes().decode().splitlines():
             image, _, number = line.strip().rpartition(" ")
             parts = image.rpartition("/")[2].split("_")
             if (
@@ -253,11 +215,11 @@ def _msmt17_files(folder: Folder) -> Iterator[ImageFile]:
                 or len(parts) <= MSMT17_CAMERA
                 or not parts[MSMT17_CAMERA].isdigit()
             ):
-                raise InputError(f"{folder.source}/{name}: not a line of MSMT17: {line[:80]!r}")
+                raise InputError(f"{folder}/{name}: not a line of MSMT17: {line[:80]!r}")
             key = f"{part}/{image}"
             if key not in sizes:
                 raise InputError(
-                    f"{folder.source}/{key}: cannot be read (it is in {name} but not there)"
+                    f"{folder}/{key}: cannot be read (it is in {name} but not there)"
                 )
             pid = int(number)
             if split == "train":
@@ -267,36 +229,36 @@ def _msmt17_files(folder: Folder) -> Iterator[ImageFile]:
             yield ImageFile(key, split, pid, int(parts[MSMT17_CAMERA]), sizes[key])
 
 
-def _mars_files(folder: Folder) -> Iterator[ImageFile]:
-    if folder.has_folder("bbox_test"):
-        logger.warning("%s: bbox_test is left out, only bbox_train is read", folder.source)
-    for key, num_bytes in folder.images("bbox_train"):
+def _mars_files(folder: Location) -> Iterator[ImageFile]:
+    if (folder / "bbox_test").is_folder():
+        logger.warning("%s: bbox_test is left out, only bbox_train is read", folder)
+    for key, num_bytes in _images(folder, "bbox_train"):
         match = MARS_NAME.match(key.rpartition("/")[2])
         if match is None:
             raise InputError(
-                f"{folder.source}/{key}: no person, camera and tracklet in its name, such as "
+                f"{folder}/{key}: no person, camera and tracklet in its name, such as "
                 "0001C1T0001F001.jpg"
             )
         yield ImageFile(key, "train", int(match[1]), int(match[2]), num_bytes)
 
 
-def _labelled(folder: Folder, files: Iterator[ImageFile]) -> Records:
+def _labelled(folder: Location, files: Iterator[ImageFile]) -> Records:
     rows = list(files)
     names = ("key", "split", "pid", "camid", "num_bytes")
     columns = {name: [getattr(each, name) for each in rows] for name in names}
     return make_records(
-        folder.source,
+        folder.uri,
         columns,
-        FileReader(folder.source),
-        num_readers=num_readers(folder.filesystem),
+        FileReader(folder),
+        num_readers=num_readers([folder]),
     )
 
 
-def _tree(folder: Folder) -> Records:
+def _tree(folder: Location) -> Records:
     keys: list[str] = []
     sizes: list[int] = []
     refused: list[Refused] = []
-    for key, num_bytes in folder.images():
+    for key, num_bytes in _images(folder):
         refusal = not_text(key)
         if refusal:
             refused.append(refusal)
@@ -304,14 +266,17 @@ def _tree(folder: Folder) -> Records:
             keys.append(key)
             sizes.append(num_bytes)
     return make_records(
-        folder.source,
+        folder.uri,
         {"key": keys, "num_bytes": np.array(sizes, np.int64)},
-        FileReader(folder.source),
-        num_readers=num_readers(folder.filesystem),
+        FileReader(folder),
+        num_readers=num_readers([folder]),
         refused=refused,
     )
 
 
-def num_readers(filesystem: fs.FileSystem) -> int:
-    """Return how many images of a filesystem a process reads at a time."""
-    return 1 if is_local(filesystem) else NUM_REMOTE_READERS
+def _images(folder: Location, below: str = "") -> Iterator[tuple[str, int]]:
+    """Yield key and size in bytes of every image in a part of a folder, at any depth."""
+    part = folder / below if below else folder
+    for name, num_bytes in part.files_below():
+        if is_image_name(name):
+            yield f"{below}/{name}" if below else name, num_bytes

@@ -5,13 +5,18 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
-from pyarrow import fs
 
 from upreid_ray.config.errors import InputError
-from upreid_ray.data.sources.layouts import NUM_REMOTE_READERS
 from upreid_ray.data.sources.pickles import read_pickle
-from upreid_ray.data.sources.records import Records, Refused, Row, make_records, not_text
-from upreid_ray.storage import is_local, open_folder, opened_folder, read_file, reading
+from upreid_ray.data.sources.records import (
+    Records,
+    Refused,
+    Row,
+    make_records,
+    not_text,
+    num_readers,
+)
+from upreid_ray.storage import Location, reading
 
 # Files whose sizes are looked up; the others are taken to be as large.
 NUM_SIZES = 256
@@ -23,10 +28,10 @@ def listed_paths(source: str) -> list[str]:
     Raises:
         InputError: It cannot be read, or holds something else.
     """
-    filesystem, path = open_folder(source)
+    location = Location(source)
     with reading(source):
-        content = read_file(filesystem, path)
-    if path.endswith((".pkl", ".pickle")):
+        content = location.read_bytes()
+    if location.path.endswith((".pkl", ".pickle")):
         entries = read_pickle(content, source)
         if not isinstance(entries, list | tuple) or not all(
             isinstance(entry, str | bytes) for entry in entries
@@ -55,16 +60,18 @@ def listed_records(source: str, paths: Sequence[str]) -> Records:
             refused.append(refusal)
         else:
             keys.append(path)
-    reader = ListedReader(source.rpartition("/")[0] or ("/" if source[:1] == "/" else "."))
+    reader = ListedReader(
+        Location(source.rpartition("/")[0] or ("/" if source[:1] == "/" else "."))
+    )
     locations = [reader.location(key) for key in keys[:: -(-len(keys) // NUM_SIZES) or 1]]
-    sizes = [found[0].get_file_info(found[1]) for found in locations]
-    known = [info.size for info in sizes if info.type == fs.FileType.File]
+    sizes = [location.num_bytes() for location in locations]
+    known = [size for size in sizes if size is not None]
     mean_size = sum(known) // max(1, len(known))
     return make_records(
         source,
         {"key": keys, "num_bytes": np.full(len(keys), mean_size)},
         reader,
-        num_readers=1 if all(is_local(where) for where, _ in locations) else NUM_REMOTE_READERS,
+        num_readers=num_readers(locations),
         refused=refused,
     )
 
@@ -73,17 +80,14 @@ def listed_records(source: str, paths: Sequence[str]) -> Records:
 class ListedReader:
     """Reads images that are files; their keys are paths, from a folder on if not absolute."""
 
-    folder: str
+    folder: Location
 
-    def location(self, key: str) -> tuple[fs.FileSystem, str]:
-        """Return the filesystem and the path of an image."""
-        if "://" in key:
-            return open_folder(key)
-        if PurePosixPath(key).is_absolute():
-            return fs.LocalFileSystem(), key
-        filesystem, path = opened_folder(self.folder)
-        return filesystem, f"{path}/{key}"
+    def location(self, key: str) -> Location:
+        """Return where an image is."""
+        if PurePosixPath(key).is_absolute() or "://" in key:
+            return Location(key)
+        return self.folder / key
 
     def __call__(self, row: Row) -> bytes:
         """Return the bytes of a file."""
-        return read_file(*self.location(row["key"]))
+        return self.location(row["key"]).read_bytes()

@@ -14,10 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from upreid_ray.config.errors import InputError, first_line
+from upreid_ray.storage import Location
 
 Split = Literal["train", "query", "gallery", "unlabeled"]
 Row = Mapping[str, Any]
 
+# Requests that a process has under way if files are not local.
+NUM_REMOTE_READERS = 16
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 
 FIELDS = {
@@ -130,6 +133,11 @@ def make_records(
     ]
     kept = records.take(order.filter(pa.array(~repeated))).combine_chunks()
     return Records(kept, read, num_readers, (*refused, *again))
+
+
+def num_readers(files: Iterable[Location]) -> int:
+    """Return how many of these files a process reads at a time."""
+    return 1 if all(file.is_local for file in files) else NUM_REMOTE_READERS
 
 
 def is_image_name(name: str) -> bool:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 from PIL import Image
-from pyarrow import fs
 
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.run import SyntheticConfig
@@ -21,7 +20,7 @@ from upreid_ray.data.sources.archives import (
 from upreid_ray.data.sources.layouts import folder_records, label_warnings
 from upreid_ray.data.sources.listings import listed_paths, listed_records
 from upreid_ray.data.sources.records import Records, Row
-from upreid_ray.storage import names_in, open_folder, reading
+from upreid_ray.storage import Location, reading
 
 logger = logging.getLogger(__name__)
 
@@ -44,17 +43,16 @@ def source_records(source: str, columns: Mapping[str, str]) -> Records:
     Raises:
         InputError: It cannot be used.
     """
-    filesystem, path = open_folder(source)
+    location = Location(source)
     with reading(source):
-        kind = filesystem.get_file_info(path).type
-        if kind == fs.FileType.NotFound:
+        if location.is_file():
+            records = _file_records(source, columns)
+        elif location.is_folder():
+            records = _folder_records(source, columns)
+        else:
             raise InputError(
                 f"{source}: does not exist; give a folder or file of images or 'synthetic'"
             )
-        if kind == fs.FileType.File:
-            records = _file_records(source, columns)
-        else:
-            records = _folder_records(source, columns)
     if columns and not records.table.column_names.count("row_group"):
         raise InputError(f"--columns: {source} is not Parquet")
     for warning in label_warnings(records.table):
@@ -79,12 +77,12 @@ def _file_records(source: str, columns: Mapping[str, str]) -> Records:
 
 
 def _folder_records(source: str, columns: Mapping[str, str]) -> Records:
-    filesystem, path = open_folder(source)
-    names = names_in(filesystem, path)
+    folder = Location(source)
+    names = folder.names()
     if LMDB_FILE in names:
         return lmdb_records(source)
     for suffixes in (TAR_SUFFIXES, (".parquet",)):
-        found = [f"{source.rstrip('/')}/{name}" for name in names if name.endswith(suffixes)]
+        found = [(folder / name).uri for name in names if name.endswith(suffixes)]
         archives = _archives(source, found, columns)
         if archives is not None:
             return archives

@@ -179,7 +179,7 @@ class TrainingImages:
         """Return images of the epoch's beginning instead of those of a block."""
         if block.start == 0:
             raise InputError(
-                f"{self.row_groups.uri}/{self.row_groups.shard_names[shard]}: "
+                f"{self.row_groups.folder / self.row_groups.shard_names[shard]}: "
                 "its images do not decode, nor others of the set"
             )
         begin = self.read(Block(block.epoch, 0, min(block.start, MIN_BLOCK_IMAGES), 0))["image"]
@@ -218,8 +218,8 @@ class TrainingImages:
             if undecodable.total() > limit * max(num_seen, self.num_images / num_workers):
                 (shard, count), *_ = undecodable.most_common(1)
                 raise InputError(
-                    f"{self.row_groups.uri}: {undecodable.total()} of {num_seen} images do not "
-                    f"decode, more than --data.max_undecodable {limit} allows; {count} of "
+                    f"{self.row_groups.folder}: {undecodable.total()} of {num_seen} images do "
+                    f"not decode, more than --data.max_undecodable {limit} allows; {count} of "
                     f"them in {self.row_groups.shard_names[shard]}"
                 )
             for start in range(0, this.num_steps * group_size, group_size):
