@@ -1,8 +1,8 @@
-"""Comparing initializations: frozen and fine-tuned on shares of the labels, seed by seed.
+"""Comparison of initializations, frozen and fine-tuned on shares of the labels.
 
 Every run is nested in the MLflow run of the comparison and registers nothing. Its scores are
-written into the folder of the comparison when it ends, and a comparison that is continued runs
-what has no scores yet.
+written into the folder of the comparison when it ends. A comparison that is resumed executes
+the runs that have no scores yet.
 """
 
 import json
@@ -38,23 +38,21 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
 
     As many runs are side by side as the cluster holds. On one machine without GPUs, set
     ``scaling.threads_per_worker``, otherwise each run takes all cores. A run that fails stops
-    no other, and a comparison that is continued runs it again.
+    no other, and a resumed comparison repeats it.
 
     Args:
         config: Settings of the comparison; random weights are always compared too.
         resume: Continue the comparison that ``config.finetune.run.name`` names.
 
     Raises:
-        InputError: Something that the user gave cannot be used; nothing was started.
+        InputError: A setting cannot be used; nothing was started.
         RuntimeError: Every run failed.
     """
     common = config.finetune
     folder = RunFolder.of(common.run, "compare")
     client = runs.connect()
-    if not resume and folder.exists():
-        raise InputError(
-            f"--run.name {folder.name}: exists already; continue it with --resume {folder.name}"
-        )
+    if not resume:
+        folder.require_new()
     check_resources(common.scaling)
     variants, descriptions = resolve_variants(_variants(config))
     config = config.override({"init": tuple(str(variant) for variant in variants)})
@@ -79,7 +77,7 @@ def num_side_by_side(scaling: ScalingConfig, nodes: Sequence[Resources]) -> int:
 
 
 def _variants(config: CompareConfig) -> list[Variant]:
-    """Return what the user wants to compare.
+    """Return the variants that the user wants to compare.
 
     Raises:
         InputError: A variant is malformed, or has initializations for which there is no seed.
@@ -96,7 +94,10 @@ def _variants(config: CompareConfig) -> list[Variant]:
 def _score(
     planned: Sequence[ComparisonRun], folder: RunFolder, scaling: ScalingConfig, run_id: str
 ) -> tuple[dict[str, Scores], dict[str, str]]:
-    """Run what has no scores yet; return the scores and the failures by the name of the run.
+    """Execute the runs that have no scores yet.
+
+    Returns:
+        Scores of all runs that ended, and reasons of those that failed, by the run's name.
 
     Raises:
         RuntimeError: No run has scores.
@@ -119,7 +120,7 @@ def _score(
 def _side_by_side(
     planned: Sequence[ComparisonRun], scaling: ScalingConfig, parent_run_id: str
 ) -> Iterator[tuple[str, Scores | str]]:
-    """Run Ray tasks, as many at a time as the cluster holds.
+    """Execute runs as Ray tasks, as many at a time as the cluster holds.
 
     Yields:
         The name of a run that ended, and its scores or the reason why it failed.
@@ -155,5 +156,5 @@ def _run(planned: ComparisonRun, tracking_uri: str, parent_run_id: str) -> Score
             return evaluate(config, parent_run_id=parent_run_id).scores
         begun = RunFolder.of(config.run, "finetune").exists()
         return finetune(config, resume=begun, parent_run_id=parent_run_id).scores
-    except Exception as error:  # whatever it is, the other runs go on
+    except Exception as error:  # no error of a run may stop the others
         return first_line(error)

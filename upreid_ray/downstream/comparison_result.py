@@ -50,7 +50,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class CompareResult:
-    """What a comparison finds.
+    """Result of a comparison.
 
     Attributes:
         run_id: Id of the MLflow run.

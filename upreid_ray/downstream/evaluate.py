@@ -35,13 +35,13 @@ SCORES_FILE = "scores.json"
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What an evaluation finds.
+    """Result of an evaluation.
 
     Attributes:
         run_id: ID of the MLflow run.
         init: Initialization that was scored; a version in place of an alias.
         scores: Scores, 0..1 by name; names of scores after re-ranking end in ``_reranked``.
-        images_per_second: Images per second whose features were computed.
+        images_per_second: Speed of computing the features.
         result_dir: Folder of the run, with ``scores.json``.
     """
 
@@ -60,7 +60,7 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
         parent_run_id: ID of the MLflow run in which this run is nested.
 
     Raises:
-        InputError: Something that the user gave cannot be used; nothing was started.
+        InputError: A setting cannot be used; nothing was started.
     """
     client = runs.connect()
     init = requested(config)
@@ -177,7 +177,7 @@ def compute_features(
 
 
 class _Extractor:
-    """An actor with a backbone on its device."""
+    """An actor that holds a backbone on its device."""
 
     def __init__(
         self,

@@ -59,6 +59,17 @@ class RunFolder:
         """Tell whether a run of this name was started."""
         return (self.location / RUN_FILE).is_file()
 
+    def require_new(self) -> None:
+        """Check that no run of this name was started.
+
+        Raises:
+            InputError: A run was started.
+        """
+        if self.exists():
+            raise InputError(
+                f"--run.name {self.name}: exists already; continue it with --resume {self.name}"
+            )
+
     def remove(self, file: str) -> None:
         """Remove a file of this folder, if it is there."""
         if (self.location / file).is_file():

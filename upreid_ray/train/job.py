@@ -131,11 +131,8 @@ class TrainJob:
                 not answer, or the machine cannot hold the workers.
         """
         run_id = folder.recorded_run(config, FREE_SETTINGS) if resume else None
-        if not resume and folder.exists():
-            name = folder.name
-            raise InputError(
-                f"--run.name {name}: exists already; continue it with --resume {name}"
-            )
+        if not resume:
+            folder.require_new()
         check_resources(config.scaling)
         return cls(config, folder, run_id, runs.connect(), parent_run_id)
 

@@ -45,7 +45,7 @@ LOG_WIDTH = 160
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep leaves.
+    """Result of a sweep.
 
     Attributes:
         run_id: ID of the MLflow run of the sweep, whose children are the trials.
@@ -74,15 +74,12 @@ def start(plan: SweepPlan, folder: RunFolder) -> SweepResult:
         folder: Folder of the sweep, which does not exist yet.
 
     Raises:
-        InputError: Something that the user gave cannot be used; nothing was started.
+        InputError: A setting cannot be used; nothing was started.
         RunFailed: No trial has a score.
         RunStopped: Ray Tune was interrupted.
     """
     check_plan(plan)
-    if folder.exists():
-        raise InputError(
-            f"--run.name {folder.name}: exists already; continue it with --resume {folder.name}"
-        )
+    folder.require_new()
     if len(folder.name) > MAX_NAME - len(RETRAINED):
         raise InputError(
             f"--run.name {folder.name}: must be shorter than {MAX_NAME + 1 - len(RETRAINED)} "
