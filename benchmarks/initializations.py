@@ -25,7 +25,7 @@ from upreid_ray.config.presets import FINETUNE_PRESETS, PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.downstream.compare import compare
 from upreid_ray.downstream.comparison_result import CompareResult
-from upreid_ray.tracking import runs
+from upreid_ray.tracking import connection, runs
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.pretrain import fit
 
@@ -56,7 +56,7 @@ def parent(folder: RunFolder, config: PretrainConfig) -> str:
     """Return the MLflow run of all pre-training, which is made if it is not there."""
     if folder.exists():
         return folder.recorded_run(config, ("run.",))
-    client = runs.connect()
+    client = connection.connect()
     run_id = runs.start_run(
         client, experiment=config.run.experiment, name=folder.name, config=config
     )

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from tests.core.pool import RunInPool, gloo_pool
-from upreid_ray.tracking import runs
+from upreid_ray.tracking import connection
 
 # How long an example takes depends on what else runs on the machine.
 hypothesis.settings.register_profile("project", deadline=None, max_examples=50)
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
         # How often Ray Train looks whether its workers have begun, reported or ended.
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        for name, value in runs.HTTP_DEFAULTS.items():
+        for name, value in connection.HTTP_DEFAULTS.items():
             patch.setenv(name, value)
         yield root
         mlflow.set_tracking_uri(before)

@@ -31,7 +31,7 @@ from moto.server import ThreadedMotoServer
 from tests.cluster.processes import ROOT, ending, free_ports
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.run import RunConfig
-from upreid_ray.tracking import registry, runs
+from upreid_ray.tracking import connection, registry, runs
 from upreid_ray.train.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def services() -> Iterator[Services]:
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-        for name, value in runs.HTTP_DEFAULTS.items():
+        for name, value in connection.HTTP_DEFAULTS.items():
             patch.setenv(name, value)
         for _ in range(2):  # a pod that starts again finds its bucket there
             subprocess.run(bucket["command"], check=True)
@@ -163,7 +163,7 @@ def wait(uri: str, process: subprocess.Popen[bytes]) -> None:
 
 def register(folder: Path, score: float) -> tuple[str, str]:
     """Do what a job does: start a run, log to it, register a version; return their names."""
-    client = runs.connect()
+    client = connection.connect()
     run_id = runs.start_run(client, experiment="upreid", name="a-run", config=CONFIG)
     runs.log_metrics(client, run_id, {"eval/mAP": score})
     tags = {"evaluation": "a", "score.mAP": str(score)}
@@ -197,7 +197,7 @@ def test_jobs_that_begin_at_the_same_moment_share_experiment_and_registry(
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(job, scores))
 
-    client = runs.connect()
+    client = connection.connect()
     (experiment,) = client.search_experiments(filter_string="name = 'upreid'")
     assert len(client.search_runs([experiment.experiment_id])) == len(scores)
     versions = {version for _, version in made}

@@ -24,7 +24,7 @@ from upreid_ray.downstream.comparison_runs import (
     Variant,
     resolve_variants,
 )
-from upreid_ray.tracking import runs
+from upreid_ray.tracking import connection
 
 
 def planned(label: str, column: str, seed: int) -> ComparisonRun:
@@ -220,7 +220,7 @@ def config(folder) -> CompareConfig:
 @pytest.fixture(scope="module")
 def finished(ray_cluster, config) -> SimpleNamespace:
     result = compare(config)
-    client = runs.connect()
+    client = connection.connect()
     experiment = client.get_experiment_by_name("upreid").experiment_id
     return SimpleNamespace(
         result=result, client=client, experiment=experiment, run=client.get_run(result.run_id)

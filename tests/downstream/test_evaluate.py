@@ -20,7 +20,7 @@ from upreid_ray.core.retrieval import extract_features, retrieval_scores
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.labelled import LabelledImages
 from upreid_ray.downstream.evaluate import _Extractor, evaluate
-from upreid_ray.tracking import runs
+from upreid_ray.tracking import connection
 from upreid_ray.train import initialization
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -65,7 +65,7 @@ def config(folder, market) -> EvaluateConfig:
 @pytest.fixture(scope="module")
 def finished(ray_cluster, config) -> SimpleNamespace:
     result = evaluate(config)
-    return SimpleNamespace(result=result, run=runs.connect().get_run(result.run_id))
+    return SimpleNamespace(result=result, run=connection.connect().get_run(result.run_id))
 
 
 def test_an_actor_without_a_gpu_trims_its_convolutions(ray_cluster):
@@ -179,7 +179,7 @@ def test_a_root_that_does_not_exist_is_refused(ray_cluster, config, tmp_path):
 
 
 def test_an_initialization_that_does_not_exist_is_refused_before_a_run_begins(config):
-    client = runs.connect()
+    client = connection.connect()
     before = len(client.search_runs([e.experiment_id for e in client.search_experiments()]))
 
     assert refusal(config, {"init": "models:/nobody@champion"}).startswith("models:/nobody")

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from upreid_ray.config.errors import InputError, RunStopped
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.core.backbone import build_backbone
-from upreid_ray.tracking import run_log, runs
+from upreid_ray.tracking import connection, run_log, runs
 from upreid_ray.tracking.registry import load_backbone, register_backbone
 from upreid_ray.tracking.run_log import RunLog
 from upreid_ray.tracking.runs import start_run
@@ -49,7 +49,7 @@ def store(tmp_path_factory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", uri)
-        for name, value in runs.HTTP_DEFAULTS.items():
+        for name, value in connection.HTTP_DEFAULTS.items():
             patch.setenv(name, value)
         patch.setattr(run_log, "RETRY_SECONDS", 0.2)
         # It warns of each attempt to reach a server that is down on purpose.
@@ -60,7 +60,7 @@ def store(tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def client(store) -> MlflowClient:
-    return runs.connect()
+    return connection.connect()
 
 
 @pytest.fixture
@@ -340,13 +340,13 @@ def test_pictures_arrive_when_the_server_is_up_again(outage):
 
 @pytest.mark.parametrize("uri", [NOWHERE, "sqlite:////dev/null/mlflow.db", "tape://x"])
 def test_a_server_that_is_none_is_refused_in_one_line(monkeypatch, uri):
-    for name in runs.HTTP_DEFAULTS:
+    for name in connection.HTTP_DEFAULTS:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     begun = time.monotonic()
 
     with pytest.raises(InputError, match=rf"^MLFLOW_TRACKING_URI={uri}: [^\n]+$"):
-        runs.connect()
+        connection.connect()
 
     assert time.monotonic() - begun < 30
 
@@ -355,7 +355,7 @@ def test_the_password_of_a_server_is_not_shown(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:geheim@127.0.0.1:9")
 
     with pytest.raises(InputError, match=r"http://me:\*\*\*@127.0.0.1:9: ") as refusal:
-        runs.connect()
+        connection.connect()
 
     assert "geheim" not in str(refusal.value)
     assert refusal.value.__cause__ is None

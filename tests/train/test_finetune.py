@@ -11,7 +11,7 @@ from upreid_ray.config.errors import InputError
 from upreid_ray.config.presets import CLUSTER_CONTRAST_PRESETS, FINETUNE_PRESETS
 from upreid_ray.core.checkpoint import BestBackbone, export_backbone, save_checkpoint
 from upreid_ray.downstream.evaluate import evaluate
-from upreid_ray.tracking import registry, runs
+from upreid_ray.tracking import connection, registry, runs
 from upreid_ray.train.finetune import finetune
 from upreid_ray.train.initialization import resolve
 
@@ -28,7 +28,7 @@ def ancestor(folder) -> str:
     best.update(state, {})
     save_checkpoint(checkpoint, state, best, scores_untrained={}, images_per_second=0.0)
     export_backbone(checkpoint, exported)
-    client = runs.connect()
+    client = connection.connect()
     run = runs.start_run(client, experiment="tests", name="a-run", config=PRETRAINING)
     return registry.register_backbone(
         client, run_id=run, name="upreid-tiny", folder=exported, tags={}
@@ -66,7 +66,7 @@ def config(folder, ancestor) -> FinetuneConfig:
 @pytest.fixture(scope="module")
 def finished(ray_cluster, config) -> SimpleNamespace:
     result = finetune(config)
-    client = runs.connect()
+    client = connection.connect()
     return SimpleNamespace(
         result=result,
         client=client,
@@ -171,7 +171,7 @@ def unlabelled(config) -> ClusterContrastConfig:
 @pytest.fixture(scope="module")
 def clustered(ray_cluster, unlabelled) -> SimpleNamespace:
     result = finetune(unlabelled)
-    client = runs.connect()
+    client = connection.connect()
     return SimpleNamespace(result=result, client=client, run=client.get_run(result.run_id))
 
 

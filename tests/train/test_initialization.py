@@ -14,7 +14,7 @@ from upreid_ray.config.downstream import LabelledDataConfig
 from upreid_ray.config.errors import InputError
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.checkpoint import BestBackbone, export_backbone, save_checkpoint
-from upreid_ray.tracking import registry, runs
+from upreid_ray.tracking import connection, registry, runs
 from upreid_ray.train import initialization
 from upreid_ray.train.initialization import Initialization, for_images, resolve
 
@@ -45,7 +45,7 @@ def client(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
-        yield runs.connect()
+        yield connection.connect()
 
 
 @pytest.fixture(scope="module")

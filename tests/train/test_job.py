@@ -13,7 +13,7 @@ from ray.train import ControllerError, WorkerGroupError
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.run import JobConfig
 from upreid_ray.core.cpu import KEEP_FREED_MEMORY
-from upreid_ray.tracking import run_log, runs
+from upreid_ray.tracking import connection, run_log, runs
 from upreid_ray.train.folder import RUN_FILE, SNAPSHOT_FILE, STOP_FILE, RunFolder
 from upreid_ray.train.job import (
     _stopped_by_sigterm,
@@ -60,7 +60,7 @@ def test_the_storage_of_the_environment_is_relative_to_the_working_folder(folder
 
 
 def test_metrics_that_a_worker_could_not_deliver_are_delivered_at_the_end(run):
-    client = runs.connect()
+    client = connection.connect()
     run_id = runs.start_run(client, experiment="late", name="a", config=PRESETS["demo"])
     worker = run_log.RunLog(run_id, NOWHERE, run.local_path())
     worker.metrics(3, {"train/loss": 4.5})

@@ -24,7 +24,7 @@ from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.cpu import KEEP_FREED_MEMORY
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.training import TrainingImages
-from upreid_ray.tracking import registry, runs
+from upreid_ray.tracking import connection, registry, runs
 from upreid_ray.train.pretrain import fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -72,7 +72,7 @@ def tiny(folder) -> PretrainConfig:
 def finished(ray_cluster, tiny) -> SimpleNamespace:
     """Run it once, undisturbed."""
     result = fit(tiny)
-    client = runs.connect()
+    client = connection.connect()
     version = client.get_model_version(*result.model_uri.removeprefix("models:/").split("/"))
     return SimpleNamespace(
         result=result,

@@ -14,7 +14,7 @@ from upreid_ray.command_line import JobParser, add_pretrain_settings, read_pretr
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.sweep import SearchConfig
-from upreid_ray.tracking import runs
+from upreid_ray.tracking import connection
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.tune import sweep
 from upreid_ray.tune.points import PointSearch
@@ -63,7 +63,7 @@ def records(base: PretrainConfig, name: str) -> list[TrialRecord]:
 def finished(ray_cluster, base) -> SimpleNamespace:
     """Sweep two points to the end, undisturbed."""
     result = start(base, "two", {WEIGHT: "grid(0,0.1)"}, scheduler="none")
-    client = runs.connect()
+    client = connection.connect()
     parent = client.get_run(result.run_id)
     children = client.search_runs(
         [parent.info.experiment_id],
@@ -231,7 +231,7 @@ def troubled(ray_cluster, base) -> SimpleNamespace:
         retrain=True,
     )
     return SimpleNamespace(
-        result=result, client=runs.connect(), records=records(base, "troubled")
+        result=result, client=connection.connect(), records=records(base, "troubled")
     )
 
 

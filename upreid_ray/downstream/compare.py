@@ -26,7 +26,7 @@ from upreid_ray.downstream.comparison_runs import (
     resolve_variants,
 )
 from upreid_ray.downstream.evaluate import evaluate
-from upreid_ray.tracking import runs
+from upreid_ray.tracking import connection, runs
 from upreid_ray.train.finetune import finetune
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.job import FREE_SETTINGS
@@ -50,7 +50,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
     """
     common = config.finetune
     folder = RunFolder.of(common.run, "compare")
-    client = runs.connect()
+    client = connection.connect()
     if not resume:
         folder.require_new()
     check_resources(common.scaling)
@@ -133,7 +133,7 @@ def _side_by_side(
         while waiting or started:
             while waiting and len(started) < num_side_by_side(scaling, living_nodes()):
                 next_run = waiting.pop()
-                reference = task.remote(next_run, runs.tracking_uri(), parent_run_id)
+                reference = task.remote(next_run, connection.tracking_uri(), parent_run_id)
                 started[reference] = next_run.name
             (done,), _ = ray.wait(list(started))
             name = started.pop(done)

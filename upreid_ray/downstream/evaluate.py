@@ -25,7 +25,7 @@ from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
 from upreid_ray.data.shards.on_demand import labelled_shards
 from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.labelled import LabelledImages
-from upreid_ray.tracking import runs
+from upreid_ray.tracking import connection, runs
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.initialization import Initialization, requested
 from upreid_ray.train.worker import set_num_threads
@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
     Raises:
         InputError: A setting cannot be used; nothing was started.
     """
-    client = runs.connect()
+    client = connection.connect()
     init = requested(config)
     folder = RunFolder.of(config.run, f"evaluate-{init.description.backbone}")
     shards = labelled_shards(config.data, folder.storage)

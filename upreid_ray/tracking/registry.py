@@ -16,7 +16,8 @@ from torch import nn
 
 from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.core.checkpoint import read_exported
-from upreid_ray.tracking.runs import connect, ignore_existing
+from upreid_ray.tracking.connection import connect, shown_uri
+from upreid_ray.tracking.runs import check_not_deleted, ignore_existing
 
 BACKBONE_FOLDER = "backbone"
 CHALLENGER, CHAMPION = "challenger", "champion"
@@ -41,7 +42,11 @@ def register_backbone(
 
     Returns:
         The URI of the version, ``models:/NAME/VERSION``.
+
+    Raises:
+        InputError: The run was deleted.
     """
+    check_not_deleted(client, run_id)
     if not client.search_registered_models(f"name = '{name}'"):
         with ignore_existing():
             client.create_registered_model(name)
@@ -103,7 +108,9 @@ def find_version(client: MlflowClient, uri: str) -> ModelVersion:
             return client.get_model_version_by_alias(match["name"], match["alias"])
         return client.get_model_version(match["name"], match["version"])
     except MlflowException as error:
-        raise InputError(f"{uri}: not in the registry ({first_line(error)})") from error
+        raise InputError(
+            f"{uri}: not in the registry at {shown_uri()} ({first_line(error)})"
+        ) from error
 
 
 def download(client: MlflowClient, version: ModelVersion) -> Path:
@@ -115,11 +122,18 @@ def download(client: MlflowClient, version: ModelVersion) -> Path:
     uri = f"models:/{version.name}/{version.version}"
     try:
         folder: str = mlflow.artifacts.download_artifacts(uri, tracking_uri=client.tracking_uri)
+        found = any(Path(folder).iterdir())
     except (MlflowException, OSError) as error:
-        raise InputError(
-            f"{uri}: its files cannot be downloaded ({first_line(error)})"
-        ) from error
-    return Path(folder)
+        reason = first_line(error)
+    else:
+        if found:
+            return Path(folder)
+        reason = "there are none"  # MLflow copies a folder that does not exist as an empty one
+    place = client.get_run(version.run_id).info.artifact_uri
+    raise InputError(
+        f"{uri}: its files cannot be read from {place} ({reason}); if their folder was moved, "
+        "move or link it back there; if they were deleted with their run, train again"
+    )
 
 
 def _set_alias(client: MlflowClient, alias: str, version: ModelVersion) -> None:

@@ -154,9 +154,9 @@ class RunLog:
 
 
 def _connect(uri: str) -> "Client":
-    from upreid_ray.tracking import runs  # noqa: PLC0415, see the module's docstring
+    from upreid_ray.tracking import connection  # noqa: PLC0415, see the module's docstring
 
-    return runs.new_client(uri)  # Opens a database at once, which may fail.
+    return connection.new_client(uri)  # Opens a database at once, which may fail.
 
 
 def _parse(line: str) -> dict[str, Any]:

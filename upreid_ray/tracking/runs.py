@@ -1,4 +1,4 @@
-"""MLflow runs: the connection to the tracking server, and what a run records.
+"""MLflow runs: what a run records, and its status.
 
 Only the driver imports this module at once; `run_log` imports it in a thread of its own.
 """
@@ -13,65 +13,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import mlflow.artifacts
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID as PARENT_TAG
 
-from upreid_ray.config.errors import InputError, RunStopped, first_line
+from upreid_ray.config.errors import InputError, RunStopped
 from upreid_ray.config.section import Section
+from upreid_ray.tracking.connection import artifacts_folder, local_path, shown_uri
 
 Client = MlflowClient
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # Importing MLflow has set it to INFO.
 LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow", "pillow")
-# MLflow's own defaults retry an unreachable server for minutes.
-HTTP_DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
-}
 NUM_PARAMS_A_CALL = 100
-
-
-def tracking_uri() -> str:
-    """Return ``MLFLOW_TRACKING_URI``, or else the embedded store in the working folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
-
-
-def connect() -> MlflowClient:
-    """Return a client of the tracking server.
-
-    Raises:
-        InputError: No MLflow server answers at ``MLFLOW_TRACKING_URI``.
-    """
-    uri = tracking_uri()
-    try:
-        mlflow.set_tracking_uri(uri)
-        client = new_client(uri)
-        client.search_experiments(max_results=1)
-    except Exception as error:  # MLflow raises what its stores and HTTP libraries raise
-        msg = f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers ({first_line(error)})"
-        raise InputError(_hide_password(msg, uri)) from None
-    return client
-
-
-def new_client(uri: str) -> MlflowClient:
-    """Return a client whose calls to a server that is down fail soon.
-
-    The HTTP timeouts are shorter than MLflow's own; environment variables take precedence.
-    """
-    for name, value in HTTP_DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    return MlflowClient(uri)
-
-
-def _hide_password(text: str, uri: str) -> str:
-    """Replace the password of a URI, if it has one, by asterisks wherever a text shows it."""
-    password = urlsplit(uri).password
-    return text.replace(password, "***") if password else text
 
 
 def start_run(
@@ -93,13 +48,11 @@ def start_run(
         name: Name of the run.
         config: Settings of the run.
         parent_run_id: ID of the run under which MLflow shows this one, or None.
+
+    Raises:
+        InputError: The experiment was deleted, or its artifacts cannot be written.
     """
-    if client.get_experiment_by_name(experiment) is None:
-        embedded = tracking_uri().startswith("sqlite:")
-        location = Path("mlartifacts").absolute().as_uri() if embedded else None
-        with ignore_existing():
-            client.create_experiment(experiment, artifact_location=location)
-    experiment_id = client.get_experiment_by_name(experiment).experiment_id
+    experiment_id = _experiment(client, experiment)
     tags = environment() | ({PARENT_TAG: parent_run_id} if parent_run_id else {})
     run = client.create_run(experiment_id, run_name=name, tags=tags)
     run_id: str = run.info.run_id
@@ -108,6 +61,52 @@ def start_run(
         client.log_batch(run_id, params=params[start : start + NUM_PARAMS_A_CALL])
     client.log_text(run_id, config.model_dump_json(indent=1), "config.json")
     return run_id
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    """Return the ID of an experiment, which is created if it does not exist.
+
+    Raises:
+        InputError: The experiment was deleted, or its artifacts cannot be written.
+    """
+    folder = artifacts_folder()
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        with ignore_existing():
+            client.create_experiment(name, artifact_location=folder and folder.as_uri())
+        experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage == "deleted":
+        raise InputError(
+            f"--run.experiment {name}: was deleted in MLflow; name another one, or restore it "
+            f"with mlflow experiments restore --experiment-id {experiment.experiment_id}"
+        )
+    location = local_path(experiment.artifact_location)
+    if folder is not None and location is not None:
+        if location != folder and not location.exists():
+            raise InputError(
+                f"--run.experiment {name}: its artifacts are recorded at {location}, which is "
+                f"gone; if the folder was moved, link it there (ln -s {folder} {location}), or "
+                "name another experiment"
+            )
+        _check_writable(location, name)
+    experiment_id: str = experiment.experiment_id
+    return experiment_id
+
+
+def _check_writable(folder: Path, experiment: str) -> None:
+    """Refuse a folder of artifacts that cannot be written.
+
+    Raises:
+        InputError: It cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--run.experiment {experiment}: its artifacts cannot be written ({error})"
+        ) from None
 
 
 def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
@@ -144,7 +143,11 @@ def running(client: MlflowClient, run_id: str) -> Iterator[None]:
     """Set the status of a run: running inside the block, then finished, failed or killed.
 
     A run that raises `RunStopped` is killed.
+
+    Raises:
+        InputError: The run was deleted.
     """
+    check_not_deleted(client, run_id)
     client.update_run(run_id, status="RUNNING")
     try:
         yield
@@ -154,6 +157,28 @@ def running(client: MlflowClient, run_id: str) -> Iterator[None]:
             client.set_terminated(run_id, status)
         raise
     client.set_terminated(run_id, "FINISHED")
+
+
+def check_not_deleted(client: MlflowClient, run_id: str) -> None:
+    """Refuse a run that was deleted in MLflow, whose artifacts may be gone.
+
+    Raises:
+        InputError: It was deleted, or does not exist.
+    """
+    try:
+        stage = client.get_run(run_id).info.lifecycle_stage
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise InputError(
+            f"MLflow run {run_id}: does not exist at {shown_uri()}; set MLFLOW_TRACKING_URI to "
+            "the store in which it was begun"
+        ) from None
+    if stage == "deleted":
+        raise InputError(
+            f"MLflow run {run_id}: was deleted; restore it with mlflow runs restore --run-id "
+            f"{run_id}"
+        )
 
 
 def environment() -> dict[str, str]:

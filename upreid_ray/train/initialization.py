@@ -59,9 +59,9 @@ def resolve(init: str) -> Initialization:
     """
     if init.startswith("models:"):
         # Workers import this module for `Initialization`, and need no MLflow.
-        from upreid_ray.tracking import registry, runs  # noqa: PLC0415
+        from upreid_ray.tracking import connection, registry  # noqa: PLC0415
 
-        client = runs.connect()
+        client = connection.connect()
         version = registry.find_version(client, init)
         folder = registry.download(client, version)
         uri = f"models:/{version.name}/{version.version}"

@@ -40,7 +40,7 @@ from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.persons import ClusterImages, PersonImages
 from upreid_ray.data.stream.training import TrainingImages
-from upreid_ray.tracking import registry, run_log, runs
+from upreid_ray.tracking import connection, registry, run_log, runs
 from upreid_ray.train.folder import RESULT_FILE, STOP_FILE, RunFolder
 from upreid_ray.train.resources import check_resources, worker_needs
 from upreid_ray.train.stop_signal import ListeningTorchConfig
@@ -134,7 +134,7 @@ class TrainJob:
         if not resume:
             folder.require_new()
         check_resources(config.scaling)
-        return cls(config, folder, run_id, runs.connect(), parent_run_id)
+        return cls(config, folder, run_id, connection.connect(), parent_run_id)
 
     def run(self, task: Task, callbacks: Sequence[UserCallback] = ()) -> TrainResult:
         """Train, and register the best backbone unless this run is a trial.
@@ -165,7 +165,7 @@ class TrainJob:
             shards=task.shards,
             evaluation_shards=evaluation,
             run_id=run_id,
-            tracking_uri=runs.tracking_uri(),
+            tracking_uri=connection.tracking_uri(),
             folder=folder,
         )
         with runs.running(self.client, run_id), _stopped_by_sigterm(folder):
@@ -258,7 +258,7 @@ class TrainJob:
 def deliver_metrics(folder: RunFolder, run_id: str) -> None:
     """Deliver the metrics that workers on this machine could not deliver to MLflow."""
     if folder.local_path().exists():
-        log = run_log.RunLog(run_id, runs.tracking_uri(), folder.local_path())
+        log = run_log.RunLog(run_id, connection.tracking_uri(), folder.local_path())
         log.close(DELIVERY_SECONDS)
 
 

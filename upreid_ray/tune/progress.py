@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.live import Live
 
 from upreid_ray.config.errors import first_line
-from upreid_ray.tracking import runs
+from upreid_ray.tracking import connection, runs
 from upreid_ray.tune.report import trial_table
 from upreid_ray.tune.space import format_value
 from upreid_ray.tune.trial_record import CANDIDATE, Candidate, TrialRecord, TrialSettings
@@ -27,7 +27,7 @@ class SweepProgress(Callback):
 
     def setup(self, **_: object) -> None:
         """Start the display."""
-        self._client = runs.connect()
+        self._client = connection.connect()
         self._records: dict[int, TrialRecord] = {}
         console = Console(stderr=True)
         self._live = Live(console=console) if console.is_terminal else None

@@ -20,7 +20,7 @@ from upreid_ray.config.section import MAX_NAME
 from upreid_ray.data.shards.on_demand import training_shards
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.training import TrainingImages
-from upreid_ray.tracking import runs
+from upreid_ray.tracking import connection, runs
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.job import deliver_metrics, evaluation_shards
 from upreid_ray.tune.points import draw_points
@@ -87,7 +87,7 @@ def start(plan: SweepPlan, folder: RunFolder) -> SweepResult:
         )
     num_concurrent(plan)
     draw_points(plan)
-    client = runs.connect()
+    client = connection.connect()
     shards, evaluation = _find_shards(plan, folder)
     run_id = runs.start_run(
         client, experiment=plan.base.run.experiment, name=folder.name, config=plan
@@ -110,7 +110,7 @@ def resume(folder: RunFolder) -> SweepResult:
     """
     run_id, recorded = folder.recorded()
     plan = SweepPlan.parse(recorded)
-    client = runs.connect()
+    client = connection.connect()
     shards, evaluation = _find_shards(plan, folder)
     return _run(TrialSettings(plan, folder, shards, evaluation, run_id), client)
 

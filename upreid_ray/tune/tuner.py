@@ -8,7 +8,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from upreid_ray.config.errors import InputError, RunStopped
-from upreid_ray.tracking import runs
+from upreid_ray.tracking import connection
 from upreid_ray.train import resources
 from upreid_ray.tune.points import PointSearch, candidates, draw_points
 from upreid_ray.tune.progress import SweepProgress
@@ -63,7 +63,7 @@ def run_trials(settings: TrialSettings) -> None:
     tune.Tuner(
         tune.with_resources(
             tune.with_parameters(
-                run_trial, settings=settings, tracking_uri=runs.tracking_uri()
+                run_trial, settings=settings, tracking_uri=connection.tracking_uri()
             ),
             TRIAL_RESOURCES,
         ),
