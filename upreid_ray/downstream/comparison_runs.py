@@ -172,7 +172,7 @@ def list_runs(
 
 @dataclass(frozen=True)
 class _RunMaker:
-    """Makes the settings of runs from those that all runs share.
+    """The settings that all runs share, from which those of each run are made.
 
     Attributes:
         common: Settings of the fine-tuning.

@@ -135,26 +135,7 @@ def draw_figures(plan: SweepPlan, records: Sequence[TrialRecord]) -> dict[str, b
         records: Trials of the sweep; those without a score are left out.
     """
     mpl.use("agg")
-    axes = plan.axes()
-    labels = _labels(axes)
-    study = optuna.create_study(direction="maximize")
-    for record in records:
-        if record.rungs and record.state in SCORED:
-            study.add_trial(
-                create_trial(
-                    value=record.best,
-                    params={
-                        labels[path]: value
-                        for path, value in to_optuna(axes, record.candidate.point).items()
-                    },
-                    distributions={
-                        labels[path]: distribution(axis) for path, axis in axes.items()
-                    },
-                    intermediate_values={
-                        round(epoch): score for epoch, score in record.rungs.items()
-                    },
-                )
-            )
+    study = _study(plan, records)
     first = min((min(trial.intermediate_values) for trial in study.trials), default=0)
 
     def first_rung(trial: FrozenTrial) -> float:
@@ -164,16 +145,39 @@ def draw_figures(plan: SweepPlan, records: Sequence[TrialRecord]) -> dict[str, b
         # Optuna warns that its figures with matplotlib are experimental.
         warnings.simplefilter("ignore")
         drawn = {"rungs.png": plots.plot_intermediate_values(study)}
-        drawn["rungs.png"].set(title="", xlabel="epoch", ylabel=METRIC)
+        drawn["rungs.png"].set(xlabel="epoch", ylabel=METRIC)
         drawn["rungs.png"].xaxis.set_major_locator(MaxNLocator(integer=True))
         drawn["parallel.png"] = plots.plot_parallel_coordinate(study, target_name=METRIC)
-        drawn["parallel.png"].set_title("")
         if len(study.trials) >= MIN_IMPORTANCE_TRIALS:
             drawn["importance.png"] = plots.plot_param_importances(
                 study, target=first_rung, target_name=f"{METRIC} at epoch {first}"
             )
-            drawn["importance.png"].set_title("")
-    return {name: _png(axis) for name, axis in drawn.items()}
+    for axes in drawn.values():
+        axes.set_title("")
+    return {name: _png(axes) for name, axes in drawn.items()}
+
+
+def _study(plan: SweepPlan, records: Sequence[TrialRecord]) -> optuna.Study:
+    """Return the trials that have a score as a study of Optuna, which can draw them."""
+    axes = plan.axes()
+    labels = _labels(axes)
+    study = optuna.create_study(direction="maximize")
+    for record in records:
+        if record.rungs and record.state in SCORED:
+            params = to_optuna(axes, record.candidate.point)
+            study.add_trial(
+                create_trial(
+                    value=record.best,
+                    params={labels[path]: value for path, value in params.items()},
+                    distributions={
+                        labels[path]: distribution(axis) for path, axis in axes.items()
+                    },
+                    intermediate_values={
+                        round(epoch): score for epoch, score in record.rungs.items()
+                    },
+                )
+            )
+    return study
 
 
 def report_page(

@@ -5,7 +5,7 @@ An axis is a Python value in ``SPACES`` and text on the command line, such as
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +14,7 @@ from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.section import Section
 from upreid_ray.config.sweep import SearchConfig
 
-SPEC = re.compile(r"^(?P<kind>[a-z]+)\((?P<members>.*)\)$")
+SPEC = re.compile(r"^(?P<kind>uniform|loguniform|choice|grid)\((?P<members>.*)\)$")
 ZERO = "zero"
 # Share of zeros among the draws of a log-uniform axis with zero.
 ZERO_SHARE = 0.2
@@ -181,30 +181,54 @@ def read_axis(base: PretrainConfig, path: str, text: str) -> Axis:
         if path == fixed or (fixed.endswith(".") and path.startswith(fixed)):
             raise InputError(f"{flag}: {path} {reason}")
     match = SPEC.match(text.strip())
-    kinds = {"uniform": Uniform, "loguniform": LogUniform, "choice": Choice, "grid": Grid}
-    if match is None or match["kind"] not in kinds:
+    if match is None:
         raise InputError(
             f"{flag}: must be uniform(a,b), loguniform(a,b), loguniform(a,b,zero), "
             "choice(a,b,...) or grid(a,b,...)"
         )
-    kind = kinds[match["kind"]]
     members = [member.strip() for member in match["members"].split(",") if member.strip()]
-    if kind in (Choice, Grid):
-        values = tuple(_read(base, path, member, flag) for member in members)
-        if not values or len(set(values)) < len(values):
-            raise InputError(f"{flag}: must have values, each of them once")
-        return Choice(values) if kind is Choice else Grid(values)
-    zero = kind is LogUniform and members[2:] == [ZERO]
-    bounds = [_read(base, path, member, flag) for member in members[:2]]
+    if match["kind"] == "choice":
+        return Choice(_read_values(base, path, members, flag))
+    if match["kind"] == "grid":
+        return Grid(_read_values(base, path, members, flag))
+    is_log = match["kind"] == "loguniform"
+    zero = is_log and members[2:] == [ZERO]
+    low, high = _read_range(base, path, members[:2] if zero else members, flag, is_log=is_log)
     if zero:
         _read(base, path, "0", flag)
-    if len(members) != 2 + zero or not all(type(bound) in (int, float) for bound in bounds):
+    return LogUniform(low, high, zero) if is_log else Uniform(low, high)
+
+
+def _read_values(
+    base: PretrainConfig, path: str, members: Sequence[str], flag: str
+) -> tuple[Any, ...]:
+    """Return the values of a choice or a grid.
+
+    Raises:
+        InputError: There is none, one of them occurs twice, or the setting refuses one.
+    """
+    values = tuple(_read(base, path, member, flag) for member in members)
+    if not values or len(set(values)) < len(values):
+        raise InputError(f"{flag}: must have values, each of them once")
+    return values
+
+
+def _read_range(
+    base: PretrainConfig, path: str, members: Sequence[str], flag: str, *, is_log: bool
+) -> tuple[float, float]:
+    """Return the bounds of a range.
+
+    Raises:
+        InputError: There are not two numbers in ascending order, or the setting refuses one.
+    """
+    bounds = [_read(base, path, member, flag) for member in members]
+    if [type(bound) in (int, float) for bound in bounds] != [True, True]:
         raise InputError(f"{flag}: must have two numbers, the least and the greatest")
     low, high = bounds
-    if low >= high or (kind is LogUniform and low <= 0):
-        above = " and above 0" if kind is LogUniform else ""
+    if low >= high or (is_log and low <= 0):
+        above = " and above 0" if is_log else ""
         raise InputError(f"{flag}: the first number must be less than the second{above}")
-    return LogUniform(low, high, zero) if kind is LogUniform else Uniform(low, high)
+    return low, high
 
 
 def format_value(value: Any) -> str:  # noqa: ANN401, the value of a setting
