@@ -4,6 +4,7 @@ MLflow creates and migrates the tables of a database with the first call of a cl
 processes that do so at once break it: here one process does it at a time.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,8 @@ from filelock import FileLock
 from mlflow.tracking import MlflowClient
 
 from upreid_ray.config.errors import InputError, first_line
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # Importing MLflow has set it to INFO.
 
 SQLITE = "sqlite:///"
 ARTIFACTS_FOLDER = "mlartifacts"

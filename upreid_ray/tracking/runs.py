@@ -1,9 +1,8 @@
 """MLflow runs: what a run records, and its status.
 
-Only the driver imports this module at once; `run_log` imports it in a thread of its own.
+Only the driver imports this module.
 """
 
-import logging
 import os
 import platform
 import subprocess
@@ -24,7 +23,6 @@ from upreid_ray.config.section import Section
 from upreid_ray.tracking.connection import artifacts_folder, local_path, shown_uri
 
 Client = MlflowClient
-logging.getLogger("mlflow").setLevel(logging.WARNING)  # Importing MLflow has set it to INFO.
 LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow", "pillow")
 NUM_PARAMS_A_CALL = 100
 
