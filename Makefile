@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+PYTHONS := 3.11 3.12 3.13
 UV_VERSION := 0.13.9
 PIP_AUDIT_VERSION := 2.10.1
 # Libraries that the benchmarks compare with; they use the project's torch.
@@ -12,7 +13,7 @@ PEERS := kornia==0.9.0 kornia-rs==0.2.0 lightly==1.6.0 lightly-utils==0.0.2 \
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
 
-.PHONY: help setup pretrain sweep finetune compare check docs format test test-fast bench bench-data \
+.PHONY: help setup pretrain sweep finetune compare check docs format test test-fast test-pythons bench bench-data \
   bench-peers chaos audit up down status secrets image lock clean
 
 help:  ## show this list
@@ -67,6 +68,14 @@ test: $(READY)  ## run all tests
 
 test-fast: $(READY)  ## run the tests that start no Ray cluster
 	$(BIN)/python -m pytest -m "not ray"
+
+test-pythons: $(READY)  ## the tests that need no Ray cluster, on every supported Python
+	for python in $(PYTHONS); do \
+	  $(BIN)/uv venv --quiet --clear --seed --python $$python $(VENV)/$$python \
+	  && $(BIN)/uv pip install --quiet --python $(VENV)/$$python --require-hashes \
+	    -r requirements.lock \
+	  && PYTHONPATH=$(CURDIR) $(VENV)/$$python/bin/python -m pytest -m "not ray" || exit; \
+	done
 
 bench: $(READY)  ## measure the numbers of docs/benchmarks.md
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.step

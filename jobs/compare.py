@@ -24,7 +24,6 @@ from upreid_ray.command_line import (
     add_settings,
     connect_to_ray,
     override,
-    require_init,
     run_job,
 )
 from upreid_ray.config.downstream import CompareConfig
@@ -41,6 +40,7 @@ def main() -> dict[str, Any]:
         parser.add_argument(
             f"--{name}",
             nargs="+",
+            required=name == "init",
             metavar=metavar,
             default=argparse.SUPPRESS,
             help=CompareConfig.model_fields[name].description,
@@ -48,7 +48,6 @@ def main() -> dict[str, Any]:
     add_settings(parser, CompareConfig, without=(*lists, "finetune"))
     presets = add_finetune_settings(parser, sys.argv[1:], without=("init", "subset.persons"))
     arguments = parser.parse(sys.argv[1:])
-    require_init(arguments)
     words = vars(arguments)
     own = {name: words.pop(name) for name in CompareConfig.model_fields if name in words}
     common = override(presets[arguments.preset], arguments)

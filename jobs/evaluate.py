@@ -18,7 +18,6 @@ from upreid_ray.command_line import (
     add_settings,
     connect_to_ray,
     override,
-    require_init,
     run_job,
 )
 from upreid_ray.config.downstream import EvaluateConfig
@@ -29,7 +28,6 @@ def main() -> dict[str, Any]:
     parser = JobParser(__doc__, "--init INIT [--SETTING VALUE ...]")
     add_settings(parser, EvaluateConfig)
     arguments = parser.parse(sys.argv[1:])
-    require_init(arguments)
     config = override(EvaluateConfig(), arguments)
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.evaluate import evaluate  # noqa: PLC0415

@@ -14,15 +14,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from upreid_ray.command_line import JobParser, run_job
-from upreid_ray.config.section import absolute, absolute_init
+from upreid_ray.command_line import JobParser, existing_init, run_job
+from upreid_ray.config.section import absolute
 from upreid_ray.downstream.consumers import CONSUMERS
 
 
 def main() -> dict[str, Any]:
     """Run the job; return the content of its JSON line."""
     parser = JobParser(__doc__, "INIT --to CONSUMER --out FILE")
-    parser.add_argument("init", type=absolute_init, metavar="INIT", help="backbone to export")
+    parser.add_argument("init", type=existing_init, metavar="INIT", help="backbone to export")
     parser.add_argument(
         "--to", required=True, choices=CONSUMERS, help="tool that loads the file"
     )

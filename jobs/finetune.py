@@ -22,7 +22,6 @@ from upreid_ray.command_line import (
     add_finetune_settings,
     connect_to_ray,
     override,
-    require_init,
     run_job,
 )
 
@@ -35,7 +34,6 @@ def main() -> dict[str, Any]:
     )
     presets = add_finetune_settings(parser, sys.argv[1:])
     arguments = parser.parse(sys.argv[1:])
-    require_init(arguments)
     config = override(presets[arguments.preset], arguments)
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})

@@ -212,7 +212,8 @@ def test_jobs_that_follow_show_and_take_every_setting(config):
     text = made.format_help()
 
     assert [path for path, _ in config().flatten() if f"--{path} " not in text] == []
-    arguments = made.parse(["--data.height", "96", "--data.mean", "0.1,0.2,0.3"])
+    words = ["--init", "random", "--data.height", "96", "--data.mean", "0.1,0.2,0.3"]
+    arguments = made.parse(words)
     assert override(config(), arguments).data.height == 96
     assert override(config(), arguments).data.mean == (0.1, 0.2, 0.3)
 
@@ -220,7 +221,7 @@ def test_jobs_that_follow_show_and_take_every_setting(config):
 @pytest.mark.parametrize("method", METHOD_PRESETS)
 def test_a_method_has_presets_and_settings_of_its_own(method):
     made = JobParser("A job.", "[PRESET] [--SETTING VALUE ...]")
-    words = ["demo", "--method", method, "--training.epochs", "3"]
+    words = ["demo", "--init", "random", "--method", method, "--training.epochs", "3"]
 
     presets = add_finetune_settings(made, words)
 
@@ -306,9 +307,9 @@ def job():
 run_job(job)
 """
 EARLY = {"RunFailed": 1, "RunStopped": 3}
-PRETRAIN, PREPARE, EVALUATE, FINETUNE, COMPARE, SWEEP = (
+PRETRAIN, PREPARE, EVALUATE, FINETUNE, COMPARE, SWEEP, EXPORT = (
     str(ROOT / "jobs" / f"{job}.py")
-    for job in ("pretrain", "prepare", "evaluate", "finetune", "compare", "sweep")
+    for job in ("pretrain", "prepare", "evaluate", "finetune", "compare", "sweep", "export")
 )
 REFUSED = {
     "unknown flag": (PRETRAIN, "demo", "--optimizer.lrr", "1"),
@@ -319,6 +320,9 @@ REFUSED = {
     "no images": (PREPARE, "texts", "--out", "out"),
     "no init to score": (EVALUATE, "--data.root", "images"),
     "no init to fine-tune": (FINETUNE, "demo"),
+    "no such file to score": (EVALUATE, "--init", "a file.pth"),
+    "no such folder to fine-tune": (FINETUNE, "demo", "--init", "runs/none/step-1"),
+    "no such file to export": (EXPORT, "a.pth", "--to", "timm", "--out", "b.pth"),
     "unknown method": (FINETUNE, "demo", "--init", "random", "--method", "guess"),
     "no init to compare": (COMPARE, "demo", "--splits", "0.5"),
     "bad share": (COMPARE, "demo", "--init", "random", "--splits", "0.5", "3"),

@@ -17,7 +17,7 @@ from upreid_ray.config.downstream import DownstreamConfig
 from upreid_ray.config.errors import InputError, RunFailed, RunStopped
 from upreid_ray.config.presets import AUGMENTATIONS, METHOD_PRESETS, PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
-from upreid_ray.config.section import Section, value_form
+from upreid_ray.config.section import Section, absolute_init, value_form
 
 logger = logging.getLogger("upreid_ray")
 
@@ -71,15 +71,21 @@ class JobParser(argparse.ArgumentParser):
 def add_settings(
     parser: argparse.ArgumentParser, config: type[Section], *, without: Sequence[str] = ()
 ) -> None:
-    """Add a flag for each setting of a configuration, under its dotted path."""
+    """Add a flag for each setting of a configuration, under its dotted path.
+
+    ``--init`` is required: its default, random weights, is for tests and comparisons.
+    """
     for section, description, settings in config.describe():
         group = parser.add_argument_group(section or "job", description)
         for path, field in settings.items():
             if path not in without:
+                is_init = path == "init"
                 group.add_argument(
                     f"--{path}",
                     dest=path,
                     default=argparse.SUPPRESS,
+                    required=is_init,
+                    type=existing_init if is_init else str,
                     metavar=value_form(field.annotation),
                     help=(field.description or "").replace("%", "%%"),
                 )
@@ -119,17 +125,18 @@ def add_finetune_settings(
     return presets
 
 
-def require_init(arguments: argparse.Namespace) -> None:
-    """Refuse a command line without ``--init``.
+def existing_init(text: str) -> str:
+    """Return an initialization as it was typed.
 
     Raises:
-        InputError: It is missing.
+        argparse.ArgumentTypeError: It is empty, or the path of nothing.
     """
-    if "init" not in arguments:
-        raise InputError(
-            "--init: required; models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, "
-            "a file of weights, or random"
-        )
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    init = absolute_init(text)
+    if init.startswith("/") and not Path(init).exists():
+        raise argparse.ArgumentTypeError(f"{text}: no such file or folder")
+    return init
 
 
 def override(config: SectionT, arguments: argparse.Namespace) -> SectionT:
