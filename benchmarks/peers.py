@@ -170,7 +170,7 @@ def lightly_alike(
 
     def step() -> None:
         batch = like.to_device(images)
-        draw = StepDraw.of(config, 0)
+        draw = StepDraw.at(config, 0)
         query, key = (
             like.render_views(batch, parameters).view for parameters in (draw.query, draw.key)
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from upreid_ray.core import distributed
-from upreid_ray.core.groups import shares
+from upreid_ray.core.groups import groups_of_workers
 
 NUM_ROWS = 5  # of each process
 SEEDS = range(6)
@@ -56,7 +56,7 @@ NUM_GROUPS = 5  # of two rows each: the first process has three
 
 
 def own_part() -> Tensor:
-    groups = distributed.own_groups(NUM_GROUPS)
+    groups = distributed.groups_of_this_worker(NUM_GROUPS)
     return joined_rows()[2 * groups.start : 2 * groups.stop]
 
 
@@ -156,7 +156,7 @@ def test_rows_of_unequal_parts_are_gathered(run_in_pool):
 def test_workers_share_all_groups_in_order_and_differ_by_one_at_most(num_groups, data):
     num_workers = data.draw(st.integers(1, num_groups))
 
-    parts = shares(num_groups, num_workers)
+    parts = groups_of_workers(num_groups, num_workers)
 
     sizes = [len(part) for part in parts]
     assert list(chain(*parts)) == list(range(num_groups))

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from tests.core.tiny import TINY, float64_state, fresh_state, people, tiny
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.cpu import for_cpu
-from upreid_ray.core.model import UPReID, Views
+from upreid_ray.core.model import Keys, UPReID, Views
 from upreid_ray.core.training import StepDraw, render_views, train_step
 
 TERMS = ["info_nce", "global_consistency", "intrinsic_contrastive"]
@@ -29,7 +29,7 @@ def model_of(config: PretrainConfig) -> UPReID:
 
 
 def views_of(config: PretrainConfig, *, for_keys: bool) -> Views:
-    draw = StepDraw.of(config, 0)
+    draw = StepDraw.at(config, 0)
     parameters = (draw.key if for_keys else draw.query).rows(slice(4))
     return render_views(people(4), parameters, config, for_keys=for_keys)
 
@@ -131,24 +131,42 @@ def test_no_term_has_a_gradient_for_the_key_encoder_or_the_queue(model, term):
 
 
 def test_keys_carry_no_gradient(model):
-    assert not model.encode_keys(
-        views_of(TINY, for_keys=True), statistics_momentum=0.1
-    ).requires_grad
+    keys = model.encode_keys(views_of(TINY, for_keys=True), statistics_momentum=0.1)
+
+    assert not keys.pack().requires_grad
 
 
-def test_keys_are_the_view_the_original_and_the_patches_in_this_order():
+def test_keys_are_the_embeddings_of_the_view_the_original_and_the_patches():
     model = float64_state().model
     views = views_of(TINY, for_keys=True)
 
     keys = model.encode_keys(views, statistics_momentum=0.1)
 
     with torch.no_grad():
-        expected = [
-            model.key_encoder(views.view)[:, None],
-            model.key_encoder(views.original)[:, None],
-            model.key_encoder(views.patches.flatten(0, 1)).unflatten(0, (4, 4)),
-        ]
-    assert_close(keys, torch.cat(expected, dim=1))
+        assert_close(keys.view, model.key_encoder(views.view))
+        assert_close(keys.original, model.key_encoder(views.original))
+        patches = model.key_encoder(views.patches.flatten(0, 1)).unflatten(0, (4, 4))
+        assert_close(keys.patches, patches)
+
+
+@pytest.mark.parametrize("weights", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_keys_are_the_same_after_packing_and_unpacking(weights):
+    consistency, intrinsic = weights
+    config = tiny({"loss.consistency_weight": consistency, "loss.intrinsic_weight": intrinsic})
+    views = views_of(config, for_keys=True)
+    keys = model_of(config).encode_keys(views, statistics_momentum=0.1)
+
+    unpacked = Keys.unpack(keys.pack(), config.loss)
+
+    assert (keys.original is None, keys.patches is None) == (not consistency, not intrinsic)
+    some = unpacked.rows(slice(1, 3))
+    for name in ("view", "original", "patches"):
+        whole = getattr(keys, name)
+        if whole is None:
+            assert getattr(unpacked, name) is getattr(some, name) is None
+        else:
+            assert torch.equal(getattr(unpacked, name), whole)
+            assert torch.equal(getattr(some, name), whole[1:3])
 
 
 def test_the_view_changes_the_running_statistics_of_both_encoders():
@@ -245,24 +263,23 @@ def test_embeddings_and_losses_stay_fp32_under_bf16():
     config = tiny({"training.precision": "bf16"})
     model = model_of(config)
 
-    assert (
-        model.encode_keys(views_of(config, for_keys=True), statistics_momentum=0.1).dtype
-        == torch.float32
-    )
+    keys = model.encode_keys(views_of(config, for_keys=True), statistics_momentum=0.1)
+    assert keys.pack().dtype == torch.float32
     assert {term.dtype for term in terms_of(model, config).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("can", [True, False])
 def test_auto_is_bf16_where_the_device_multiplies_it(monkeypatch, can):
     monkeypatch.setattr("upreid_ray.core.precision.multiplies_bf16", lambda _: can)
-    images = {}
+    embeddings = {}
     for precision in ("auto", "bf16" if can else "fp32"):
         config = tiny({"training.precision": precision})
-        images[precision] = model_of(config).encode_keys(
+        keys = model_of(config).encode_keys(
             views_of(config, for_keys=True), statistics_momentum=0.1
         )
+        embeddings[precision] = keys.pack()
 
-    first, second = images.values()
+    first, second = embeddings.values()
     assert first.equal(second)
 
 

@@ -1,5 +1,7 @@
 """Retrieval scores: by hand, by plain loops, and what the protocol leaves out."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from upreid_ray.core.retrieval import (
     cosine_distances,
     extract_features,
     retrieval_scores,
+    score_features,
     score_rows,
 )
 
@@ -241,6 +244,33 @@ def test_features_score_like_their_distances(case):
 
     distances = torch.cdist(query, gallery)  # Euclidean
     at_once = retrieval_scores(distances, query_pids, query_camids, pids, camids)
+    assert_close(as_lists(scored), as_lists(at_once))
+
+
+def test_features_are_scored_a_few_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(retrieval, "PART_ELEMENTS", 40)
+    generator = torch.Generator().manual_seed(0)
+    features = F.normalize(torch.randn(30, 4, generator=generator), dim=1)
+    pids, camids = torch.randint(4, (2, 30), generator=generator)
+    is_query = torch.rand(30, generator=generator) < 0.4
+    sizes = []
+
+    def distances(query: Tensor, gallery: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        for part, rows in cosine_distances(query, gallery):
+            sizes.append(rows.numel())
+            yield part, rows
+
+    scored = score_features(features, pids, camids, is_query, distances=distances)
+
+    assert len(sizes) > 1
+    assert max(sizes) <= 40
+    at_once = retrieval_scores(
+        1 - features[is_query] @ features[~is_query].T,
+        pids[is_query],
+        camids[is_query],
+        pids[~is_query],
+        camids[~is_query],
+    )
     assert_close(as_lists(scored), as_lists(at_once))
 
 

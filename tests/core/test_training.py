@@ -129,7 +129,7 @@ def test_another_seed_starts_from_other_weights():
 def test_another_seed_or_step_draws_other_views_and_another_shuffle(changed):
     seed, step = changed.get("seed", 0), changed.get("step", 0)
 
-    first, other = StepDraw.of(TINY, 0), StepDraw.of(tiny({"seed": seed}), step)
+    first, other = StepDraw.at(TINY, 0), StepDraw.at(tiny({"seed": seed}), step)
 
     assert not torch.equal(first.query.crop, other.query.crop)
     assert not torch.equal(first.key.crop, other.key.crop)
@@ -137,13 +137,13 @@ def test_another_seed_or_step_draws_other_views_and_another_shuffle(changed):
 
 
 def test_both_views_of_a_step_are_drawn_apart():
-    draw = StepDraw.of(TINY, 0)
+    draw = StepDraw.at(TINY, 0)
 
     assert not torch.equal(draw.query.crop, draw.key.crop)
 
 
 def test_the_shuffle_is_a_permutation_of_the_batch():
-    assert StepDraw.of(TINY, 0).shuffle.sort().values.tolist() == list(range(8))
+    assert StepDraw.at(TINY, 0).shuffle.sort().values.tolist() == list(range(8))
 
 
 def test_training_takes_the_steps_that_are_left():
@@ -172,31 +172,31 @@ def test_the_schedules_are_applied_at_each_step():
 
 def test_the_keys_of_a_step_enter_the_queue_in_the_order_of_the_batch():
     state = fresh_state()
-    keys = encode_shuffled_keys(fresh_state(), batch(0), StepDraw.of(TINY, 0))
+    keys = encode_shuffled_keys(fresh_state(), batch(0), StepDraw.at(TINY, 0))
 
     take_steps(state, 1)
 
-    assert_close(state.model.queue.keys[:8], keys[:, 0])
+    assert_close(state.model.queue.keys[:8], keys.view)
 
 
 def test_keys_are_of_their_images_whatever_the_shuffle():
     config = tiny({"training.group_size": 8})
-    state, draw = float64_state(config), StepDraw.of(config, 0)
+    state, draw = float64_state(config), StepDraw.at(config, 0)
     unshuffled = StepDraw(draw.query, draw.key, torch.arange(8))
 
-    shuffled_keys = encode_shuffled_keys(state, batch(0), draw)
+    shuffled_keys = encode_shuffled_keys(state, batch(0), draw).pack()
 
     # With one group, normalization is among the same images in either order.
-    assert_close(shuffled_keys, encode_shuffled_keys(state, batch(0), unshuffled))
+    assert_close(shuffled_keys, encode_shuffled_keys(state, batch(0), unshuffled).pack())
 
 
 def test_the_shuffle_changes_the_company_of_an_image():
-    state, draw = fresh_state(), StepDraw.of(TINY, 0)
+    state, draw = fresh_state(), StepDraw.at(TINY, 0)
     unshuffled = StepDraw(draw.query, draw.key, torch.arange(8))
 
-    shuffled_keys = encode_shuffled_keys(state, batch(0), draw)
+    shuffled_keys = encode_shuffled_keys(state, batch(0), draw).view
 
-    plain_keys = encode_shuffled_keys(state, batch(0), unshuffled)
+    plain_keys = encode_shuffled_keys(state, batch(0), unshuffled).view
     assert (shuffled_keys - plain_keys).abs().max() > 1e-3
 
 
@@ -215,7 +215,7 @@ def patches_of_striped_images(alignment: str) -> list[Tensor]:
         }
     )
     images = (torch.arange(64, dtype=torch.uint8) * 4)[:, None].expand(8, 3, 64, 32)
-    draw = StepDraw.of(config, 0)
+    draw = StepDraw.at(config, 0)
     return [render_views(images, view, config).patches for view in (draw.query, draw.key)]
 
 
@@ -231,7 +231,7 @@ def test_patches_aligned_to_the_view_show_other_rows_in_each_view():
 
 
 def test_patches_aligned_to_the_view_are_cut_from_it():
-    views = render_views(batch(0), StepDraw.of(TINY, 0).query, TINY)
+    views = render_views(batch(0), StepDraw.at(TINY, 0).query, TINY)
 
     assert_close(views.patches[:, 0], views.view[:, :, :32, :16])
     assert_close(views.patches[:, 3], views.view[:, :, 32:, 16:])
@@ -483,7 +483,10 @@ def steps_of_this_process(settings: dict[str, Any], number: int) -> tuple[list, 
     """
     config = tiny({**settings, "scaling.num_workers": distributed.world_size()})
     state = float64_state(config)
-    size, groups = config.training.group_size, distributed.own_groups(config.num_groups)
+    size, groups = (
+        config.training.group_size,
+        distributed.groups_of_this_worker(config.num_groups),
+    )
     own = slice(groups.start * size, groups.stop * size)
     losses = [train_step(state, batch(step, config)[own]) for step in range(number)]
     before = thinned(tensors_of(state))

@@ -136,6 +136,16 @@ class LossConfig(Section):
     intrinsic_temperature: PositiveFloat = 0.2
     """Temperature of the intrinsic contrastive loss."""
 
+    @property
+    def needs_originals(self) -> bool:
+        """Whether a term compares with the images without augmentation."""
+        return self.consistency_weight > 0
+
+    @property
+    def needs_patches(self) -> bool:
+        """Whether a term compares patches."""
+        return self.intrinsic_weight > 0
+
 
 class OptimizerConfig(Section):
     """SGD, with a linear warm-up and a cosine decay of the learning rate to zero."""
@@ -236,7 +246,7 @@ class PretrainConfig(Section):
 
     @model_validator(mode="after")
     def _patches_can_be_cut(self) -> Self:
-        if self.loss.intrinsic_weight == 0:
+        if not self.loss.needs_patches:
             return self
         rows, columns = self.patches.rows, self.patches.columns
         if rows * columns == 1 or (self.patches.mining == "symmetry" and rows == 1):

@@ -1,7 +1,7 @@
-"""The only place that asks for a process group; every function is the identity when alone.
+"""Communication among training processes; with a single process every function does nothing.
 
-A batch is made of groups, of which process ``r`` has the part ``shares(...)[r]``; parts may
-differ by one group.
+No other module asks for the process group. A batch consists of groups, which
+`groups_of_workers` divides among the processes.
 """
 
 import warnings
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from upreid_ray.core.groups import shares
+from upreid_ray.core.groups import groups_of_workers
 
 T = TypeVar("T")
 
@@ -41,27 +41,28 @@ def data_parallel(model: nn.Module) -> nn.Module:
     )
 
 
-def own_groups(num_groups: int) -> range:
-    """Return the groups of a batch that this process has."""
-    return shares(num_groups, world_size())[rank()]
+def groups_of_this_worker(num_groups: int) -> range:
+    """Return which groups of a batch this process computes."""
+    return groups_of_workers(num_groups, world_size())[rank()]
 
 
 def gather_rows(rows: Tensor, *, num_groups: int) -> Callable[[], Tensor]:
-    """Begin to gather the rows of all processes; what is returned waits for them.
+    """Start to gather the rows of all processes.
 
     Args:
-        rows: ``[n, ...]``, the same number for each group of this process.
-        num_groups: Of all processes.
+        rows: ``[n, ...]``, the rows of this process, equally many for each of its groups.
+        num_groups: Number of groups of all processes.
 
     Returns:
-        A function that returns ``[N, ...]``, the rows of all processes in rank order.
+        A function that waits for the rows of all processes and returns them in rank order:
+        ``[N, ...]``.
     """
     if world_size() == 1:
         return lambda: rows
-    parts = shares(num_groups, world_size())
+    parts = groups_of_workers(num_groups, world_size())
     counts = [len(part) * len(rows) // len(parts[rank()]) for part in parts]
     most = max(counts)
-    # Collectives want equal shapes: parts that have a group less are filled up.
+    # Collectives need equal shapes, so processes with one group less add rows of zeros.
     filled = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
     gathered = rows.new_empty(world_size() * most, *rows.shape[1:])
     work = dist.all_gather_into_tensor(gathered, filled, async_op=True)
@@ -75,13 +76,13 @@ def gather_rows(rows: Tensor, *, num_groups: int) -> Callable[[], Tensor]:
 
 
 def permute_rows(rows: Tensor, permutation: Tensor, *, num_groups: int) -> Tensor:
-    """Shuffle rows over all processes, each sending only what another one needs.
+    """Shuffle rows over all processes; each row is sent only where it is needed.
 
     Args:
-        rows: ``[n, ...]``, those of this process of the joined rows.
+        rows: ``[n, ...]``, this process's part of the joined rows of all processes.
         permutation: ``[N]``, int64 on the CPU, equal on all processes; N is the number of
             joined rows.
-        num_groups: Of all processes; they have N / num_groups rows each.
+        num_groups: Number of groups of all processes; a group has N / num_groups rows.
 
     Returns:
         ``[n, ...]``: row ``i`` of the joined result is row ``permutation[i]`` of the joined
@@ -90,7 +91,10 @@ def permute_rows(rows: Tensor, permutation: Tensor, *, num_groups: int) -> Tenso
     if world_size() == 1:
         return rows[permutation.to(rows.device, non_blocking=True)]
     size = len(permutation) // num_groups
-    parts = [range(p.start * size, p.stop * size) for p in shares(num_groups, world_size())]
+    parts = [
+        range(p.start * size, p.stop * size)
+        for p in groups_of_workers(num_groups, world_size())
+    ]
     here = parts[rank()]
     wanted_by = torch.split(permutation, [len(part) for part in parts])
     sent = [
@@ -112,7 +116,7 @@ def permute_rows(rows: Tensor, permutation: Tensor, *, num_groups: int) -> Tenso
 
 
 def share_from_first(value: T) -> T:
-    """Return the picklable value that rank 0 gave, on every process."""
+    """Return, on every process, the picklable value that rank 0 passes."""
     if world_size() == 1:
         return value
     values = [value]
@@ -134,8 +138,8 @@ def average_(tensors: Iterable[Tensor], *, weight: float = 1.0) -> None:
     """Replace each floating-point tensor by its mean over the processes.
 
     Args:
-        tensors: Of this process, changed in place.
-        weight: Of this process; the mean of all weights is 1.
+        tensors: Tensors of this process, changed in place.
+        weight: Weight of this process; the mean of all weights is 1.
     """
     if world_size() == 1:
         return

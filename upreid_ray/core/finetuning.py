@@ -1,8 +1,9 @@
-"""Fine-tuning: the step with persons, and the strong baseline of Luo et al. 2019.
+"""Fine-tuning: the step with labelled images, and the strong baseline of Luo et al. 2019.
 
-https://arxiv.org/abs/1903.07071: last stride 1, BNNeck, identity and batch-hard triplet loss.
-A batch is made of groups of persons, as in `core.training`: each group has batch normalization
-and triplets of its own, so that the result does not depend on the number of workers.
+The baseline (https://arxiv.org/abs/1903.07071) has a last stride of 1, a BNNeck, and the sum of
+an identity loss and a batch-hard triplet loss. A batch consists of groups of persons, as in
+`core.training`: batch normalization and triplets stay within a group, so that the result does
+not depend on the number of workers.
 
 Dimensions: B images of the whole batch, b images of this worker, F features, C persons.
 """
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 
 from upreid_ray.config.downstream import DownstreamConfig, FinetuneConfig
 from upreid_ray.config.pretrain import AugmentationConfig
-from upreid_ray.core import distributed
 from upreid_ray.core.augment import (
     ViewParameters,
     draw_view_parameters,
@@ -27,11 +27,11 @@ from upreid_ray.core.augment import (
     step_generator,
 )
 from upreid_ray.core.backbone import Description, NeckedBackbone
-from upreid_ray.core.encoder import group_momentum, running_statistics
+from upreid_ray.core.encoder import running_statistics
 from upreid_ray.core.losses import batch_hard_triplet
 from upreid_ray.core.precision import autocast
 from upreid_ray.core.schedule import stepped_learning_rate
-from upreid_ray.core.training import State
+from upreid_ray.core.training import Group, State
 
 CLASSIFIER_DEVIATION = 0.001
 
@@ -56,7 +56,7 @@ class PersonClassifier(nn.Module):
 
 
 class DownstreamState(State):
-    """The state of a run that learns persons: a model with a necked backbone, and Adam."""
+    """State of a run that learns to tell persons apart: a `NeckedBackbone`, trained by Adam."""
 
     def __init__(
         self,
@@ -67,15 +67,15 @@ class DownstreamState(State):
         steps_per_epoch: int,
         device: torch.device,
     ) -> None:
-        """Begin with a new model.
+        """Make the model and its optimizer.
 
         Args:
-            config: Of the run.
-            make_model: Called with the seed of the run set; ``model.extractor`` is a
-                `NeckedBackbone` of the last stride that ``config`` asks for.
+            config: Settings of the run.
+            make_model: Returns the model, from random numbers of the run's seed. Its
+                ``extractor`` is a `NeckedBackbone` with the last stride of ``config``.
             images: Describes the images of this run.
             steps_per_epoch: Steps of one pass over the data.
-            device: Where the model goes.
+            device: Device of the model.
         """
         self._images = images
         self.augmentation = AugmentationConfig(
@@ -112,7 +112,7 @@ class DownstreamState(State):
 
     @property
     def description(self) -> Description:
-        """Of backbone and neck."""
+        """Description of backbone and neck, for those who load them."""
         update = {"last_stride": self.config.training.last_stride, "has_neck": True}
         return self._images.model_copy(update=update)
 
@@ -123,7 +123,7 @@ class DownstreamState(State):
 
 
 class FinetuneState(DownstreamState):
-    """The state of a supervised run: backbone, neck, classifier and Adam."""
+    """State of a supervised run: backbone, neck and classifier, trained by Adam."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class FinetuneState(DownstreamState):
         steps_per_epoch: int,
         device: torch.device,
     ) -> None:
-        """Begin with a backbone, which is changed in place, and a classifier of C persons."""
+        """Add a neck and a classifier of C persons to a backbone, which is changed in place."""
         self._config = config
         super().__init__(
             config,
@@ -155,11 +155,11 @@ class FinetuneState(DownstreamState):
 
 @dataclass(frozen=True)
 class PersonBatch:
-    """Images of persons, those of a group together.
+    """This worker's part of a batch, one group after the other.
 
     Attributes:
         images: ``[b, 3, H, W]``, uint8.
-        labels: ``[b]``, int64, persons from 0 on.
+        labels: ``[b]``, int64, the person on each image, counted from 0.
     """
 
     images: Tensor
@@ -187,38 +187,27 @@ def person_step(
     """Take one step with a batch of persons.
 
     Args:
-        state: Changed in place.
-        batch: Of this worker's groups, in the order of the whole batch.
-        objective: What the model returns for a group, and the group's labels -> ``loss`` and
-            its terms.
+        state: State of training, changed in place.
+        batch: The images of this worker's groups.
+        objective: Computes ``loss`` and its terms from what the model returns for a group, and
+            the labels of the group.
 
     Returns:
-        ``loss`` and its terms, whose means over the workers are those over the batch, and what
-        `State.update` returns, all on the device.
+        What `State.accumulate_gradients` and `State.update` return, on the device.
     """
     config = state.config
     images, labels = state.to_device(batch.images), state.to_device(batch.labels)
     parameters = draw_shifted_views(config, images.shape[2:], state.augmentation, state.step)
-    size = config.training.batch_size // config.num_groups
-    groups = distributed.own_groups(config.num_groups)
 
-    means: dict[str, Tensor] = {}
-    for number, group in enumerate(groups):
-        rows = slice(number * size, (number + 1) * size)
-        of_batch = parameters.rows(slice(group * size, (group + 1) * size)).to(state.device)
-        views = render_view(images[rows], of_batch, state.augmentation).contiguous(
-            memory_format=torch.channels_last
-        )
-        momentum = group_momentum(number, len(groups))
-        with (
-            state.local_gradients(unless=group == groups[-1]),
-            running_statistics(state.model, momentum=momentum),
-        ):
-            terms = objective(state.parallel_model(views), labels[rows])
-            torch.autograd.backward(terms["loss"] / state.mean_groups)
-        for name, term in terms.items():
-            means[name] = means.get(name, 0) + term.detach() / state.mean_groups
+    def compute_terms(group: Group) -> dict[str, Tensor]:
+        drawn = parameters.rows(group.batch_rows).to(state.device)
+        views = render_view(images[group.rows], drawn, state.augmentation)
+        views = views.contiguous(memory_format=torch.channels_last)
+        with running_statistics(state.model, momentum=group.statistics_momentum):
+            outputs = state.parallel_model(views)
+        return objective(outputs, labels[group.rows])
 
+    terms = state.accumulate_gradients(compute_terms)
     epochs = config.optimizer.milestones
     lr = stepped_learning_rate(
         state.step,
@@ -226,18 +215,21 @@ def person_step(
         warmup_steps=round(config.optimizer.warmup_epochs * state.steps_per_epoch),
         milestones=[round(epoch * state.steps_per_epoch) for epoch in epochs],
     )
-    means |= state.update(lr=lr, clip_norm=config.optimizer.clip_norm)
+    terms |= state.update(lr=lr, clip_norm=config.optimizer.clip_norm)
     state.step += 1
-    return means
+    return terms
 
 
 def draw_shifted_views(
     config: DownstreamConfig, size: torch.Size, augmentation: AugmentationConfig, step: int
 ) -> ViewParameters:
-    """Draw the views of a whole batch, as a function of (seed, step).
+    """Draw the views of a whole batch: shifted over black, flipped, and erased in part.
 
-    They are shifted by up to ``config.augmentation.padding`` pixels over black, flipped and
-    erased.
+    Args:
+        config: Settings of the run; ``config.augmentation.padding`` is the largest shift.
+        size: Height and width of the images.
+        augmentation: Ranges to draw from.
+        step: Step, counted from 0; the draw is a function of it and of the seed.
     """
     generator = step_generator(seed=config.seed, step=step)
     batch_size, padding = config.training.batch_size, config.augmentation.padding

@@ -1,13 +1,17 @@
-"""Which groups of a batch each worker has; imports nothing, for tasks that decode."""
+"""Which worker computes which groups of a batch.
+
+Imports no torch, because the tasks that decode images need it too.
+"""
 
 from itertools import pairwise
 
 
-def shares(num_groups: int, num_workers: int) -> list[range]:
-    """Cut the groups of a batch into a part for each worker, in order.
+def groups_of_workers(num_groups: int, num_workers: int) -> list[range]:
+    """Divide the groups of a batch among the workers, in order.
 
-    Parts differ by one group at most, none is larger than the first, and none is empty where
-    ``num_workers`` is not above ``num_groups``.
+    Returns:
+        The groups of each worker. Their numbers differ by one at most, and no worker has more
+        than the first. No worker is without a group if there are enough groups.
     """
     bounds = [-(-num_groups * worker // num_workers) for worker in range(num_workers + 1)]
     return [range(start, stop) for start, stop in pairwise(bounds)]

@@ -1,16 +1,20 @@
 """The query encoder, the key encoder that follows it, the queue, and the objective.
 
-Dimensions: B images of a group, P patches of an image, D embedding size.
+Which parts of an image the terms need is decided by `LossConfig`: what no term needs is None in
+`Views` and in `Keys`, and is neither drawn nor encoded.
+
+Dimensions: B images, P patches of an image, E embeddings of an image, D embedding size.
 """
 
 import copy
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.config.pretrain import LossConfig, PretrainConfig
 from upreid_ray.core.encoder import Encoder, checkpoint_activations, running_statistics
 from upreid_ray.core.key_queue import KeyQueue
 from upreid_ray.core.losses import global_consistency, info_nce, intrinsic_contrastive
@@ -19,12 +23,12 @@ from upreid_ray.core.precision import autocast
 
 @dataclass(frozen=True)
 class Views:
-    """What one encoder sees of a group of images; terms of weight 0 leave their part out.
+    """Images as one encoder sees them.
 
     Attributes:
         view: ``[B, 3, H, W]``, augmented and normalized.
         patches: ``[B, P, 3, h, w]``, cut from the augmented view, or None.
-        original: ``[B, 3, H, W]``, normalized only, or None; for the key encoder alone.
+        original: ``[B, 3, H, W]``, normalized only, or None. Only the key encoder sees it.
     """
 
     view: Tensor
@@ -32,12 +36,54 @@ class Views:
     original: Tensor | None = None
 
 
-class UPReID(nn.Module):
-    """Pre-training with contrast and intra-identity regularization.
+@dataclass(frozen=True)
+class Keys:
+    """Embeddings of images by the key encoder, of unit length.
 
-    Yang et al. 2022, https://arxiv.org/abs/2112.00317, on MoCo v2, Chen et al. 2020,
-    https://arxiv.org/abs/2003.04297. Calling it gives the losses of the query encoder; the
-    key encoder follows by `update_key_encoder` and never receives a gradient.
+    Attributes:
+        view: ``[B, D]``, embeddings of the augmented views.
+        original: ``[B, D]``, embeddings of the images without augmentation, or None.
+        patches: ``[B, P, D]``, embeddings of the patches, or None.
+    """
+
+    view: Tensor
+    original: Tensor | None = None
+    patches: Tensor | None = None
+
+    def pack(self) -> Tensor:
+        """Return all embeddings in one tensor ``[B, E, D]``, to be sent at once."""
+        parts = [self.view[:, None]]
+        if self.original is not None:
+            parts.append(self.original[:, None])
+        if self.patches is not None:
+            parts.append(self.patches)
+        return torch.cat(parts, dim=1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor, loss: LossConfig) -> Self:
+        """Return what `pack` has packed; the fields share the memory of ``packed``."""
+        first_patch = 2 if loss.needs_originals else 1
+        return cls(
+            view=packed[:, 0],
+            original=packed[:, 1] if loss.needs_originals else None,
+            patches=packed[:, first_patch:] if loss.needs_patches else None,
+        )
+
+    def rows(self, index: slice) -> Self:
+        """Return the embeddings of the images at ``index``."""
+        return type(self)(
+            self.view[index],
+            None if self.original is None else self.original[index],
+            None if self.patches is None else self.patches[index],
+        )
+
+
+class UPReID(nn.Module):
+    """Pre-training by instance contrast and intra-identity regularization.
+
+    UP-ReID (Yang et al. 2022, https://arxiv.org/abs/2112.00317), which extends MoCo v2 (Chen et
+    al. 2020, https://arxiv.org/abs/2003.04297). Calling the module returns the losses of the
+    query encoder. The key encoder never receives a gradient; `update_key_encoder` moves it.
     """
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -52,14 +98,14 @@ class UPReID(nn.Module):
         self.queue = KeyQueue(config.model.queue_size, config.model.embedding_dim)
 
     def forward(
-        self, views: Views, keys: Tensor, *, statistics_momentum: float
+        self, views: Views, keys: Keys, *, statistics_momentum: float
     ) -> dict[str, Tensor]:
-        """Encode one group as queries and compare with its keys.
+        """Encode one group of images as queries, and compare them with their keys.
 
         Args:
-            views: Of the B images of the group.
-            keys: ``[B, E, D]`` from `encode_keys`, in the same order of images.
-            statistics_momentum: With which the running statistics take in this group.
+            views: The query encoder's views of the B images of the group.
+            keys: Keys of the same images, in the same order.
+            statistics_momentum: Momentum of the update of the running statistics.
 
         Returns:
             ``loss``, the weighted sum, and each of its terms by name; all 0-dimensional.
@@ -69,23 +115,23 @@ class UPReID(nn.Module):
             with running_statistics(self.query_encoder, momentum=statistics_momentum):
                 query = self.query_encoder(views.view)
             terms["info_nce"] = info_nce(
-                query, keys[:, 0], self.queue.keys, temperature=self.loss.temperature
+                query, keys.view, self.queue.keys, temperature=self.loss.temperature
             )
-            if self.loss.consistency_weight > 0:
+            if keys.original is not None:
                 terms["global_consistency"] = global_consistency(
                     query,
-                    keys[:, 1],
+                    keys.original,
                     self.queue.keys,
                     temperature=self.loss.consistency_temperature,
                     target_temperature=self.loss.consistency_target_temperature,
                 )
             if views.patches is not None:
                 query_patches = _encode_patches(self.query_encoder, views.patches)
-        if views.patches is not None:
+        if views.patches is not None and keys.patches is not None:
             # In fp32: patches may be very alike, and the least similar one is looked for.
             terms["intrinsic_contrastive"] = intrinsic_contrastive(
                 query_patches,
-                keys[:, -query_patches.shape[1] :],
+                keys.patches,
                 rows=self.patches.rows,
                 columns=self.patches.columns,
                 temperature=self.loss.intrinsic_temperature,
@@ -99,26 +145,27 @@ class UPReID(nn.Module):
         return {"loss": loss, **terms}
 
     @torch.no_grad()
-    def encode_keys(self, views: Views, *, statistics_momentum: float) -> Tensor:
-        """Encode one group with the key encoder, whose running statistics take it in too.
+    def encode_keys(self, views: Views, *, statistics_momentum: float) -> Keys:
+        """Encode one group of images with the key encoder.
 
-        Returns:
-            ``[B, E, D]``: for each image the embeddings of its view, of its original if it has
-            one, and of its P patches if it has them, in this order.
+        Args:
+            views: The key encoder's views of the images of the group.
+            statistics_momentum: Momentum of the update of the running statistics.
         """
+        original = patches = None
         with autocast(views.view, self.precision):
             with running_statistics(self.key_encoder, momentum=statistics_momentum):
-                parts = [self.key_encoder(views.view)[:, None]]
+                view = self.key_encoder(views.view)
             if views.original is not None:
                 with running_statistics(self.key_encoder, momentum=0):
-                    parts.append(self.key_encoder(views.original)[:, None])
+                    original = self.key_encoder(views.original)
             if views.patches is not None:
-                parts.append(_encode_patches(self.key_encoder, views.patches))
-        return torch.cat(parts, dim=1)
+                patches = _encode_patches(self.key_encoder, views.patches)
+        return Keys(view, original, patches)
 
     @torch.no_grad()
     def update_key_encoder(self, *, momentum: float) -> None:
-        """Move the key encoder's weights to ``momentum * key + (1 - momentum) * query``."""
+        """Set the key encoder's weights to ``momentum * key + (1 - momentum) * query``."""
         average = get_ema_multi_avg_fn(momentum)  # type: ignore[no-untyped-call]
         average(
             list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), None
@@ -126,6 +173,6 @@ class UPReID(nn.Module):
 
 
 def _encode_patches(encoder: Encoder, patches: Tensor) -> Tensor:
-    """Encode ``[B, P, 3, h, w]`` at native size as ``[B, P, D]``."""
+    """Return the embeddings ``[B, P, D]`` of ``patches [B, P, 3, h, w]`` at their own size."""
     with running_statistics(encoder, momentum=0):
         return encoder(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])

@@ -6,7 +6,7 @@ queries without a remaining match (Zheng et al. 2015, Market-1501).
 Dimensions: Q query images, G gallery images, F features.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from upreid_ray.core.augment import Normalization
 
+# Takes the features of queries and gallery images; yields which queries, and their distances.
+DistanceRows = Callable[[Tensor, Tensor], Iterator[tuple[slice, Tensor]]]
+
 JUNK_PID = -1
 PART_ELEMENTS = 2**24  # of a distance matrix at once; ranking them takes some 250 MB
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Who is on some images, and from where.
+    """Labels of N images.
 
     Attributes:
         pids: ``[N]``, persons.
@@ -41,8 +44,8 @@ class RetrievalScores:
         mean_average_precision: 0..1; the mean of the precisions at each hit.
         cmc: ``[max_rank]``, 0..1; entry ``k - 1`` is the share of queries with a hit among the
             first k.
-        mean_inverse_negative_penalty: 0..1; the share of hits up to the last hit (Ye et al.
-            2021, https://arxiv.org/abs/2001.04193).
+        mean_inverse_negative_penalty: 0..1; the mean share of hits among the images up to the
+            last hit (Ye et al. 2021, https://arxiv.org/abs/2001.04193).
         num_valid_queries: Queries with at least one match to be found.
     """
 
@@ -52,7 +55,7 @@ class RetrievalScores:
     num_valid_queries: int
 
     def summary(self) -> dict[str, float]:
-        """Return the numbers that people quote, by their usual names."""
+        """Return the usual scores by their usual names."""
         ranks = {f"rank{k}": float(self.cmc[k - 1]) for k in (1, 5, 10) if k <= len(self.cmc)}
         return {
             "mAP": self.mean_average_precision,
@@ -73,7 +76,7 @@ def retrieval_scores(
     """Score the ranking that distances give; equal distances rank in gallery order.
 
     Args:
-        distances: ``[Q, G]``, of any number type; smaller is more alike, NaN the least.
+        distances: ``[Q, G]``, any number type; smaller is more alike, NaN ranks last.
         query_pids: ``[Q]``, persons.
         query_camids: ``[Q]``, cameras.
         gallery_pids: ``[G]``; -1 marks junk, which is left out.
@@ -100,12 +103,12 @@ def score_rows(
     *,
     max_rank: int = 50,
 ) -> RetrievalScores:
-    """Score distances that come a few rows at a time, so that ``[Q, G]`` never has to exist.
+    """Score distances that come a few rows at a time; ``[Q, G]`` need not exist at once.
 
     Args:
-        rows: Which queries, and their distances ``[n, G]``, float32 or float64.
-        query: Of the Q query images, on the device of the distances.
-        gallery: Of the G gallery images; pid -1 marks junk, which is left out.
+        rows: Yields which queries, and their distances ``[n, G]``, float32 or float64.
+        query: Labels of the Q query images, on the device of the distances.
+        gallery: Labels of the G gallery images; pid -1 marks junk, which is left out.
         max_rank: Length of ``cmc``.
 
     Raises:
@@ -136,6 +139,36 @@ def cosine_distances(query: Tensor, gallery: Tensor) -> Iterator[tuple[slice, Te
     """
     for part in row_parts(len(query), len(gallery)):
         yield part, (query[part] @ gallery.T).neg_().add_(1)
+
+
+def score_features(
+    features: Tensor,
+    pids: Tensor,
+    camids: Tensor,
+    is_query: Tensor,
+    *,
+    distances: DistanceRows = cosine_distances,
+) -> RetrievalScores:
+    """Score the ranking of gallery images by the features of query images.
+
+    The ``[Q, G]`` distances never exist at once.
+
+    Args:
+        features: ``[N, F]``, features of query and gallery images, unit length.
+        pids: ``[N]``, persons; -1 marks junk, which is left out.
+        camids: ``[N]``, cameras.
+        is_query: ``[N]``, bool; all other images are the gallery.
+        distances: Computes the distances; default: cosine distances.
+
+    Raises:
+        ValueError: No query has a match to be found.
+    """
+    query, gallery = (
+        Labels(pids[part].to(features.device), camids[part].to(features.device))
+        for part in (is_query, ~is_query)
+    )
+    rows = distances(features[is_query], features[~is_query])
+    return score_rows(rows, query, gallery)
 
 
 def row_parts(num_rows: int, num_columns: int) -> Iterator[slice]:
@@ -174,8 +207,9 @@ def _ranks_of_hits(distances: Tensor, hit: Tensor, kept: Tensor) -> tuple[Tensor
         kept: bool ``[n, G]``.
 
     Returns:
-        ``[n, most hits of a row]``, ranks from 1 on, ascending; past the hits of a row there
-        are numbers of no meaning that are not smaller. And ``[n]``, the number of hits.
+        ``[n, most hits of a row]``, ranks from 1 on, ascending; rows with fewer hits are padded
+        at the end with numbers that are no smaller than their last hit. And ``[n]``, the number
+        of hits.
     """
     num_rows, num_columns = distances.shape
     distances = distances.masked_fill(distances.isnan(), torch.inf)
@@ -213,8 +247,8 @@ def extract_features(
     """Return the unit-length features ``[N, F]`` of images, ``[0]`` if there are none.
 
     Args:
-        backbone: Images to features; its mode is restored.
-        batches: uint8 ``[n, 3, H, W]``, N images together.
+        backbone: Module that computes features; its mode is restored afterwards.
+        batches: Batches of images, uint8 ``[n, 3, H, W]``, N images in all.
         normalization: Normalization that the backbone expects.
     """
     device = next(backbone.parameters()).device

@@ -1,13 +1,11 @@
-"""The training step, and the loop over any iterable of batches.
+"""The training step of UP-ReID, and the loop over any iterable of batches.
 
-A batch is made of groups: images that batch normalization sees together. Groups are the unit
-of work, whoever computes them: a worker takes its groups one after the other and accumulates
-gradients. So the result does not depend on the number of workers, apart from the order of
-floating-point sums, and one worker needs the memory of one group. Everything random is a
-function of (seed, step).
+A batch consists of groups: images that batch normalization sees together. A worker computes
+its groups one after the other and accumulates their gradients. The result therefore does not
+depend on the number of workers, apart from the order of floating-point sums, and a worker needs
+the memory of a single group. Everything random is a function of (seed, step).
 
-Dimensions: B images of the whole batch, b images of this worker, G images of a group,
-E embeddings of an image by the key encoder, D embedding size.
+Dimensions: B images of the whole batch, b images of this worker, G images of a group.
 """
 
 import time
@@ -34,7 +32,7 @@ from upreid_ray.core.augment import (
 from upreid_ray.core.backbone import Description
 from upreid_ray.core.cpu import ChannelsLastSGD, for_cpu
 from upreid_ray.core.encoder import group_momentum
-from upreid_ray.core.model import UPReID, Views
+from upreid_ray.core.model import Keys, UPReID, Views
 from upreid_ray.core.patches import cut_patches
 from upreid_ray.core.precision import autocast
 from upreid_ray.core.schedule import key_momentum, learning_rate
@@ -43,19 +41,36 @@ BatchT = TypeVar("BatchT")
 StateT = TypeVar("StateT", bound="State")
 
 
-class State(ABC):
-    """All that changes while training.
+@dataclass(frozen=True)
+class Group:
+    """One of the groups of a batch that this worker computes.
 
     Attributes:
-        device: Where the model is.
+        rows: Rows of the group among the images of this worker.
+        batch_rows: Rows of the group in the whole batch.
+        statistics_momentum: Momentum with which the group updates running statistics.
+        is_last: Whether it is the last group of this worker.
+    """
+
+    rows: slice
+    batch_rows: slice
+    statistics_momentum: float
+    is_last: bool
+
+
+class State(ABC):
+    """Everything that changes during training.
+
+    Attributes:
+        device: Device of the model.
         steps_per_epoch: Steps of one pass over the data.
         num_steps: Steps of the whole run.
-        model: What is trained, and what follows it.
-        parallel_model: The model, whose backward averages gradients over the workers.
-        optimizer: Of the trained parameters.
-        step: Steps taken.
-        num_skipped: ``[]``, on the device; steps in a row, up to now, that were skipped because
-            the gradient was not finite.
+        model: The module with everything that a checkpoint keeps beside the optimizer.
+        parallel_model: The same module; its backward pass averages gradients over the workers.
+        optimizer: Optimizer of the trained parameters.
+        step: Number of steps taken.
+        num_skipped: ``[]``, on the device; how many of the latest steps in a row were skipped
+            because their gradient was not finite.
     """
 
     def __init__(
@@ -84,45 +99,85 @@ class State(ABC):
     @property
     @abstractmethod
     def description(self) -> Description:
-        """Of what computes the features."""
+        """Description of the extractor, for those who load it."""
 
     @property
     @abstractmethod
     def extractor(self) -> nn.Module:
-        """What computes the features that are scored and exported."""
+        """Module that computes the features which are scored and exported."""
 
     def average_running_statistics(self) -> None:
-        """Make the batch-norm statistics of all workers equal, as export and scoring need."""
+        """Average the batch-norm statistics over the workers, before they are used."""
         distributed.average_(
             (
                 buffer
                 for name, buffer in self.model.named_buffers()
                 if name.endswith(("running_mean", "running_var"))
             ),
-            weight=len(distributed.own_groups(self.config.num_groups)) / self.mean_groups,
+            weight=len(self.groups) / self.num_groups_per_worker,
         )
 
     @property
-    def mean_groups(self) -> float:
-        """Groups of a batch that a worker has in the mean.
+    def groups(self) -> list[Group]:
+        """The groups of a batch that this worker computes, in the order of its images."""
+        config = self.config
+        size = config.training.batch_size // config.num_groups
+        numbers = distributed.groups_of_this_worker(config.num_groups)
+        return [
+            Group(
+                rows=slice(index * size, (index + 1) * size),
+                batch_rows=slice(number * size, (number + 1) * size),
+                statistics_momentum=group_momentum(index, len(numbers)),
+                is_last=number == numbers[-1],
+            )
+            for index, number in enumerate(numbers)
+        ]
 
-        Gradients and terms are averaged over the workers: a group counts one by this number.
+    @property
+    def num_groups_per_worker(self) -> float:
+        """Groups of a batch divided by workers; not whole if some workers have one group more.
+
+        The loss of each group is divided by this number. The sum over the groups of a worker,
+        averaged over the workers, is then the mean over all groups.
         """
         return self.config.num_groups / distributed.world_size()
 
-    def update(self, *, lr: float, clip_norm: float | None) -> dict[str, Tensor]:
-        """Let the optimizer take a step unless the gradient is not finite; clear gradients.
+    def accumulate_gradients(
+        self, compute_terms: Callable[[Group], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Compute the gradient of the batch, one group of this worker after the other.
 
-        A step that is skipped leaves parameters and optimizer as they were; nothing waits for
-        the device to know. Every worker decides alike, since gradients are averaged.
+        The backward pass of the last group averages gradients over the workers.
+
+        Args:
+            compute_terms: Calls `parallel_model` for a group; returns ``loss`` and its terms.
+
+        Returns:
+            ``loss`` and its terms, whose means over the workers are those over the batch.
+        """
+        means: dict[str, Tensor] = {}
+        for group in self.groups:
+            with self._local_gradients() if not group.is_last else nullcontext():
+                terms = compute_terms(group)
+                loss = terms["loss"] / self.num_groups_per_worker
+                loss.backward()  # type: ignore[no-untyped-call]
+            for name, term in terms.items():
+                means[name] = means.get(name, 0) + term.detach() / self.num_groups_per_worker
+        return means
+
+    def update(self, *, lr: float, clip_norm: float | None) -> dict[str, Tensor]:
+        """Take a step of the optimizer unless the gradient is not finite; clear gradients.
+
+        A skipped step leaves parameters and optimizer as they were. The device decides, so that
+        the CPU need not wait for it; all workers decide alike, because gradients are averaged.
 
         Args:
             lr: Learning rate of the step.
-            clip_norm: Norm to which a greater gradient is scaled down, or None.
+            clip_norm: Norm to which a larger gradient is scaled down, or None.
 
         Returns:
-            ``grad_norm``, before it is clipped, and ``skipped``, how many steps in a row were
-            skipped, 0 if this one was taken.
+            ``grad_norm``, before clipping, and ``skipped``, the number of steps in a row that
+            were skipped; 0 if this one was taken.
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -130,7 +185,7 @@ class State(ABC):
         if clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
         is_skipped = (~norm.isfinite()).float()
-        # What gradient scaling tells PyTorch's fused optimizers too.
+        # PyTorch's fused optimizers skip a step by this, as for gradient scaling.
         self.optimizer.found_inf = is_skipped  # type: ignore[attr-defined]
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -140,16 +195,16 @@ class State(ABC):
         return {"grad_norm": norm, "skipped": self.num_skipped}
 
     def to_device(self, batch: Tensor) -> Tensor:
-        """Copy to the device, behind all that it has still to do, without waiting for that."""
+        """Copy a batch to the device without waiting for the work that is queued there."""
         if self.device.type == "cuda":
-            batch = batch.pin_memory()  # from pageable memory, the copy would wait
+            batch = batch.pin_memory()  # a copy from pageable memory would wait
         return batch.to(self.device, non_blocking=True)
 
-    def local_gradients(self, *, unless: bool) -> AbstractContextManager[None]:
-        """Let backward inside leave gradients to this worker, ``unless`` it is the last one."""
-        if unless or not isinstance(self.parallel_model, DistributedDataParallel):
-            return nullcontext()
-        return self.parallel_model.no_sync()
+    def _local_gradients(self) -> AbstractContextManager[None]:
+        """Return a context in which backward does not average gradients over the workers."""
+        if isinstance(self.parallel_model, DistributedDataParallel):
+            return self.parallel_model.no_sync()
+        return nullcontext()
 
 
 class TrainState(State):
@@ -181,7 +236,7 @@ class TrainState(State):
             self._compile()
 
     def _compile(self) -> None:
-        """Let the first steps compile what every step calls, or leave it if that fails."""
+        """Compile encoders and augmentation in the first steps; run what fails uncompiled."""
         torch._dynamo.config.suppress_errors = True
         self._render_views = torch.compile(render_views, dynamic=False)
         self.model.key_encoder.compile(dynamic=False)
@@ -195,7 +250,7 @@ class TrainState(State):
 
     @property
     def description(self) -> Description:
-        """Of the backbone."""
+        """Description of the backbone, for those who load it."""
         return Description(
             backbone=self.config.model.backbone,
             height=self.config.data.height,
@@ -212,9 +267,9 @@ class TrainState(State):
     def render_views(
         self, images: Tensor, parameters: ViewParameters, *, for_keys: bool = False
     ) -> Views:
-        """Draw what an encoder sees of images on the device, as `render_views` does.
+        """Call `render_views`, compiled if it is, with images on the device.
 
-        In the precision of the encoder: it would round its input to that anyway.
+        The views are in the precision of the encoder, which would round them to it anyway.
         """
         with autocast(images, self.config.training.precision):
             return self._render_views(
@@ -224,12 +279,12 @@ class TrainState(State):
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step, as the loop saw it.
+    """Report of one step.
 
     Attributes:
-        step: Steps taken, this one included.
-        terms: What the step returned, still on the device.
-        data_seconds: Time spent waiting for the batch.
+        step: Number of steps taken, including this one.
+        terms: What the step returned; tensors on the device.
+        data_seconds: Seconds spent waiting for the batch.
     """
 
     step: int
@@ -239,11 +294,11 @@ class StepReport:
 
 @dataclass(frozen=True)
 class StepDraw:
-    """What is random in one step, for all B images; a function of (seed, step).
+    """Everything that is random in one step, for all B images of the batch.
 
     Attributes:
-        query: Parameters of the views that the query encoder sees.
-        key: Parameters of the views that the key encoder sees.
+        query: Parameters of the query encoder's views.
+        key: Parameters of the key encoder's views.
         shuffle: ``[B]``, int64; row ``i`` of the key encoder's batch is image ``shuffle[i]``.
     """
 
@@ -252,8 +307,8 @@ class StepDraw:
     shuffle: Tensor
 
     @classmethod
-    def of(cls, config: PretrainConfig, step: int) -> Self:
-        """Draw for the step after ``step`` steps."""
+    def at(cls, config: PretrainConfig, step: int) -> Self:
+        """Return the draw of a step, counted from 0; a function of (seed, step)."""
         generator = step_generator(seed=config.seed, step=step)
         size = config.training.batch_size
         height, width = config.data.height, config.data.width
@@ -271,64 +326,56 @@ def train(
     *,
     stop_step: int | None = None,
 ) -> Iterator[StepReport]:
-    """Take one step for each batch and report it, until the run has all its steps.
+    """Take one step with each batch and report it, until the run has all its steps.
 
     Args:
-        state: Changed in place.
-        batches: Of this worker, the first for step ``state.step``.
-        take_step: Takes one step with one batch, such as `train_step`; returns ``loss`` and its
+        state: State of training, changed in place.
+        batches: This worker's batches, starting with that of step ``state.step``.
+        take_step: Takes one step with one batch, as `train_step` does; returns ``loss`` and its
             terms.
-        stop_step: Ends before this step instead.
+        stop_step: Number of steps after which to stop; default: those of the run.
     """
     iterator = iter(batches)
     while state.step < (state.num_steps if stop_step is None else stop_step):
         started = time.perf_counter()
         batch = next(iterator)
         data_seconds = time.perf_counter() - started
-        yield StepReport(state.step + 1, take_step(state, batch), data_seconds)
+        terms = take_step(state, batch)
+        yield StepReport(state.step, terms, data_seconds)
 
 
 def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
     """Take one step of UP-ReID.
 
     Args:
-        state: Changed in place.
-        images: uint8 ``[b, 3, H, W]``, of this worker's groups, in the order of the batch.
+        state: State of training, changed in place.
+        images: uint8 ``[b, 3, H, W]``, the images of this worker's groups.
 
     Returns:
-        ``loss`` and its terms, whose means over the workers are those over the batch, and what
-        `State.update` returns, all on the device.
+        What `State.accumulate_gradients` and `State.update` return, on the device.
     """
     images = state.to_device(images)
-    config, size = state.config, state.config.training.group_size
-    draw = StepDraw.of(config, state.step)
-    groups = distributed.own_groups(config.num_groups)
+    config = state.config
+    draw = StepDraw.at(config, state.step)
 
     keys = encode_shuffled_keys(state, images, draw)
-    # Only the next step needs those of others: they travel meanwhile.
-    new_keys = distributed.gather_rows(keys[:, 0], num_groups=config.num_groups)
-    means: dict[str, Tensor] = {}
-    for number, group in enumerate(groups):
-        of_batch = slice(group * size, (group + 1) * size)
-        own = slice(number * size, (number + 1) * size)
-        views = state.render_views(images[own], draw.query.rows(of_batch))
-        with state.local_gradients(unless=group == groups[-1]):
-            terms = state.parallel_model(
-                views,
-                keys[own],
-                statistics_momentum=group_momentum(number, len(groups)),
-            )
-            (terms["loss"] / state.mean_groups).backward()
-        for name, term in terms.items():
-            means[name] = means.get(name, 0) + term.detach() / state.mean_groups
+    # Only the next step needs the keys of other workers, so they travel during this one.
+    new_keys = distributed.gather_rows(keys.view, num_groups=config.num_groups)
 
+    def compute_terms(group: Group) -> dict[str, Tensor]:
+        views = state.render_views(images[group.rows], draw.query.rows(group.batch_rows))
+        return state.parallel_model(
+            views, keys.rows(group.rows), statistics_momentum=group.statistics_momentum
+        )
+
+    terms = state.accumulate_gradients(compute_terms)
     lr = learning_rate(
         state.step,
         peak=config.optimizer.lr,
         num_steps=state.num_steps,
         warmup_steps=round(config.optimizer.warmup_epochs * state.steps_per_epoch),
     )
-    means |= state.update(lr=lr, clip_norm=config.optimizer.clip_norm)
+    terms |= state.update(lr=lr, clip_norm=config.optimizer.clip_norm)
     state.model.update_key_encoder(
         momentum=key_momentum(
             state.step,
@@ -339,32 +386,27 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
     )
     state.model.queue.enqueue(new_keys())
     state.step += 1
-    return means
+    return terms
 
 
-def encode_shuffled_keys(state: TrainState, images: Tensor, draw: StepDraw) -> Tensor:
-    """Encode the keys of this worker's images, each by the worker where the shuffle puts it.
+def encode_shuffled_keys(state: TrainState, images: Tensor, draw: StepDraw) -> Keys:
+    """Return the keys of this worker's images, encoded in a shuffled batch.
 
-    The images of the batch are shuffled over all groups of all workers first (shuffle-BN, He
-    et al. 2020, https://arxiv.org/abs/1911.05722): were an image normalized among the same
-    others as query and as key, these statistics would give the match away.
-
-    Returns:
-        ``[b, E, D]``, in the order of the images.
+    The images of the batch are first shuffled over all groups of all workers (shuffle-BN, He et
+    al. 2020, https://arxiv.org/abs/1911.05722). If an image were normalized together with the
+    same other images as query and as key, the batch statistics would give the match away.
     """
-    config = state.config
-    size, num_groups = config.training.group_size, config.num_groups
+    num_groups = state.config.num_groups
     shuffled = distributed.permute_rows(images, draw.shuffle, num_groups=num_groups)
-    groups = distributed.own_groups(num_groups)
-    keys = []
-    for number, group in enumerate(groups):
-        own = shuffled[number * size : (number + 1) * size]
-        sources = draw.shuffle[group * size : (group + 1) * size]
-        views = state.render_views(own, draw.key.rows(sources), for_keys=True)
-        momentum = group_momentum(number, len(groups))
-        keys.append(state.model.encode_keys(views, statistics_momentum=momentum))
+    packed = []
+    for group in state.groups:
+        parameters = draw.key.rows(draw.shuffle[group.batch_rows])
+        views = state.render_views(shuffled[group.rows], parameters, for_keys=True)
+        momentum = group.statistics_momentum
+        packed.append(state.model.encode_keys(views, statistics_momentum=momentum).pack())
     back = draw.shuffle.argsort()
-    return distributed.permute_rows(torch.cat(keys), back, num_groups=num_groups)
+    keys = distributed.permute_rows(torch.cat(packed), back, num_groups=num_groups)
+    return Keys.unpack(keys, state.config.loss)
 
 
 def render_views(
@@ -374,21 +416,24 @@ def render_views(
     *,
     for_keys: bool = False,
 ) -> Views:
-    """Draw what an encoder sees of the uint8 ``images [G, 3, H, W]``, channels last.
+    """Return what an encoder sees of a group of images, channels last.
 
-    Patches are drawn only if the intrinsic loss has a weight, and originals only for the key
-    encoder if the consistency loss has one.
+    Args:
+        images: uint8 ``[G, 3, H, W]``.
+        parameters: Parameters of the G views, on the same device.
+        config: Settings of the run, which decide whether patches and originals are needed.
+        for_keys: Whether the views are for the key encoder, which alone sees originals.
     """
     view = render_view(images, parameters, config.augmentation)
     patches = original = None
-    if config.loss.intrinsic_weight > 0:
+    if config.loss.needs_patches:
         whole = view
         if config.patches.alignment == "body":
             at_body = parameters.at_full_height(config.data.height)
             whole = render_view(images, at_body, config.augmentation)
         grid = cut_patches(whole, rows=config.patches.rows, columns=config.patches.columns)
         patches = _channels_last(grid.flatten(0, 1)).view(grid.shape)
-    if for_keys and config.loss.consistency_weight > 0:
+    if for_keys and config.loss.needs_originals:
         normalization = Normalization(config.augmentation.mean, config.augmentation.std)
         pixels = normalization.apply(images.float() / 255)
         original = _channels_last(pixels.to(view.dtype))

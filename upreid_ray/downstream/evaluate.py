@@ -20,7 +20,7 @@ from upreid_ray.config.downstream import EvaluateConfig
 from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core.cpu import for_cpu
 from upreid_ray.core.reranking import reranked_distances
-from upreid_ray.core.retrieval import Labels, cosine_distances, extract_features, score_rows
+from upreid_ray.core.retrieval import extract_features, score_features
 from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
 from upreid_ray.data.shards.on_demand import labelled_shards
 from upreid_ray.data.stream.decode import Columns
@@ -115,14 +115,10 @@ class Features:
 
     def scores(self, *, rerank: bool) -> dict[str, float]:
         """Return the retrieval scores by name."""
-        query, gallery = self.values[self.is_query], self.values[~self.is_query]
-        labels = [
-            Labels(self.pids[part], self.camids[part])
-            for part in (self.is_query, ~self.is_query)
-        ]
-        scores = score_rows(cosine_distances(query, gallery), *labels).summary()
+        images = (self.values, self.pids, self.camids, self.is_query)
+        scores = score_features(*images).summary()
         if rerank:
-            reranked = score_rows(reranked_distances(query, gallery), *labels).summary()
+            reranked = score_features(*images, distances=reranked_distances).summary()
             scores |= {f"{name}_reranked": value for name, value in reranked.items()}
         return scores
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from upreid_ray.core import distributed
-from upreid_ray.core.retrieval import extract_features, retrieval_scores
+from upreid_ray.core.retrieval import extract_features, score_features
 from upreid_ray.core.training import State
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.decode import Columns
@@ -99,10 +99,4 @@ def _scores(gathered: list[tuple[Tensor, list[Columns]]]) -> dict[str, float]:
         torch.cat([torch.from_numpy(block[name]) for block in blocks])
         for name in ("pid", "camid", "is_query")
     )
-    return retrieval_scores(
-        1 - features[is_query] @ features[~is_query].T,
-        pids[is_query],
-        camids[is_query],
-        pids[~is_query],
-        camids[~is_query],
-    ).summary()
+    return score_features(features, pids, camids, is_query).summary()

@@ -71,5 +71,5 @@ class PretrainWorker(Worker):
     def _log_views(self, images: Tensor) -> None:
         """Log a picture of the views of the first batch."""
         if self.log is not None:
-            sheet = view_sheet(images, StepDraw.of(self.config, 0), self.config)
+            sheet = view_sheet(images, StepDraw.at(self.config, 0), self.config)
             self.log.picture("views.png", sheet)

@@ -19,7 +19,7 @@ from upreid_ray.config.downstream import (
     PersonTrainingConfig,
 )
 from upreid_ray.config.errors import InputError
-from upreid_ray.core.groups import shares
+from upreid_ray.core.groups import groups_of_workers
 from upreid_ray.data.shards.manifest import TRAIN_SPLITS
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.decode import Columns, decode_images
@@ -152,7 +152,7 @@ class PersonBatches:
         return [
             [
                 [PersonBlock(step, num_steps, g, num_steps * self._group_size) for g in part]
-                for part in shares(self._num_groups, num_workers)
+                for part in groups_of_workers(self._num_groups, num_workers)
             ]
             for step, num_steps in self._cuts(start_step, stop_step)
         ]
@@ -187,7 +187,7 @@ class PersonBatches:
         num_workers: int = 1,
     ) -> Iterator[Columns]:
         """Yield one worker's ``image`` and ``label`` of each step, from its blocks in order."""
-        groups, size = shares(self._num_groups, num_workers)[rank], self._group_size
+        groups, size = groups_of_workers(self._num_groups, num_workers)[rank], self._group_size
         for _, num_steps in self._cuts(start_step, stop_step):
             mine = [next(blocks) for _ in groups]
             for start in range(0, num_steps * size, size):

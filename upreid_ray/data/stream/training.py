@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.pretrain import PretrainConfig
-from upreid_ray.core.groups import shares
+from upreid_ray.core.groups import groups_of_workers
 from upreid_ray.data.shards.manifest import TRAIN_SPLITS
 from upreid_ray.data.shards.row_groups import RowRange
 from upreid_ray.data.shards.shard_set import ShardSet
@@ -70,7 +70,7 @@ class Round:
 
     def by_worker(self, num_workers: int) -> list[list[Block]]:
         """Return the blocks of the groups of each worker."""
-        parts = shares(len(self.blocks), num_workers)
+        parts = groups_of_workers(len(self.blocks), num_workers)
         return [[self.blocks[group] for group in part] for part in parts]
 
 
