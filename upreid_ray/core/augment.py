@@ -1,14 +1,14 @@
 """Batched augmentation on the training device: uint8 images -> normalized views.
 
-Each image has parameters of its own, drawn on the CPU from a seeded generator; rendering is a
-pure function of images and parameters. Crop, flip and blur are linear along each axis, so that
-they fold into one small matrix for each image and axis, and a batch is two matrix products.
+Each image has its own parameters, drawn on the CPU from a seeded generator; rendering is a pure
+function of images and parameters. Crop, flip and blur are linear along each axis, so they
+combine into one small matrix for each image and axis, and a batch takes two matrix products.
 
 Distributions are torchvision's (RandomResizedCrop, ColorJitter, RandomGrayscale, GaussianBlur,
 RandomErasing), with three differences: color jitter has a fixed order, colours change before
 the crop instead of after it, and the blur is not truncated.
 
-Dimensions: B images, H x W pixels of image and view alike.
+Dimensions: B images, H x W pixels of an image, and of its view.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Normalization:
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """How one view of each of B images is drawn.
+    """Parameters of one view of each of B images.
 
     Attributes:
         crop: ``[B, 4]``, top, left, height and width in pixels of the image.
@@ -82,7 +82,7 @@ class ViewParameters:
         )
 
     def at_full_height(self, height: int) -> Self:
-        """Show all ``height`` rows of the image instead of those of the crop."""
+        """Return a copy whose crops extend over all ``height`` rows of the image."""
         crop = self.crop.clone()
         crop[:, 0] = 0
         crop[:, 2] = height
@@ -151,11 +151,11 @@ def render_view(
 
     Args:
         images: ``[B, 3, H, W]``, uint8.
-        parameters: Of the B views, on the device of the images.
-        config: The ranges that the parameters were drawn from.
+        parameters: Parameters of the B views, on the device of the images.
+        config: Ranges that the parameters were drawn from.
 
     Returns:
-        ``[B, 3, H, W]``, normalized, fp32 or what autocast multiplies in; what is erased is 0,
+        ``[B, 3, H, W]``, normalized, in fp32 or the precision of autocast; erased pixels are 0,
         the mean colour.
     """
     height, width = images.shape[2:]
@@ -191,7 +191,8 @@ def _draw_boxes(
 ) -> Tensor:
     """Draw boxes ``[B, 4]`` in whole pixels, uniform in area and in log(width / height).
 
-    The first of several attempts that is no larger than ``largest`` counts; all zero if none.
+    Of several attempts, the first box that is no larger than ``largest`` is taken; if there is
+    none, the box is all zero.
     """
     height, width = frame
     shape = (batch_size, NUM_ATTEMPTS)
@@ -222,18 +223,18 @@ def _central_box(height: int, width: int, ratio: tuple[float, float]) -> Tensor:
 def _resampling(start: Tensor, length: Tensor, size: int, blur_sigma: Tensor) -> Tensor:
     """Return ``[B, size, size]``: pixels of the view from pixels of the image, along one axis.
 
-    Bilinear interpolation of the ``length`` pixels from ``start``, then the blur; pixels
-    outside of the crop take no part. A crop is never larger than the view, so that no
-    antialiasing is needed.
+    The ``length`` pixels from ``start`` on are interpolated bilinearly, then blurred. Pixels
+    outside of the crop have no weight. A crop is never larger than the view, so no antialiasing
+    is needed.
     """
     pixel = torch.arange(size, device=start.device)
     center = (pixel + 0.5) * (length / size)[:, None] - 0.5
     center = start[:, None] + center.clamp(min=0).minimum(length[:, None] - 1)
     interpolation = (1 - (center[:, :, None] - pixel).abs()).clamp(min=0)
-    # Of each distance once: exp is slow where it underflows, as it does for most of them.
+    # Once for each distance: exp is slow where it underflows, as it does for most of them.
     of_distance = (-0.5 * (pixel / blur_sigma.clamp(min=1e-3)[:, None]) ** 2).exp()
     distances = torch.arange(1 - size, size, device=start.device).abs()
-    # A window of all distances for each pixel of the view, the last one first.
+    # Each pixel of the view takes a window of the distances, the last pixel first.
     blur = of_distance[:, distances].unfold(1, size, 1).flip(1)
     return blur / blur.sum(2, keepdim=True) @ interpolation
 
@@ -250,7 +251,7 @@ def _luma(pixels: Tensor) -> Tensor:
 
 
 def _by_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return ``[3, 1, 1]``; a tensor made on the device would wait for all work there."""
+    """Return ``[3, 1, 1]``, made on the CPU: on a GPU this would wait for queued work."""
     return torch.tensor(values)[:, None, None].to(device, non_blocking=True)
 
 
@@ -266,10 +267,10 @@ def _jitter(
 
     Args:
         pixels: ``[B, 3, H, W]``, 0..1.
-        weights: ``[B, 1, H, W]``, sum 1, of each pixel in the mean that contrast keeps.
-        brightness: ``[B]``, factor.
-        contrast: ``[B]``, factor.
-        saturation: ``[B]``, factor.
+        weights: ``[B, 1, H, W]``, sum 1, weights of the mean that a change of contrast keeps.
+        brightness: ``[B]``, factors.
+        contrast: ``[B]``, factors.
+        saturation: ``[B]``, factors.
         turn: ``[B]``, added to the hue, where 1 is the whole circle.
     """
 
@@ -287,7 +288,7 @@ def _turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue of ``[B, 3, H, W]`` in HSV space (Smith 1978) by ``turn [B]`` circles."""
     value, largest = pixels.max(dim=1, keepdim=True)
     chroma = value - pixels.amin(dim=1, keepdim=True)
-    # From the largest channel on, the difference of the next two, each sextant 60 degrees.
+    # In units of 60 degrees: the place of the largest channel, and the difference of the others.
     following = pixels.gather(1, (largest + 1) % 3) - pixels.gather(1, (largest + 2) % 3)
     hue = following / chroma.clamp(min=1e-8) + 2 * largest + 6 * turn[:, None, None, None]
     offset = _by_channel((5.0, 3.0, 1.0), pixels.device)

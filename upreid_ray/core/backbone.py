@@ -11,7 +11,7 @@ from upreid_ray.core.augment import Normalization
 
 
 def build_backbone(name: str, *, last_stride: int = 2) -> nn.Module:
-    """Return a randomly initialized torchvision ResNet whose output is its features ``[B, F]``.
+    """Return a randomly initialized torchvision ResNet that outputs its features ``[B, F]``.
 
     Its state dict has torchvision's names without the classifier (``fc``). With last stride 1
     the last stage keeps the resolution of the one before.
@@ -32,9 +32,9 @@ def num_features(backbone: nn.Module) -> int:
 
 
 class NeckedBackbone(nn.Module):
-    """A backbone whose features go through a batch normalization before they are compared.
+    """A backbone followed by a batch normalization of its features.
 
-    The BNNeck of Luo et al. 2019, https://arxiv.org/abs/1903.07071.
+    This is the BNNeck of Luo et al. 2019, https://arxiv.org/abs/1903.07071.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -49,15 +49,15 @@ class NeckedBackbone(nn.Module):
 
 
 class Description(BaseModel):
-    """What the users of a backbone must know (``backbone.json``).
+    """Description of a backbone for those who load it (``backbone.json``).
 
     Attributes:
         backbone: Torchvision's name of the architecture.
-        height: Of the images it has seen, in pixels.
-        width: Of the images it has seen, in pixels.
-        mean: Subtracted from each colour channel (0..1).
-        std: Divides each colour channel after that.
-        last_stride: Of the last stage; 1 where fine-tuning kept its resolution.
+        height: Height of the images that it was trained on, in pixels.
+        width: Width of the images that it was trained on, in pixels.
+        mean: Mean of each colour channel (0..1), which is subtracted first.
+        std: Standard deviation of each colour channel, which divides the result.
+        last_stride: Stride of the last stage; 1 if fine-tuning kept its resolution.
         has_neck: Whether a batch normalization follows (``neck.safetensors``).
     """
 
@@ -77,11 +77,11 @@ class Description(BaseModel):
         return Normalization(self.mean, self.std)
 
     def extractor(self, weights: dict[str, Tensor], neck: dict[str, Tensor]) -> nn.Module:
-        """Return what turns images ``[B, 3, H, W]`` into features ``[B, F]``.
+        """Return the module that computes features ``[B, F]`` of images ``[B, 3, H, W]``.
 
         Args:
-            weights: Of the backbone, torchvision's names.
-            neck: Of the neck, empty if there is none.
+            weights: State dict of the backbone, with torchvision's names.
+            neck: State dict of the neck; empty if there is none.
         """
         backbone = build_backbone(self.backbone, last_stride=self.last_stride)
         backbone.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""A folder <-> the state of training; the weights that others load.
+"""Checkpoints of training, and the exported weights that others load.
 
 A checkpoint is a folder of five files, none of which can carry code:
 ``model.safetensors`` (encoders and queue), ``optimizer.pt`` (tensors only),
@@ -41,7 +41,7 @@ class BestBackbone:
 
     Attributes:
         weights: State dict of the extractor, on the CPU.
-        step: At which it was taken.
+        step: Number of steps after which it was kept.
         scores: Its retrieval scores, 0..1 by name.
     """
 
@@ -61,16 +61,16 @@ class BestBackbone:
 
 
 class Position(BaseModel):
-    """What a checkpoint says beside its tensors (``state.json``).
+    """Everything in a checkpoint that is not a tensor (``state.json``).
 
     Attributes:
-        step: Steps taken.
-        best_step: At which the best backbone was taken.
-        best_scores: Its scores.
-        scores_untrained: Of the backbone before training.
-        images_per_second: Of training so far.
-        description: Of the best backbone.
-        config: Of the run.
+        step: Number of steps taken.
+        best_step: Number of steps after which the best backbone was kept.
+        best_scores: Scores of the best backbone, 0..1 by name.
+        scores_untrained: Scores of the backbone before training.
+        images_per_second: Mean speed of training so far.
+        description: Description of the best backbone.
+        config: Settings of the run.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -112,7 +112,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, state: State) -> tuple[BestBackbone, Position]:
-    """Bring ``state`` to where the checkpoint was written."""
+    """Restore the state that the checkpoint was written from, in place."""
     position = read_position(folder)
     state.model.load_state_dict(load_file(folder / MODEL_FILE))
     state.optimizer.load_state_dict(
@@ -124,12 +124,12 @@ def load_checkpoint(folder: Path, state: State) -> tuple[BestBackbone, Position]
 
 
 def read_position(folder: Path) -> Position:
-    """Return what the checkpoint in ``folder`` says beside its tensors."""
+    """Read everything in the checkpoint in ``folder`` that is not a tensor."""
     return Position.model_validate_json((folder / POSITION_FILE).read_text())
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with the files of a checkpoint, or None if they are as written."""
+    """Return what is wrong with the files of a checkpoint, or None if they are intact."""
     try:
         hashes = json.loads((folder / HASHES_FILE).read_text())
     except (OSError, ValueError):
@@ -144,10 +144,10 @@ def find_damage(folder: Path) -> str | None:
 
 
 def export_backbone(folder: Path, out: Path) -> None:
-    """Write the best backbone of the checkpoint in ``folder``, and what its users must know.
+    """Export the best backbone of the checkpoint in ``folder``.
 
-    These are ``backbone.safetensors`` (torchvision's names without ``fc``), ``backbone.json``
-    and, of a fine-tuned one, ``neck.safetensors``.
+    The files are ``backbone.safetensors`` (torchvision's names without ``fc``),
+    ``backbone.json`` and, if the backbone was fine-tuned, ``neck.safetensors``.
     """
     description = read_position(folder).description
     (out / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=1))
@@ -161,8 +161,8 @@ def read_exported(folder: Path) -> tuple[Description, dict[str, Tensor], dict[st
     """Read an exported backbone, or the best backbone of a checkpoint.
 
     Returns:
-        What describes it, the state dict of the backbone, and that of its neck, empty if it has
-        none.
+        The description, the state dict of the backbone, and that of its neck, which is empty if
+        there is none.
 
     Raises:
         InputError: The folder holds neither, or not a whole backbone.
@@ -203,7 +203,7 @@ def _hash(file: Path) -> str:
 
 
 def _read_neck(file: Path) -> dict[str, Tensor]:
-    """Return the state dict of the neck in a checkpoint's or in an exported file."""
+    """Return the state dict of the neck in a file of a checkpoint or of an export."""
     return {
         name.removeprefix(NECK): tensor
         for name, tensor in load_file(file).items()

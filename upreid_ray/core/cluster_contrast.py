@@ -1,7 +1,7 @@
 """Unsupervised fine-tuning: Cluster Contrast (Dai et al. 2021).
 
-https://arxiv.org/abs/2103.11568: images are clustered before each epoch, and every image is
-contrasted with a memory that holds one feature of each cluster.
+https://arxiv.org/abs/2103.11568: images are clustered before each epoch, and each image is
+contrasted with a memory that holds one feature for each cluster.
 
 Dimensions: N training images, B images of the whole batch, G of a group, F features,
 C clusters.
@@ -30,19 +30,19 @@ OUTLIER = -1
 def pseudo_labels(features: Tensor, config: ClusteringConfig) -> NDArray[np.int64]:
     """Cluster images by DBSCAN on their k-reciprocal Jaccard distance.
 
-    The ``[N, N]`` distances never exist: of each part of their rows only the neighbours within
-    ``eps`` are kept. The memory that this takes is some hundred bytes for each pair of
-    neighbours, and 32 MB for the part at hand.
+    The ``[N, N]`` distances never exist at once: they are computed a few rows at a time, and
+    only those within ``eps`` are kept. This takes some hundred bytes of memory for each pair of
+    neighbours, and 32 MB for the rows.
 
     Args:
         features: ``[N, F]``, unit length.
-        config: Of the clustering.
+        config: Settings of the clustering.
 
     Returns:
-        ``[N]``, clusters from 0 on, -1 for outliers.
+        ``[N]``, the cluster of each image, counted from 0; -1 for outliers.
 
     Raises:
-        InputError: There are fewer than two clusters, which leaves nothing to contrast.
+        InputError: There are fewer than two clusters, so that there is nothing to contrast.
     """
     encoding, _ = reciprocal_encoding(features, k1=config.k1, k2=config.k2)
     by_column = encoding.tocsc()
@@ -51,7 +51,7 @@ def pseudo_labels(features: Tensor, config: ClusteringConfig) -> NDArray[np.int6
         # Rounding may leave the distance of an image to itself below 0.
         distances = jaccard_distances(encoding[part], by_column).clip(min=0)
         rows, columns = np.nonzero(distances <= config.eps)
-        # A sparse matrix that is made of coordinates keeps the zeros among them.
+        # A sparse matrix that is made from coordinates keeps explicit zeros.
         coordinates = (distances[rows, columns], (rows, columns))
         parts.append(sparse.csr_matrix(coordinates, shape=distances.shape))
     dbscan = DBSCAN(eps=config.eps, min_samples=config.min_samples, metric="precomputed")
@@ -72,11 +72,11 @@ def centroids(features: Tensor, labels: NDArray[np.int64]) -> Tensor:
 
     Args:
         features: ``[N, F]``.
-        labels: ``[N]``, clusters from 0 on, -1 for outliers.
+        labels: ``[N]``, the cluster of each image, counted from 0; -1 for outliers.
     """
     inside = torch.from_numpy(labels != OUTLIER).to(features.device)
     clusters = torch.from_numpy(labels).to(features.device)[inside]
-    # Of unit length in the end, so that a sum does as well as a mean.
+    # A sum is as good as a mean, because the result is scaled to unit length.
     sums = features.new_zeros(int(labels.max()) + 1, features.shape[1])
     return F.normalize(sums.index_add(0, clusters, features[inside]), dim=1)
 
@@ -84,13 +84,14 @@ def centroids(features: Tensor, labels: NDArray[np.int64]) -> Tensor:
 def cluster_contrast(
     features: Tensor, labels: Tensor, memory: Tensor, *, temperature: float
 ) -> Tensor:
-    """Contrast each image with the clusters: its own against all others.
+    """Contrast the cluster of each image with all other clusters.
 
-    InfoNCE as Dai et al. use it: the cross-entropy of cosine similarities over temperature.
+    This is InfoNCE as Dai et al. use it: cross-entropy of cosine similarities divided by the
+    temperature.
 
     Args:
         features: ``[G, F]``, unit length, carry the gradient.
-        labels: ``[G]``, the cluster of each.
+        labels: ``[G]``, the cluster of each image.
         memory: ``[C, F]``, unit length.
         temperature: Divides the similarities.
 
@@ -101,7 +102,7 @@ def cluster_contrast(
 
 
 class ClusterMemory(nn.Module):
-    """The clusters of an epoch: who is in them, and a feature of each.
+    """The clusters of an epoch: the images in them, and a feature of each cluster.
 
     Attributes:
         labels: ``[N]``, int64, the cluster of each training image, -1 for outliers.
@@ -118,21 +119,21 @@ class ClusterMemory(nn.Module):
         self.register_load_state_dict_pre_hook(_take_shapes)  # type: ignore[no-untyped-call]
 
     def begin(self, labels: Tensor, features: Tensor) -> None:
-        """Take the clusters of a new epoch."""
+        """Replace the clusters by those of a new epoch."""
         self.labels, self.features = labels.to(self.labels.device), features
 
     @torch.no_grad()
     def update(self, batch: Tensor, labels: Tensor, *, momentum: float) -> None:
-        """Move the clusters towards the images of a batch, one image after the other.
+        """Move the features of clusters towards the images of a batch, one after the other.
 
-        The update of the published paper and of its authors' code (``CM``), which replaced the
-        hardest image of each cluster by all of them: ``feature = momentum * feature + (1 -
-        momentum) * image``, at unit length.
+        Each image sets ``feature = momentum * feature + (1 - momentum) * image``, which is then
+        scaled to unit length. This is the update of the published paper and of its authors' code
+        (``CM``); an earlier version used only the hardest image of each cluster.
 
         Args:
             batch: ``[B, F]``, unit length.
-            labels: ``[B]``, their clusters.
-            momentum: Share (0..1) that a cluster keeps.
+            labels: ``[B]``, the cluster of each image.
+            momentum: Weight (0..1) of the present feature.
         """
         for i in range(len(batch)):
             label = labels[i : i + 1]  # a number would wait for the device, a tensor does not
@@ -143,14 +144,14 @@ class ClusterMemory(nn.Module):
 def _take_shapes(
     module: ClusterMemory, state_dict: dict[str, Tensor], prefix: str, *_: object
 ) -> None:
-    """Make room for what a checkpoint holds: each epoch has clusters of another number."""
+    """Give the buffers the shapes of a checkpoint, whose number of clusters may differ."""
     for name in ("labels", "features"):
         buffer, saved = getattr(module, name), state_dict[prefix + name]
         setattr(module, name, buffer.new_empty(saved.shape))
 
 
 class ClusterContrastModel(nn.Module):
-    """A backbone with a BNNeck, and the memory of clusters that follows it."""
+    """A backbone with a BNNeck, and the memory of clusters."""
 
     def __init__(self, backbone: nn.Module, *, precision: str) -> None:
         super().__init__()
@@ -166,7 +167,7 @@ class ClusterContrastModel(nn.Module):
 
 
 class ClusterContrastState(DownstreamState):
-    """The state of an unsupervised run: backbone, neck, memory and Adam."""
+    """State of an unsupervised run: backbone and neck, trained by Adam, and the memory."""
 
     def __init__(
         self,
@@ -176,7 +177,7 @@ class ClusterContrastState(DownstreamState):
         *,
         device: torch.device,
     ) -> None:
-        """Begin with a backbone, which is changed in place."""
+        """Add a neck and a memory to a backbone, which is changed in place."""
         self._config = config
         super().__init__(
             config,
@@ -195,7 +196,7 @@ class ClusterContrastState(DownstreamState):
 def cluster_contrast_step(state: ClusterContrastState, batch: PersonBatch) -> dict[str, Tensor]:
     """Take one step; arguments and result are those of `person_step`.
 
-    The memory stays as it is for all groups of the step, and then takes in the whole batch.
+    All groups of the step are compared with the same memory; the whole batch updates it then.
     """
     training, memory = state.config.training, state.model.memory
     seen = []

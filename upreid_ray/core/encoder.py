@@ -1,4 +1,4 @@
-"""The encoder: a torchvision ResNet trunk and a projection head.
+"""The encoder: a torchvision ResNet and a projection head.
 
 Dimensions: B images, F features of the backbone, D embedding size.
 """
@@ -22,7 +22,7 @@ from upreid_ray.core.weight_files import read_backbone
 
 
 class Encoder(nn.Module):
-    """Images ``[B, 3, h, w]`` -> unit-length embeddings ``[B, D]``.
+    """Module that computes unit-length embeddings ``[B, D]`` of images ``[B, 3, h, w]``.
 
     The projection head has two layers, as in MoCo v2 (Chen et al. 2020,
     https://arxiv.org/abs/2003.04297).
@@ -47,16 +47,17 @@ class Encoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode ``images [B, 3, h, w]``, normalized; fp32 even under autocast."""
+        """Return the embeddings of normalized images, in fp32 even under autocast."""
         return F.normalize(self.projection_head(self.backbone(images)).float(), dim=1)
 
 
 @contextmanager
 def running_statistics(encoder: nn.Module, *, momentum: float) -> Iterator[None]:
-    """Let running statistics take in the one forward pass inside with ``momentum``.
+    """Use ``momentum`` for BatchNorm's running statistics during the one forward pass inside.
 
-    Normalization is by batch either way. With ``momentum=0`` nothing is updated: patches and
-    originals have other statistics than the augmented persons whose statistics are exported.
+    Normalization is by the statistics of the batch either way. With ``momentum=0`` the running
+    statistics stay as they are, as patches and originals need it: their statistics differ from
+    those of whole augmented images, which are exported.
     """
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
     norms: list[Any] = [module for module in encoder.modules() if isinstance(module, kinds)]
@@ -64,8 +65,8 @@ def running_statistics(encoder: nn.Module, *, momentum: float) -> Iterator[None]
     running = [(norm.running_mean, norm.running_var) for norm in norms]
     counts = [norm.num_batches_tracked for norm in norms]
     for norm in norms:
-        # The pass leaves its own statistics in other tensors. Were they mixed in by the pass,
-        # an encoder that is compiled would be so again for each momentum.
+        # The pass writes its own statistics to other tensors, and they are averaged afterwards.
+        # If the pass did that, an encoder would be compiled again for each momentum.
         norm.momentum, norm.num_batches_tracked = 1.0, None
         norm.running_mean = torch.zeros_like(norm.running_mean)
         norm.running_var = torch.zeros_like(norm.running_var)
@@ -84,9 +85,9 @@ def running_statistics(encoder: nn.Module, *, momentum: float) -> Iterator[None]
 
 
 def checkpoint_activations(backbone: nn.Module) -> None:
-    """Let residual blocks keep their input alone, and compute the rest again in backward.
+    """Let residual blocks keep only their input, and compute the rest again in backward.
 
-    Chen et al. 2016, https://arxiv.org/abs/1604.06174. The result is the same.
+    The result is the same (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
     """
     for block in backbone.modules():
         if isinstance(block, (BasicBlock, Bottleneck)):
@@ -100,15 +101,20 @@ def checkpoint_activations(backbone: nn.Module) -> None:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], ...]:
-    """Return what surrounds the first pass, and the second one, which counts no statistics."""
+    """Return the contexts of both forward passes; only the first one updates statistics."""
     return nullcontext(), running_statistics(block, momentum=0)
 
 
 def group_momentum(index: int, num_groups: int, *, momentum: float = 0.1) -> float:
-    """Momentum with which the running statistics take in group ``index`` of ``num_groups``.
+    """Return the momentum with which group ``index`` updates the running statistics.
 
-    Groups that one process sees one after the other then leave the same running statistics
-    as groups that as many processes see at once and average: each group weighs
-    ``momentum / num_groups``, the past ``1 - momentum``. The formula is ours.
+    With it, groups that one process computes one after the other leave the same running
+    statistics as groups that as many processes compute at once and average: each group has a
+    weight of ``momentum / num_groups``, the past one of ``1 - momentum``. The formula is ours.
+
+    Args:
+        index: Position of the group among those of this process, from 0 on.
+        num_groups: Number of groups of this process.
+        momentum: Momentum of the whole batch.
     """
     return momentum / (num_groups - momentum * (num_groups - 1 - index))

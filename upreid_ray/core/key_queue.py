@@ -8,8 +8,9 @@ from torch import Tensor, nn
 class KeyQueue(nn.Module):
     """The last ``size`` keys, first in first out, for batches of any size.
 
-    Starts as random directions, as MoCo's queue does (He et al. 2020,
-    https://arxiv.org/abs/1911.05722). ``keys`` is a ring: its rows are in no particular order.
+    It starts with random directions, as MoCo's queue does (He et al. 2020,
+    https://arxiv.org/abs/1911.05722). ``keys`` is a ring buffer: the order of its rows has no
+    meaning.
 
     Attributes:
         keys: ``[size, dim]``, unit length.
@@ -26,7 +27,7 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, batch: Tensor) -> None:
-        """Replace the oldest keys by ``batch [B, dim]``; of B > size keys the last stay."""
+        """Replace the oldest keys by ``batch [B, dim]``; if B > size, the last keys stay."""
         size = len(self.keys)
         batch = batch[-size:]
         # The ring position stays on the device: reading it here would stall the step.

@@ -53,8 +53,9 @@ def global_consistency(
         augmented: ``[B, D]``, carries the gradient.
         original: ``[B, D]``, embeddings of the images without augmentation; the target.
         queue: ``[Q, D]``.
-        temperature: Of the prediction.
-        target_temperature: Of the target; lower is sharper.
+        temperature: Temperature of the augmented view's softmax (the prediction).
+        target_temperature: Temperature of the original's softmax (the target); a lower one is
+            sharper.
 
     Returns:
         The mean over B of ``KL(target || prediction)`` in nats; 0 if both distributions agree.
@@ -114,17 +115,17 @@ def intrinsic_contrastive(
 
 
 def batch_hard_triplet(features: Tensor, pids: Tensor, *, margin: float) -> Tensor:
-    """Contrast each image with the farthest of its person and the nearest of another.
+    """Contrast each image with the farthest one of its person and the nearest one of another.
 
     Hermans et al. 2017, https://arxiv.org/abs/1703.07737, with a hard margin.
 
     Args:
         features: ``[B, F]``, any length.
-        pids: ``[B]``; two persons at least.
-        margin: Added to the Euclidean distance to the farthest positive.
+        pids: ``[B]``, at least two persons.
+        margin: Margin of the Euclidean distances.
 
     Returns:
-        The mean over B; 0 if every positive is nearer by the margin than every negative.
+        The mean over B; 0 if every positive is nearer than every negative by the margin.
     """
     squared = features.square().sum(dim=1)
     distances = squared[:, None] + squared - 2 * features @ features.T
@@ -136,9 +137,9 @@ def batch_hard_triplet(features: Tensor, pids: Tensor, *, margin: float) -> Tens
 
 
 def _logits(embeddings: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Return each embedding's similarity to each key by the temperature: ``[B, Q]``.
+    """Return the similarity of embeddings and keys divided by the temperature, ``[B, Q]``.
 
-    In the type of the embeddings, even where autocast multiplies in another. Embeddings are
-    divided, of which there are fewer numbers.
+    The result has the type of the embeddings, even if autocast multiplies in another. The
+    embeddings are divided because they are fewer numbers than the result.
     """
     return (embeddings / temperature @ queue.T).to(embeddings.dtype)

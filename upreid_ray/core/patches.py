@@ -1,4 +1,4 @@
-"""Images -> grids of patches.
+"""Cutting images into grids of patches.
 
 Dimensions: B images, C channels, H x W pixels, P = rows * columns patches in row-major order.
 """
@@ -9,13 +9,13 @@ from torch import Tensor
 def cut_patches(images: Tensor, *, rows: int, columns: int) -> Tensor:
     """Cut each image into a grid of equal patches.
 
-    A grid that does not divide the image uses patches of ``H // rows`` x ``W // columns``
-    pixels, and leaves an equal margin (to a pixel) on both sides.
+    If the grid does not divide the image, patches have ``H // rows`` x ``W // columns`` pixels,
+    and the margins on opposite sides are equal, or differ by one pixel.
 
     Args:
         images: ``[B, C, H, W]``.
-        rows: Patches from top to bottom.
-        columns: Patches from left to right.
+        rows: Number of patches from top to bottom.
+        columns: Number of patches from left to right.
 
     Returns:
         ``[B, P, C, H // rows, W // columns]``; may share memory with ``images``.

@@ -1,4 +1,4 @@
-"""In which precision forward passes compute."""
+"""The precision of forward passes."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ def autocast(images: Tensor, precision: str) -> torch.autocast:
 
     Args:
         images: ``[B, 3, h, w]``.
-        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the device multiplies it.
+        precision: ``fp32``, ``bf16``, or ``auto``: bf16 if the device can multiply it.
     """
     device = images.device
     bf16 = precision == "bf16" or (precision == "auto" and multiplies_bf16(device))
@@ -20,7 +20,7 @@ def autocast(images: Tensor, precision: str) -> torch.autocast:
 
 @cache
 def multiplies_bf16(device: torch.device) -> bool:
-    """Tell whether the device has instructions for bf16; without, it is slower than fp32."""
+    """Tell whether the device has instructions for bf16; without them, fp32 is faster."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

@@ -1,8 +1,8 @@
 """k-reciprocal re-ranking and its Jaccard distance.
 
-Zhong et al. 2017, https://arxiv.org/abs/1701.08398. Each image is described by its k-reciprocal
-neighbours, a sparse row of weights; images that share neighbours are alike. Only sparse rows
-and a few rows of distances exist at a time.
+Zhong et al. 2017, https://arxiv.org/abs/1701.08398. An image is described by a sparse row of
+weights of its k-reciprocal neighbours; images that share neighbours are alike. Memory holds the
+sparse rows, and only a few rows of distances at a time.
 
 Dimensions: N images, Q query and G gallery images, F features.
 """
@@ -33,10 +33,10 @@ def reranked_distances(
     Args:
         query: ``[Q, F]``.
         gallery: ``[G, F]``.
-        k1: Neighbours among which reciprocal ones are looked for.
-        k2: Nearest images whose descriptions are averaged.
-        distance_weight: Weight (0..1) of the distance of the features themselves; the rest is
-            the Jaccard distance.
+        k1: Number of neighbours among which reciprocal ones are searched.
+        k2: Number of nearest images whose descriptions are averaged.
+        distance_weight: Weight (0..1) of the distance of the features; the rest is that of the
+            Jaccard distance.
 
     Yields:
         Which queries, and their distances ``[n, G]``, 0..1.
@@ -59,11 +59,12 @@ def reciprocal_encoding(
 
     Args:
         features: ``[N, F]``, unit length.
-        k1: Neighbours among which reciprocal ones are looked for.
-        k2: Nearest images, the image itself included, whose descriptions are averaged.
+        k1: Number of neighbours among which reciprocal ones are searched.
+        k2: Number of nearest images, including the image itself, whose descriptions are
+            averaged.
 
     Returns:
-        ``[N, N]``, sparse, rows that sum to 1; and ``[N]``, the greatest squared distance of
+        ``[N, N]``, sparse, rows that sum to 1; and ``[N]``, the largest squared distance of
         each image to any other.
     """
     num_images = len(features)
@@ -72,11 +73,11 @@ def reciprocal_encoding(
     for part in row_parts(num_images, num_images):
         similarity = features[part] @ features.T
         nearest[part] = similarity.topk(nearest.shape[1], dim=1).indices.cpu().numpy()
-        # Of images that are all equal, distances are rounding.
+        # If all images are equal, their distances are rounding errors.
         farthest[part] = (2 - 2 * similarity.amin(dim=1)).clamp(min=SMALLEST_DISTANCE)
 
     reciprocal = _reciprocal(nearest[:, : k1 + 1])
-    # Python and NumPy both round half to even, as the method's own code does.
+    # Python rounds half to even, as NumPy does in the authors' code.
     of_half = _reciprocal(nearest[:, : round(k1 / 2) + 1])
     shared = reciprocal.multiply(reciprocal @ of_half.T).tocsr()
     sizes = of_half.sum(axis=1)
@@ -109,7 +110,7 @@ def jaccard_distances(left: sparse.csr_array, right: sparse.csc_array) -> NDArra
 
 
 def _adjacency(nearest: NDArray[np.int64]) -> sparse.csr_array:
-    """Return the sparse matrix with a one for each image (row) and neighbour (column)."""
+    """Return the sparse matrix with a 1 for each image (row) and neighbour (column)."""
     num_images, num_neighbors = nearest.shape
     starts = np.arange(0, nearest.size + 1, num_neighbors)
     ones = np.ones(nearest.size, np.float32)
@@ -117,7 +118,7 @@ def _adjacency(nearest: NDArray[np.int64]) -> sparse.csr_array:
 
 
 def _reciprocal(nearest: NDArray[np.int64]) -> sparse.csr_array:
-    """Return the neighbours of each image whose neighbour the image is too."""
+    """Return, for each image, the neighbours that have the image as a neighbour too."""
     adjacency = _adjacency(nearest)
     return adjacency.multiply(adjacency.T).tocsr()
 

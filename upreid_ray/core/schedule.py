@@ -1,17 +1,17 @@
-"""What changes with the step, as pure functions of it."""
+"""Schedules, as pure functions of the step."""
 
 import math
 from collections.abc import Sequence
 
 
 def learning_rate(step: int, *, peak: float, num_steps: int, warmup_steps: int) -> float:
-    """Linear warm-up, then cosine from ``peak`` to zero.
+    """Return the learning rate of linear warm-up and cosine decay from ``peak`` to zero.
 
     Args:
-        step: 0 for the first update; ``num_steps`` would be exactly zero.
-        peak: Reached after the warm-up.
-        num_steps: Updates of the whole run.
-        warmup_steps: Updates of the warm-up, the first at ``peak / warmup_steps``.
+        step: Step, 0 for the first one; the rate would be zero at ``num_steps``.
+        peak: Rate at the end of the warm-up.
+        num_steps: Steps of the whole run.
+        warmup_steps: Steps of the warm-up, which starts at ``peak / warmup_steps``.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -22,24 +22,30 @@ def learning_rate(step: int, *, peak: float, num_steps: int, warmup_steps: int) 
 def stepped_learning_rate(
     step: int, *, peak: float, warmup_steps: int, milestones: Sequence[int]
 ) -> float:
-    """Linear warm-up from a tenth, then a tenth of the rate at each milestone.
+    """Return the learning rate of linear warm-up and a division by ten at each milestone.
 
     Luo et al. 2019, https://arxiv.org/abs/1903.07071.
 
     Args:
-        step: 0 for the first update.
-        peak: Reached after the warm-up.
-        warmup_steps: Updates of the warm-up, the first at ``peak / 10``.
-        milestones: Updates at which the rate falls.
+        step: Step, 0 for the first one.
+        peak: Rate at the end of the warm-up.
+        warmup_steps: Steps of the warm-up, which starts at ``peak / 10``.
+        milestones: Steps at which the rate falls.
     """
     warmup = 1.0 if step >= warmup_steps else 0.1 + 0.9 * step / warmup_steps
     return peak * warmup * 0.1 ** sum(step >= milestone for milestone in milestones)
 
 
 def key_momentum(step: int, *, start: float, end: float, num_steps: int) -> float:
-    """Cosine from ``start`` at step 0 to ``end`` at ``num_steps``, as in BYOL.
+    """Return the momentum of the key encoder: a cosine from ``start`` to ``end``, as in BYOL.
 
-    Grill et al. 2020, https://arxiv.org/abs/2006.07733; with ``start == end`` it is MoCo's
-    constant.
+    Grill et al. 2020, https://arxiv.org/abs/2006.07733. With ``start == end`` it is constant,
+    as in MoCo.
+
+    Args:
+        step: Step, 0 for the first one.
+        start: Momentum at step 0.
+        end: Momentum at ``num_steps``.
+        num_steps: Steps of the whole run.
     """
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / num_steps))

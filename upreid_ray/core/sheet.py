@@ -19,14 +19,14 @@ def view_sheet(
 ) -> Image.Image:
     """Show what the encoders see of the first images of a batch, a row for each image.
 
-    From left to right: the image, the query view and its patches, the key view and its
-    patches; without the patches where the intrinsic loss has no weight.
+    A row shows the image, the query view and its patches, then the key view and its patches.
+    Patches are left out if no term of the loss needs them.
 
     Args:
-        images: uint8 ``[b, 3, H, W]``, the first of the batch of that step.
-        draw: Of the step.
-        config: Of the run.
-        num_images: Rows at most.
+        images: uint8 ``[b, 3, H, W]``, the first images of the batch of that step.
+        draw: Random draw of the step.
+        config: Settings of the run.
+        num_images: Largest number of rows.
     """
     images = images[:num_images].cpu()
     seen = [
