@@ -41,6 +41,7 @@ from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.augment import ViewParameters
 from upreid_ray.core.checkpoint import load_checkpoint, read_position
+from upreid_ray.core.model import Keys
 from upreid_ray.core.training import StepDraw, TrainState, encode_shuffled_keys
 
 TERMS = ("info_nce", "global_consistency", "intrinsic_contrastive")
@@ -120,12 +121,13 @@ def measure(
         of the batch.
     """
     config, size = state.config, state.config.training.group_size
-    draw = StepDraw.of(config, step)
-    keys = encode_shuffled_keys(state, images, draw)[:size]
+    draw = StepDraw.at(config, step)
+    keys = encode_shuffled_keys(state, images, draw).rows(slice(0, size))
     views = state.render_views(images[:size], draw.query.rows(slice(0, size)))
     terms = state.model(views, keys, statistics_momentum=0)
     with torch.no_grad():
-        blind = state.model(views, without_information(keys, config), statistics_momentum=0)
+        empty = Keys.unpack(without_information(keys.pack(), config), config.loss)
+        blind = state.model(views, empty, statistics_momentum=0)
     gradients = {name: gradient(state, terms[name]) for name in TERMS}
     values = {
         **{f"{name} value": float(terms[name].detach()) for name in TERMS},
@@ -184,8 +186,8 @@ def fill_queue(state: TrainState, images: Tensor) -> None:
     """Replace the random directions of a new queue by keys, as the first steps do."""
     num_batches = -(-len(state.model.queue.keys) // state.config.training.batch_size)
     for step, batch in enumerate(islice(batches(images, state), num_batches)):
-        keys = encode_shuffled_keys(state, batch, StepDraw.of(state.config, step))
-        state.model.queue.enqueue(keys[:, 0])
+        keys = encode_shuffled_keys(state, batch, StepDraw.at(state.config, step))
+        state.model.queue.enqueue(keys.view)
 
 
 def tables(measured: Mapping[str, Mapping[str, float]]) -> Iterator[Table]:

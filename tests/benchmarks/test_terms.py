@@ -60,7 +60,7 @@ def test_rows_of_equal_crops_and_rows_at_the_body_are_the_same_rows() -> None:
         ({}, None),
     ):
         config = tiny(settings)
-        share = share_in_same_row(StepDraw.of(config, 0), config)
+        share = share_in_same_row(StepDraw.at(config, 0), config)
         assert share == expected if expected is not None else share < 1
 
 

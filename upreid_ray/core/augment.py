@@ -288,7 +288,7 @@ def _turn_hue(pixels: Tensor, turn: Tensor) -> Tensor:
     """Turn the hue of ``[B, 3, H, W]`` in HSV space (Smith 1978) by ``turn [B]`` circles."""
     value, largest = pixels.max(dim=1, keepdim=True)
     chroma = value - pixels.amin(dim=1, keepdim=True)
-    # In units of 60 degrees: the place of the largest channel, and the difference of the others.
+    # In units of 60 degrees: the place of the largest channel, and the others' difference.
     following = pixels.gather(1, (largest + 1) % 3) - pixels.gather(1, (largest + 2) % 3)
     hue = following / chroma.clamp(min=1e-8) + 2 * largest + 6 * turn[:, None, None, None]
     offset = _by_channel((5.0, 3.0, 1.0), pixels.device)

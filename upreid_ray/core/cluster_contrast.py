@@ -127,8 +127,8 @@ class ClusterMemory(nn.Module):
         """Move the features of clusters towards the images of a batch, one after the other.
 
         Each image sets ``feature = momentum * feature + (1 - momentum) * image``, which is then
-        scaled to unit length. This is the update of the published paper and of its authors' code
-        (``CM``); an earlier version used only the hardest image of each cluster.
+        scaled to unit length. This is the update of the published paper and of its authors'
+        code (``CM``); an earlier version used only the hardest image of each cluster.
 
         Args:
             batch: ``[B, F]``, unit length.
