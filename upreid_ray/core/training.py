@@ -157,7 +157,7 @@ class State(ABC):
         """
         means: dict[str, Tensor] = {}
         for group in self.groups:
-            with self._local_gradients() if not group.is_last else nullcontext():
+            with nullcontext() if group.is_last else self._local_gradients():
                 terms = compute_terms(group)
                 loss = terms["loss"] / self.num_groups_per_worker
                 loss.backward()  # type: ignore[no-untyped-call]
