@@ -33,7 +33,7 @@ class PageFigure:
 
 @dataclass(frozen=True)
 class PageSection:
-    """A part of a page; what is empty is left out.
+    """A part of a page; empty fields are left out.
 
     Attributes:
         heading: Heading of the section.

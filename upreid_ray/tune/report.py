@@ -79,9 +79,9 @@ class PointOutcome:
 def best_first(records: Sequence[TrialRecord]) -> list[PointOutcome]:
     """Return the points that have a score, the best first.
 
-    Points of which no trial diverged precede all others. Among these, points that were trained
-    longer precede, since a score at a rung does not compare with one at the end. Then the
-    better mean precedes.
+    A point of which a trial diverged comes after all others. Points that were trained longer
+    come first, since a score at a rung does not compare with one at the end; among those that
+    were trained equally long, the one with the better mean comes first.
     """
     outcomes = []
     for point in _unique([record.candidate.point for record in records]):

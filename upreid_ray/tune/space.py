@@ -20,15 +20,15 @@ ZERO = "zero"
 ZERO_SHARE = 0.2
 # Settings that cannot be swept, with the reason. A name that ends in "." is a section.
 FIXED = {
-    "run.": "says where runs live",
-    "scaling.": "says which processes compute",
-    "checkpoint.": "changes no weights",
-    "training.log_every_steps": "changes no weights",
-    "training.epochs": "is the same for all trials; see --trial_epochs",
-    "evaluation.": "says how trials are scored",
-    "data.shards": "is the same for all trials",
-    "data.synthetic.": "is the same for all trials",
-    "seed": "is not swept; see --num_seeds",
+    "run.": "it names folders",
+    "scaling.": "it changes no weights",
+    "checkpoint.": "it changes no weights",
+    "training.log_every_steps": "it changes no weights",
+    "training.epochs": "it is the same for all trials; see --trial_epochs",
+    "evaluation.": "trials are compared by it",
+    "data.shards": "it is the same for all trials",
+    "data.synthetic.": "it is the same for all trials",
+    "seed": "see --num_seeds",
 }
 
 Point = dict[str, Any]
@@ -148,13 +148,13 @@ def check_plan(plan: SweepPlan) -> None:
     if grids and plan.search.searcher == "tpe":
         raise InputError(
             f"--space.{grids[0]} {axes[grids[0]]}: --searcher tpe draws points one by one; "
-            "take choice(...)"
+            "use choice(...)"
         )
     every = plan.base.evaluation.every_epochs
     if plan.search.scheduler == "asha" and plan.grace_epochs % every:
         raise InputError(
-            f"--grace_epochs {plan.grace_epochs}: trials are scored each "
-            f"--evaluation.every_epochs {every}, of which it must be a multiple"
+            f"--grace_epochs {plan.grace_epochs}: must be a multiple of "
+            f"--evaluation.every_epochs {every}, the interval at which trials are scored"
         )
     if plan.search.scheduler == "asha" and plan.grace_epochs >= plan.num_epochs:
         raise InputError(
@@ -179,7 +179,7 @@ def read_axis(base: PretrainConfig, path: str, text: str) -> Axis:
     flag = f"--space.{path} {text}"
     for fixed, reason in FIXED.items():
         if path == fixed or (fixed.endswith(".") and path.startswith(fixed)):
-            raise InputError(f"{flag}: {path} {reason}")
+            raise InputError(f"{flag}: {path} cannot be swept: {reason}")
     match = SPEC.match(text.strip())
     if match is None:
         raise InputError(
