@@ -17,7 +17,7 @@ from rich.progress import Progress
 from upreid_ray.config.downstream import CompareConfig, EvaluateConfig
 from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.config.run import ScalingConfig
-from upreid_ray.data.shards.on_demand import labelled_shards
+from upreid_ray.data.shards.requested import labelled_shards
 from upreid_ray.downstream.comparison_result import CompareResult, Scores, publish, summarize
 from upreid_ray.downstream.comparison_runs import (
     ComparisonRun,

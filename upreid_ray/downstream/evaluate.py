@@ -22,7 +22,7 @@ from upreid_ray.core.cpu import for_cpu
 from upreid_ray.core.reranking import reranked_distances
 from upreid_ray.core.retrieval import extract_features, score_features
 from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
-from upreid_ray.data.shards.on_demand import labelled_shards
+from upreid_ray.data.shards.requested import labelled_shards
 from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.labelled import LabelledImages
 from upreid_ray.tracking import connection, runs

@@ -8,7 +8,7 @@ from functools import partial
 
 from upreid_ray.config.downstream import ClusterContrastConfig, DownstreamConfig, FinetuneConfig
 from upreid_ray.config.errors import InputError, RunFailed
-from upreid_ray.data.shards.on_demand import labelled_shards
+from upreid_ray.data.shards.requested import labelled_shards
 from upreid_ray.data.stream.persons import ClusterImages, PersonImages
 from upreid_ray.tracking import registry
 from upreid_ray.train.finetune_worker import cluster_contrast_worker, finetune_worker

@@ -111,7 +111,7 @@ class FinetuneWorker(Worker):
 
     def keys(self, step: int) -> list[str]:
         """Return the names of the images of the batch that step ``step`` (from 0 on) takes."""
-        return self.images.keys(self.images.batches.rows(step))
+        return self.images.keys(self.images.batches.indices(step))
 
 
 class ClusterContrastWorker(Worker):
@@ -161,7 +161,7 @@ class ClusterContrastWorker(Worker):
         if step // self.state.steps_per_epoch != last // self.state.steps_per_epoch:
             return []
         labels = self.state.model.memory.labels.cpu().numpy()
-        return self.images.keys(self.images.batches(labels).rows(step))
+        return self.images.keys(self.images.batches(labels).indices(step))
 
     def _cluster(self) -> None:
         """Begin an epoch with new clusters, which rank 0 finds. Every worker must call this.

@@ -1,4 +1,4 @@
-"""The folder of a run: what was asked for, and what came of it."""
+"""The folder of a run: its settings, checkpoints and result."""
 
 import json
 import logging
@@ -28,11 +28,11 @@ CHECKPOINT = "step-"  # how the name of a checkpoint begins; digits follow, so t
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where what a run leaves lives: ``storage/name``, with Ray Train's checkpoints.
+    """The folder ``storage/name`` of a run, which holds Ray Train's checkpoints too.
 
     Attributes:
         storage: Folder (absolute) or URI of all runs.
-        name: Of the run.
+        name: Name of the run.
     """
 
     storage: str
@@ -40,7 +40,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, run: JobConfig, kind: str) -> Self:
-        """Return the folder that ``run`` names; a new one of this kind if it names none."""
+        """Return the folder of ``run``; if it has no name, one that begins with ``kind``."""
         storage = absolute(run.storage_path or os.environ.get("UPREID_RAY_STORAGE") or "runs")
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         return cls(storage, run.name or f"{kind}-{stamp}")
@@ -56,7 +56,7 @@ class RunFolder:
         return self.location.uri
 
     def exists(self) -> bool:
-        """Tell whether a run of this name was started."""
+        """Return whether a run of this name was started."""
         return (self.location / RUN_FILE).is_file()
 
     def require_new(self) -> None:
@@ -71,17 +71,17 @@ class RunFolder:
             )
 
     def remove(self, file: str) -> None:
-        """Remove a file of this folder, if it is there."""
+        """Remove a file from this folder, if it is there."""
         if (self.location / file).is_file():
             (self.location / file).delete_file()
 
     def record(self, config: Section, run_id: str) -> None:
-        """Note the settings and the MLflow run, which `recorded_run` finds again."""
+        """Write the settings and the ID of the MLflow run, for `recorded_run`."""
         record = {"run_id": run_id, "config": config.model_dump(mode="json")}
         self.write(RUN_FILE, json.dumps(record, indent=1))
 
     def write(self, file: str, content: str | bytes) -> None:
-        """Write a file of this folder; whoever reads it finds it whole or not at all.
+        """Write a file in this folder; a reader sees the whole file or none.
 
         Raises:
             InputError: The storage cannot be written.
@@ -100,19 +100,19 @@ class RunFolder:
         return self.location.folder_names()
 
     def read(self, file: str) -> str | None:
-        """Return the text of a file of this folder, None if there is none."""
+        """Return the text of a file in this folder, None if there is no file."""
         place = self.location / file
         return place.read_bytes().decode() if place.is_file() else None
 
     def checkpoints(self) -> list[str]:
-        """Return the names of the checkpoints of this run, whole or not, the oldest first."""
+        """Return the names of the checkpoints, intact or damaged, the oldest first."""
         return sorted(name for name in self.folders() if name.startswith(CHECKPOINT))
 
     def remove_torn_snapshot(self) -> None:
-        """Remove Ray Train's list of checkpoints if it is not whole.
+        """Remove Ray Train's list of checkpoints if it is not valid JSON.
 
-        Ray Train writes it in place. It cannot begin with a torn one, but without one it can:
-        then the checkpoints themselves are looked at.
+        Ray Train writes the list in place, so that a kill may leave it torn. Ray Train cannot
+        start with a torn list. Without a list it can: then workers read the checkpoints.
         """
         text = self.read(SNAPSHOT_FILE)
         if text is None:
@@ -124,14 +124,14 @@ class RunFolder:
             self.remove(SNAPSHOT_FILE)
 
     def recorded_run(self, config: Section, free: Sequence[str]) -> str:
-        """Return the id of the MLflow run that was started here with the same settings.
+        """Return the ID of the MLflow run that was started here with the same settings.
 
         Args:
-            config: Now; may differ in the free settings.
-            free: First parts of the settings that change nothing about the weights.
+            config: Settings of the resumed run; they may differ in the free settings.
+            free: Prefixes of the settings that do not change the weights.
 
         Raises:
-            InputError: There is none, or a setting differs that would change the weights.
+            InputError: No run was started here, or a setting that is not free differs.
         """
         run_id, recorded = self.recorded()
         before = dict(type(config).parse(recorded).flatten())
@@ -143,10 +143,10 @@ class RunFolder:
         return run_id
 
     def recorded(self) -> tuple[str, dict[str, Any]]:
-        """Return the id of the MLflow run that was started here, and its settings.
+        """Return the ID of the MLflow run that was started here, and its settings.
 
         Raises:
-            InputError: There is none.
+            InputError: No run was started here.
         """
         text = self.read(RUN_FILE)
         if text is None:
@@ -155,7 +155,7 @@ class RunFolder:
         return record["run_id"], record["config"]
 
     def local_path(self) -> Path:
-        """Return a local folder for what is not in the storage yet."""
+        """Return a local folder for files that are not in the storage yet."""
         if "://" in self.storage:
             return Path(tempfile.gettempdir(), "upreid_ray", self.name)
         return Path(self.uri)

@@ -10,7 +10,7 @@ from ray.train import UserCallback
 
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.encoder import Encoder
-from upreid_ray.data.shards.on_demand import training_shards
+from upreid_ray.data.shards.requested import training_shards
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.job import Task, TrainJob, TrainResult

@@ -17,7 +17,7 @@ from rich.console import Console
 from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.section import MAX_NAME
-from upreid_ray.data.shards.on_demand import training_shards
+from upreid_ray.data.shards.requested import training_shards
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking import connection, runs

@@ -70,7 +70,7 @@ def test_a_batch_has_p_persons_with_k_images_each(sizes, num_images, step, seed,
     pids = np.random.default_rng(seed).permutation(pids)
     sampler = PersonSampler(pids, num_persons=num_persons, num_images=num_images, seed=seed)
 
-    batch = sampler.rows(step).reshape(num_persons, num_images)
+    batch = sampler.indices(step).reshape(num_persons, num_images)
 
     persons = pids[batch]
     assert (persons == persons[:, :1]).all()
@@ -83,13 +83,13 @@ def test_a_batch_has_p_persons_with_k_images_each(sizes, num_images, step, seed,
 def test_a_person_with_one_image_shows_it_repeatedly():
     sampler = PersonSampler(np.array([5, 6]), num_persons=2, num_images=3, seed=0)
 
-    assert sorted(sampler.rows(0)) == [0, 0, 0, 1, 1, 1]
+    assert sorted(sampler.indices(0)) == [0, 0, 0, 1, 1, 1]
 
 
 def test_a_round_shows_every_person_once():
     sampler = PersonSampler(np.arange(12), num_persons=4, num_images=2, seed=0)
 
-    seen = np.concatenate([sampler.rows(step) for step in range(3)])
+    seen = np.concatenate([sampler.indices(step) for step in range(3)])
 
     assert sorted(set(seen)) == list(range(12))
 
@@ -97,7 +97,7 @@ def test_a_round_shows_every_person_once():
 def test_rounds_differ_and_repeat_with_the_seed():
     def rows(seed: int, step: int) -> list[int]:
         sampler = PersonSampler(np.arange(40), num_persons=20, num_images=2, seed=seed)
-        return sampler.rows(step).tolist()
+        return sampler.indices(step).tolist()
 
     assert rows(0, 0) == rows(0, 0)
     assert len({tuple(rows(seed, step)) for seed in (0, 1) for step in range(6)}) == 12
@@ -116,13 +116,13 @@ def batches(labels: list[int], num_persons: int) -> PersonBatches:
 def test_images_without_a_label_are_in_no_batch():
     made = batches([-1, 0, 1, -1, 1, 2, 0], num_persons=2)
 
-    seen = np.concatenate([made.rows(step) for step in range(20)])
+    seen = np.concatenate([made.indices(step) for step in range(20)])
 
     assert set(seen) == {1, 2, 4, 5, 6}
 
 
 def test_where_persons_are_too_few_a_batch_shows_them_repeatedly():
-    rows = batches([0, 1, 1], num_persons=5).rows(0)
+    rows = batches([0, 1, 1], num_persons=5).indices(0)
 
     assert len(rows) == 10
     assert set(rows) == {0, 1, 2}

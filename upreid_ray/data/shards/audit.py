@@ -1,4 +1,4 @@
-"""Whether a set on disk is what its manifest says."""
+"""Comparison of a set on disk with its manifest."""
 
 import hashlib
 from collections.abc import Callable
@@ -17,41 +17,46 @@ from upreid_ray.storage import Location
 def audit(
     shards: ShardSet, *, decode: bool, on_progress: Callable[[int], None]
 ) -> dict[str, str]:
-    """Read every shard of a set, one Ray Data task each.
+    """Read every shard of a set in a Ray Data task, and compare it with the manifest.
 
     Args:
-        shards: The set.
-        decode: Whether every image is decoded too.
-        on_progress: Called with the number of images done since the last call.
+        shards: Set to check.
+        decode: Whether to decode every image too.
+        on_progress: Function that is called with the number of images checked since the last
+            call.
 
     Returns:
-        What is wrong with each file that is damaged, by name.
+        Damage of each damaged file, by its name.
     """
     members = shards.manifest.shards
     rows = [{"number": number} for number in range(len(members))]
     tasks = ray.data.from_items(rows, override_num_blocks=len(rows))
 
-    def look(row: dict[str, int]) -> dict[str, str]:
+    def find_damage(row: dict[str, int]) -> dict[str, str]:
         shard = members[row["number"]]
         try:
             _check(shards.folder, shard, decode=decode)
         except (pa.ArrowException, OSError, ValueError) as error:
-            return {"name": shard.name, "wrong": first_line(error)}
-        return {"name": shard.name, "wrong": ""}
+            return {"name": shard.name, "damage": first_line(error)}
+        return {"name": shard.name, "damage": ""}
 
-    results = tasks.map(look)
+    results = tasks.map(find_damage)
     results.context.enable_progress_bars = False
     sizes = {shard.name: shard.num_images for shard in members}
     damaged = {}
     for row in results.iter_rows():
         on_progress(sizes[row["name"]])
-        if row["wrong"]:
-            damaged[row["name"]] = row["wrong"]
+        if row["damage"]:
+            damaged[row["name"]] = row["damage"]
     return dict(sorted(damaged.items()))
 
 
 def _check(folder: Location, shard: Shard, *, decode: bool) -> None:
-    """Raise if a shard is not what the manifest says."""
+    """Compare a shard with its entry in the manifest.
+
+    Raises:
+        ValueError: They differ, or an image does not decode.
+    """
     with (folder / shard.name).open_input_file() as stream:
         content = stream.read_buffer()
     if len(content) != shard.num_bytes:

@@ -1,4 +1,4 @@
-"""Which images of a set are duplicates of others.
+"""Search for duplicates among the images of a set.
 
 Dimensions: N images.
 """
@@ -10,37 +10,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUM_BITS = 64
-# Beyond it the tables become many and their keys short.
+# A greater distance would need many more tables with shorter keys.
 MAX_DISTANCE = 6
-# Blocks of bits beyond those in which two near duplicates may differ; more of them make longer
-# keys, fewer candidates for each, and more tables.
+# Number of blocks of bits that are equal in any two near duplicates. More blocks make longer
+# keys, fewer candidates for each image, and more tables.
 NUM_EQUAL_BLOCKS = 3
 
 Originals = NDArray[np.int64]
 
 
 def equal_originals(digests: NDArray[Any]) -> Originals:
-    """Return for each of ``[N]`` digests the place of the first that is equal, maybe itself."""
+    """Return the index of the first equal digest for each of ``[N]`` digests, ``[N]``."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     return first[inverse]
 
 
 def near_originals(fingerprints: NDArray[np.int64], *, max_distance: int) -> Originals:
-    """Return for each of ``[N]`` fingerprints what it is a near duplicate of, maybe itself.
+    """Return the index of the original for each of ``[N]`` fingerprints, ``[N]``.
 
-    In their order, an image is kept unless a kept one before it differs in at most
-    ``max_distance`` bits. So leaving out duplicates changes nothing about the others.
+    In their order, an image is its own original unless an original before it differs in at
+    most ``max_distance`` bits. Therefore a set without its duplicates has no duplicates.
 
-    The candidates come from tables, as in Manku et al. 2007
+    The candidates are found in tables, as in Manku et al. 2007
     (https://doi.org/10.1145/1242572.1242592): the bits are cut into ``max_distance + 3``
-    blocks; two near fingerprints agree in at least three of them, so they meet in the table of
-    these three. Time and memory grow with N and with the number of pairs that meet.
+    blocks. Two near fingerprints agree in at least three blocks, and thus have the same key in
+    the table of these blocks. Time and memory grow with N and with the number of such pairs.
     """
     originals = equal_originals(fingerprints)
     distinct = np.unique(originals)
     pairs = _near_pairs(fingerprints[distinct], max_distance)
     original_of = np.arange(len(distinct))
-    # In the order of the later of the two: whether the earlier one is kept is known by then.
+    # Pairs are sorted by the later image: whether the earlier one is kept is known by then.
     for earlier, later in pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))].tolist():
         if original_of[later] == later and original_of[earlier] == earlier:
             original_of[later] = earlier

@@ -1,4 +1,4 @@
-"""One image: whether it can be used, and what is measured of it.
+"""One image: whether it can be used, and its measurements.
 
 Dimensions: H x W pixels.
 """
@@ -15,14 +15,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from upreid_ray.config.errors import first_line
 
-# No others are tried: some formats start other programs. A camera's MPO opens as JPEG.
+# Other formats are not tried: some of them start other programs. A camera's MPO opens as JPEG.
 READ_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF")
-# What JPEG or PNG files of this kind decode to is RGB and upright as it is.
+# Files of these formats and modes are kept as they are if they are upright.
 KEPT_FORMATS = {"JPEG", "PNG"}
 KEPT_MODES = {"RGB", "L"}
 ORIENTATION_TAG = 0x0112
 JPEG_QUALITY = 95
-# A person crop has a hundredth of it.
+# About a hundred times the size of a person crop.
 MAX_IMAGE_BYTES = 64 * 2**20
 # Sharpness is measured at one size, or it would depend on the resolution.
 SHARPNESS_WIDTH, SHARPNESS_HEIGHT = 64, 128
@@ -32,7 +32,7 @@ class RefusedImageError(ValueError):
     """An image that cannot be used.
 
     Attributes:
-        kind: One word, to be counted; the message is the reason.
+        kind: One word, by which refused images are counted; the message is the reason.
     """
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -42,20 +42,21 @@ class RefusedImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageRules:
-    """What is asked of images, and what is done to them.
+    """Rules for the images of a set.
 
-    The bounds hold for training images: query and gallery stay as their protocol counts them.
+    The bounds apply to training images only: query and gallery stay complete, since published
+    scores count all of their images.
 
     Attributes:
-        max_height: Higher images are shrunk to it, in pixels.
-        min_width: In pixels, after that.
-        min_height: In pixels, after that.
-        min_aspect: Height by width.
-        max_aspect: Height by width.
-        min_sharpness: See `Measures`.
+        max_height: Height in pixels to which higher images are shrunk.
+        min_width: Least width in pixels, after shrinking.
+        min_height: Least height in pixels, after shrinking.
+        min_aspect: Least ratio of height to width.
+        max_aspect: Greatest ratio of height to width.
+        min_sharpness: Least sharpness, see `Measures`.
         duplicates: Which images of the training splits are kept once: none of them, those
             with equal pixels, or also those whose fingerprints differ in a few bits.
-        max_distance: In how many of 64 bits near duplicates differ at most.
+        max_distance: Number of the 64 bits in which near duplicates may differ.
     """
 
     max_height: int | None = None
@@ -73,8 +74,8 @@ class UsableImage:
     """An image that decodes to upright RGB.
 
     Attributes:
-        encoded: JPEG or PNG.
-        picture: Its pixels, RGB.
+        encoded: JPEG or PNG file.
+        picture: Decoded RGB image.
     """
 
     encoded: bytes
@@ -83,18 +84,19 @@ class UsableImage:
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured of an image.
+    """Measurements of an image.
 
     Attributes:
-        width: In pixels.
-        height: In pixels.
+        width: Width in pixels.
+        height: Height in pixels.
         sharpness: Variance of the Laplacian of the grey levels (0..255) at 64x128 pixels, in
             squared levels.
-        digest: Of size and pixels; equal for equal pixels.
-        fingerprint: 64 bits of which similar images share most: whether the grey level rises
-            from one cell to the next in a grid of 8 rows and 9 columns.
-        mean: Of each channel, 0..1.
-        mean_square: Of each channel, 0..1.
+        digest: Digest of size and pixels.
+        fingerprint: 64-bit difference hash (dHash), in which similar images differ in few
+            bits: whether the grey level rises from one cell to the next in a grid of 8 rows
+            and 9 columns.
+        mean: Mean of each channel, 0..1.
+        mean_square: Mean square of each channel, 0..1.
     """
 
     width: int
@@ -107,10 +109,14 @@ class Measures:
 
 
 def usable_image(encoded: bytes, *, max_height: int | None) -> UsableImage:
-    """Return an image that decodes to upright RGB, re-encoded only if it must be.
+    """Return an image that decodes to upright RGB, re-encoded only if necessary.
 
-    Of several pictures in a file, those of a camera (MPO) are views of one scene and the first
-    is taken; an animation is refused.
+    A camera's MPO file holds several views of one scene; the first one is used. Animations are
+    refused.
+
+    Args:
+        encoded: Content of an image file.
+        max_height: Height in pixels to which a higher image is shrunk.
 
     Raises:
         RefusedImageError: The image cannot be used.
@@ -124,7 +130,7 @@ def usable_image(encoded: bytes, *, max_height: int | None) -> UsableImage:
             image.load()
             num_frames = getattr(image, "n_frames", 1)
     except UnidentifiedImageError as error:
-        # Its own words hold an address in memory: equal sets would differ by them.
+        # Pillow's message has an address in memory, by which equal sets would differ.
         reason = "does not decode: is no JPEG, PNG or other known image"
         raise RefusedImageError("undecodable", reason) from error
     except Exception as error:
@@ -173,10 +179,10 @@ def measure(picture: Image.Image) -> Measures:
 
 
 def check(measures: Measures, rules: ImageRules) -> None:
-    """Hold an image to the bounds.
+    """Check an image against the bounds.
 
     Raises:
-        RefusedImageError: It is outside of them.
+        RefusedImageError: The image is outside of the bounds.
     """
     width, height = measures.width, measures.height
     if width < (rules.min_width or 0) or height < (rules.min_height or 0):

@@ -1,7 +1,7 @@
-"""The form of a set: Parquet shards, and the manifest that says what they hold.
+"""The format of a set: Parquet shards, and a manifest that lists them.
 
-A shard is a Parquet file with a row an image; the images of a shard are a random part of their
-split. The ``manifest.json`` beside the shards is written last: where it is, the set is whole.
+A shard is a Parquet file with one row for each image. It holds a random part of a split. The
+``manifest.json`` beside the shards is written last: if it is there, the set is complete.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ SCHEMA = pa.schema(
         pa.field("pid", pa.int32()),
         pa.field("camid", pa.int32()),
         pa.field("split", pa.string(), nullable=False),
-        # What is measured of an image, see `images.Measures`; version 1 has none of it.
+        # Measurements of an image, see `images.Measures`; version 1 has none of them.
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("sharpness", pa.float32()),
@@ -49,19 +49,19 @@ class Shard(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a set of shards holds.
+    """Content of a set of shards.
 
     Attributes:
-        version: Of the format.
-        source: Where the images came from.
-        plan: Digest of what was asked for: the records and all that decides how they are kept.
-        rules: What was asked of the images.
-        row_group_images: Images of each row group of a shard, the last one excepted.
-        shards: In order.
-        num_refused: What did not go in, counted by kind; `ShardSet.refused` lists it.
-        mean: Of each colour channel (0..1) over the training images, each of which counts the
-            same; None in version 1.
-        std: Of each colour channel over their pixels.
+        version: Version of the format.
+        source: Folder, file or name that the images came from.
+        plan: Digest of the records, the seed and the rules that the set was made with.
+        rules: Rules that the images met, see `images.ImageRules`.
+        row_group_images: Number of images in each row group of a shard, except the last one.
+        shards: Shards, in order.
+        num_refused: Number of refused images of each kind; `ShardSet.refused` lists them.
+        mean: Mean of each colour channel (0..1) over the training images, each weighted
+            equally; None in version 1.
+        std: Standard deviation of each colour channel over the pixels of these images.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -77,14 +77,14 @@ class Manifest(BaseModel):
     std: tuple[float, float, float] | None = None
 
     def digest(self, splits: Collection[str] | None = None) -> str:
-        """Identify the content of these splits (of all): equal images have equal digests."""
+        """Return a digest of the content of these splits, by default of all splits."""
         hashes = [
             shard.sha256 for shard in self.shards if splits is None or shard.split in splits
         ]
         return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
     def counts(self) -> dict[str, int]:
-        """Count the images of each split."""
+        """Return the number of images in each split."""
         counts: dict[str, int] = {}
         for shard in self.shards:
             counts[shard.split] = counts.get(shard.split, 0) + shard.num_images

@@ -1,9 +1,9 @@
 """Records -> shards with a manifest, in Ray Data tasks.
 
-A shard is written by one task, which reads, checks and measures its images. Duplicates can be
-told only when all images were measured: then the shards that have some are written again,
-without decoding anything. Each file appears whole, says in its metadata what it was written
-for, and is kept by a later call with the same arguments: so a killed one continues.
+A task reads, checks and measures the images of a shard, and writes it. Duplicates are found
+when all images were measured: then shards with duplicates are written again, without decoding
+anything. Each file appears whole, with the plan that it was written for in its metadata. A
+later call with the same arguments keeps such files, so that it continues a killed one.
 """
 
 import io
@@ -43,7 +43,7 @@ from upreid_ray.data.shards.manifest import (
     Shard,
 )
 from upreid_ray.data.shards.shard_set import ShardSet
-from upreid_ray.data.sources.records import Records, Refused, Row
+from upreid_ray.data.sources.records import Record, Records, Refused
 from upreid_ray.storage import Location
 
 ROW_GROUP_IMAGES = 64
@@ -51,19 +51,19 @@ SHARD_BYTES = 128 * 2**20
 # Small sets are cut finer, so that several cores prepare them.
 SMALL_SHARD_IMAGES = 512
 NUM_SMALL_SHARDS = 8
-# Column of a task's records: the place of an image in the source, by which it is read.
+# Column of a task's records: position in the source, which is the order of reading.
 PLACE = "place"
 
 
 @dataclass(frozen=True)
 class Written:
-    """A shard on disk, and what is known of it without its images.
+    """A shard on disk, described without its images.
 
     Attributes:
-        shard: Its entry in the manifest.
-        refused: What its task refused.
-        mean: Of each channel over its images, ``[3]``, zero if it has none.
-        mean_square: Of each channel, ``[3]``.
+        shard: Entry in the manifest.
+        refused: Images that the task of the shard refused.
+        mean: Mean of each channel over the images, ``[3]``, zero if there are none.
+        mean_square: Mean square of each channel over the images, ``[3]``.
     """
 
     shard: Shard
@@ -72,12 +72,12 @@ class Written:
     mean_square: tuple[float, ...]
 
     def to_json(self) -> str:
-        """Return it as text."""
+        """Return this description as JSON."""
         return json.dumps(asdict(self) | {"shard": self.shard.model_dump()})
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Return what `to_json` was called on."""
+        """Return the description that `to_json` made this text of."""
         fields = json.loads(text)
         return cls(
             shard=Shard(**fields["shard"]),
@@ -98,16 +98,17 @@ def write_shards(
 ) -> ShardSet:
     """Write the records as shards, and the manifest last.
 
-    A set that is whole already is left as it is, and shards that an earlier, killed call with
-    the same arguments finished are kept.
+    A complete set is left as it is. Shards that a killed call with the same arguments finished
+    are kept.
 
     Args:
-        records: What there is.
+        records: Images to write.
         uri: Folder or URI, made if it does not exist.
-        source: Noted in the manifest.
-        seed: Of the order of the images.
-        rules: What is asked of the images.
-        on_progress: Called with the number of images done since the last call.
+        source: Name of the source in the manifest and in errors.
+        seed: Seed of the order of the images.
+        rules: Rules for the images.
+        on_progress: Function that is called with the number of images done since the last
+            call.
 
     Raises:
         InputError: The folder holds another set or cannot be written, or no image is usable.
@@ -164,7 +165,7 @@ def write_shards(
 def _outcome(
     records: Records, written: Iterable[Written], source: str
 ) -> tuple[list[Written], list[Refused]]:
-    """Return the shards that have images, by name, and all that was refused, by key.
+    """Return the shards that have images, sorted by name, and refused images, sorted by key.
 
     Raises:
         InputError: No shard has images.
@@ -184,8 +185,8 @@ def plan_shards(table: pa.Table, *, seed: int) -> Iterator[pa.Table]:
     """Yield the records of each shard: a random part of a split, of bounded size.
 
     Returns:
-        The columns of the records, the ``name`` of the shard, and `PLACE`. Of records with
-        units, a shard has whole ones.
+        The columns of the records, the ``name`` of the shard, and `PLACE`. Records of one
+        unit are in one shard.
     """
     table = table.append_column(PLACE, pa.array(np.arange(len(table))))
     for split in sorted(pc.unique(table.column("split")).to_pylist()):
@@ -202,7 +203,7 @@ def plan_shards(table: pa.Table, *, seed: int) -> Iterator[pa.Table]:
 
 
 def _random_parts(members: pa.Table, num_parts: int, seed: int) -> list[NDArray[np.int64]]:
-    """Cut the rows of a table at random, and shuffle those of each part."""
+    """Return shuffled row numbers of the random parts of a table."""
     draw = np.random.default_rng(seed)
     if "unit" not in members.column_names:
         return np.array_split(draw.permutation(len(members)), num_parts)
@@ -218,27 +219,27 @@ def _random_parts(members: pa.Table, num_parts: int, seed: int) -> list[NDArray[
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """What tasks do.
+    """Writes the shards of a set; tasks call its methods.
 
     Attributes:
         folder: Folder of the set.
-        plan: As in the manifest.
-        rules: What is asked of the images.
-        read: As in `Records`.
-        num_readers: As in `Records`.
+        plan: Digest in the manifest.
+        rules: Rules for the images.
+        read: Function of `Records` that reads an image.
+        num_readers: Number of images that a process reads at a time.
     """
 
     folder: Location
     plan: str
     rules: ImageRules
-    read: Callable[[Row], bytes]
+    read: Callable[[Record], bytes]
     num_readers: int
 
     def write(self, part: pa.Table) -> Written:
         """Write a shard unless it is there.
 
         Args:
-            part: From `plan_shards`.
+            part: Records of the shard, from `plan_shards`.
         """
         file, split = (
             self.folder / part.column("name")[0].as_py(),
@@ -253,8 +254,8 @@ class ShardWriter:
         """Write a shard again without its duplicates.
 
         Args:
-            removal: One row, with the ``name`` of the shard and ``again``: a JSON object with
-                the row and the original's key of each image that is to go.
+            removal: One row, with the ``name`` of the shard and ``again``: a JSON object that
+                maps the row of each duplicate to the key of its original.
         """
         file = self.folder / removal.column("name")[0].as_py()
         again = {int(k): v for k, v in json.loads(removal.column("again")[0].as_py()).items()}
@@ -273,7 +274,7 @@ class ShardWriter:
         return self._written(file, split)
 
     def _is_mine(self, file: Location) -> bool:
-        """Tell whether a shard is there, whole, and was written for this plan."""
+        """Return whether a shard is there, whole, and was written for this plan."""
         if not file.is_file():
             return False
         try:
@@ -284,9 +285,9 @@ class ShardWriter:
         return bool(metadata.get(b"plan") == self.plan.encode())
 
     def _table(self, part: pa.Table, split: str) -> tuple[pa.Table, list[dict[str, str]]]:
-        """Read and check the images of a shard; return them and what was refused."""
+        """Read and check the images of a shard; return the usable and the refused ones."""
         records = part.append_column("order", pa.array(np.arange(len(part))))
-        in_source = records.sort_by(PLACE).to_pylist()  # as they lie on disk
+        in_source = records.sort_by(PLACE).to_pylist()  # in the order on disk
         rows, refused = [], []
         for record, encoded in zip(in_source, self._read_all(in_source), strict=True):
             try:
@@ -304,22 +305,22 @@ class ShardWriter:
         rows.sort(key=lambda row: row[0])
         return pa.Table.from_pylist([row for _, row in rows], schema=SCHEMA), refused
 
-    def _read_all(self, rows: Sequence[Row]) -> Iterator[bytes | Exception]:
-        """Yield the encoded images of rows, or why one cannot be read."""
+    def _read_all(self, records: Sequence[Record]) -> Iterator[bytes | Exception]:
+        """Yield the encoded image of each record, or the error of reading it."""
 
-        def read_one(row: Row) -> bytes | Exception:
-            if row["num_bytes"] > MAX_IMAGE_BYTES:
-                return ValueError(f"has {row['num_bytes']} bytes, too many for an image")
+        def read_one(record: Record) -> bytes | Exception:
+            if record["num_bytes"] > MAX_IMAGE_BYTES:
+                return ValueError(f"has {record['num_bytes']} bytes, too many for an image")
             try:
-                return self.read(row)
+                return self.read(record)
             except (OSError, ValueError, InputError) as error:
                 return error
 
         if self.num_readers == 1:
-            yield from map(read_one, rows)
+            yield from map(read_one, records)
             return
         with ThreadPoolExecutor(self.num_readers) as pool:
-            yield from pool.map(read_one, rows)
+            yield from pool.map(read_one, records)
 
     def _save(self, file: Location, table: pa.Table, refused: list[dict[str, str]]) -> None:
         metadata = {"plan": self.plan, "refused": json.dumps(refused)}
@@ -329,7 +330,7 @@ class ShardWriter:
             table.replace_schema_metadata(metadata),
             buffer,
             row_group_size=ROW_GROUP_IMAGES,
-            # Images do not get smaller, nor would anybody look for the least of them.
+            # JPEG does not compress further, and statistics of image bytes are useless.
             compression={"image": "none"} | dict.fromkeys(small, "zstd"),
             use_dictionary=small,
             write_statistics=small,
@@ -360,7 +361,7 @@ class ShardWriter:
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
-    """Return the columns of a Parquet file, as which the members of a list have one."""
+    """Return the columns of a Parquet file, in which the elements of a list are a column."""
     return [
         f"{field.name}.list.element" if pa.types.is_fixed_size_list(field.type) else field.name
         for field in schema
@@ -368,7 +369,7 @@ def _leaves(schema: pa.Schema) -> list[str]:
 
 
 def _in_tasks(inputs: ray.data.Dataset, do: Callable[[pa.Table], Written]) -> Iterator[Written]:
-    """Do something with each block of a dataset in a task; yield the results as they come."""
+    """Call a function on each block of a dataset in a task; yield the results as they come."""
 
     def do_one(block: pa.Table) -> dict[str, list[str]]:
         return {"written": [do(block).to_json()]}
@@ -382,7 +383,7 @@ def _in_tasks(inputs: ray.data.Dataset, do: Callable[[pa.Table], Written]) -> It
 def _duplicates(
     folder: Location, written: dict[str, Written], rules: ImageRules
 ) -> dict[str, dict[int, str]]:
-    """Return for each shard with duplicates their rows, and the key of what each repeats."""
+    """Return the rows of duplicates, with the keys of their originals, by name of the shard."""
     names = [
         name
         for name, each in sorted(written.items())
@@ -422,7 +423,10 @@ def _duplicates(
 def _statistics(
     written: Sequence[Written],
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Return mean and deviation of each channel over the training images, else over all."""
+    """Return mean and standard deviation of each channel.
+
+    They are those of the training images, or of all images if there are no training images.
+    """
     used = [each for each in written if each.shard.split in TRAIN_SPLITS] or written
     weights = np.array([each.shard.num_images for each in used], np.float64)
     weights /= weights.sum()

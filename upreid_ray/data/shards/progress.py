@@ -1,4 +1,4 @@
-"""A bar that counts images."""
+"""A progress bar that counts images."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,13 +16,13 @@ from rich.text import Text
 
 
 class _Speed(ProgressColumn):
-    """Images/s and the time left at that speed.
+    """Images/s since the bar began, and the time left at that speed.
 
-    Taken since the bar began: shards are done minutes apart, so the last of them say little.
+    Shards are finished minutes apart, so that the speed of the last seconds is meaningless.
     """
 
     def render(self, task: Task) -> Text:
-        """Show them."""
+        """Return the text of the column."""
         if not task.completed or not task.elapsed:
             return Text("")
         speed = task.completed / task.elapsed
@@ -32,7 +32,7 @@ class _Speed(ProgressColumn):
 
 @contextmanager
 def image_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar on standard error; yield what advances it."""
+    """Show a bar on standard error; yield the function that advances it by some images."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=total)

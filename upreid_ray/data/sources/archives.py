@@ -1,6 +1,6 @@
 """Files that hold many images -> records: tar files, LMDB, Parquet.
 
-Names inside of an archive become keys and nothing else: nothing is unpacked.
+Names inside an archive are used as keys only: nothing is unpacked.
 """
 
 import tarfile
@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.data.sources.pickles import read_pickle
 from upreid_ray.data.sources.records import (
+    Record,
     Records,
     Refused,
-    Row,
     is_image_name,
     make_records,
     not_text,
@@ -30,7 +30,7 @@ from upreid_ray.storage import Location, reading
 
 LMDB_FILE = "data.mdb"
 LMDB_KEYS_FILE = "keys.pkl"
-# Columns of a Parquet source that are taken under these names if no other is given.
+# Columns of a Parquet source, which have these names unless the user gives others.
 PARQUET_COLUMNS = ("image", "key", "pid", "camid", "split")
 SPLITS = ("train", "query", "gallery", "unlabeled")
 
@@ -78,10 +78,10 @@ class TarReader:
 
     tars: tuple[str, ...]
 
-    def __call__(self, row: Row) -> bytes:
+    def __call__(self, record: Record) -> bytes:
         """Return the bytes of a member."""
-        content: bytes = _opened(self.tars[row["file"]]).read_at(
-            row["num_bytes"], row["offset"]
+        content: bytes = _opened(self.tars[record["file"]]).read_at(
+            record["num_bytes"], record["offset"]
         )
         return content
 
@@ -92,16 +92,16 @@ def _opened(uri: str) -> pa.NativeFile:
 
 
 def _members(stream: pa.NativeFile) -> Iterable[tarfile.TarInfo]:
-    """Yield the images of a tar file; links and such too, to be refused."""
+    """Yield the images of a tar file, including links and such, which are refused later."""
     with tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
-            tar.members.clear()  # type: ignore[attr-defined]  # it keeps every member otherwise
+            tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps every member
             if not member.isdir() and is_image_name(member.name):
                 yield member
 
 
 def _not_plain(key: str, member: tarfile.TarInfo) -> Refused | None:
-    """Refuse what has no bytes of its own in the tar file, or not in one piece."""
+    """Return the refusal of a member whose bytes are not in the file in one piece, or None."""
     if member.isreg() and not member.issparse():
         return None
     return Refused(key, "unreadable", "is a link, a device or a sparse file")
@@ -166,11 +166,11 @@ class LmdbReader:
 
     file: str
 
-    def __call__(self, row: Row) -> bytes:
+    def __call__(self, record: Record) -> bytes:
         """Return the value of a key."""
         try:
             with _opened_lmdb(self.file).begin() as transaction:
-                content: bytes | None = transaction.get(row["key"].encode())
+                content: bytes | None = transaction.get(record["key"].encode())
         except lmdb.Error as error:
             raise OSError(f"the LMDB cannot be read: {first_line(error)}") from error
         if content is None:
@@ -191,11 +191,11 @@ def parquet_records(source: str, files: Sequence[str], columns: Mapping[str, str
     together: its images go into one shard, shuffled with those of others.
 
     Args:
-        source: Named in errors.
+        source: Name of the source in errors.
         files: Paths or URIs.
         columns: Names of the columns for ``image`` (encoded bytes), ``key``, ``pid``,
-            ``camid`` and ``split`` where they have others; a dot leads into a structure
-            (``image.bytes``). Without keys, an image is called after its file and row.
+            ``camid`` and ``split`` if they differ from these; a dot leads into a structure
+            (``image.bytes``). Without a column of keys, a key is made of file and row.
 
     Raises:
         InputError: A file cannot be read, or a column is missing or does not fit.
@@ -261,7 +261,7 @@ def _column_names(uri: str, schema: pa.Schema, given: Mapping[str, str]) -> dict
 
 
 def _field(table: pa.Table, name: str) -> pa.ChunkedArray:
-    """Return a column, or what the dots of its name lead to."""
+    """Return a column, or the field of a structure if the name has dots."""
     column, *parts = name.split(".")
     return pc.struct_field(table.column(column), parts) if parts else table.column(column)
 
@@ -284,10 +284,10 @@ class ParquetReader:
     files: tuple[str, ...]
     image: str
 
-    def __call__(self, row: Row) -> bytes:
+    def __call__(self, record: Record) -> bytes:
         """Return the image of a row."""
-        images = _row_group(self.files[row["file"]], row["row_group"], self.image)
-        content = images[row["row"]].as_py()
+        images = _row_group(self.files[record["file"]], record["row_group"], self.image)
+        content = images[record["row"]].as_py()
         if not isinstance(content, bytes):
             raise ValueError("has no bytes" if content is None else "is not bytes")
         return content

@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 
 from upreid_ray.config.errors import InputError
 from upreid_ray.data.sources.records import (
+    Record,
     Records,
     Refused,
-    Row,
     Split,
     is_image_name,
     make_records,
@@ -54,7 +54,7 @@ VERSIONS = ("labeled", "detected", "MSMT17_V1", "MSMT17_V2")
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image that is a file, and what its layout says of it."""
+    """An image file, with the labels that its layout gives."""
 
     key: str
     split: Split
@@ -65,13 +65,13 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class FileReader:
-    """Reads images that are files; their keys are paths below a folder."""
+    """Reads image files, whose keys are paths below a folder."""
 
     folder: Location
 
-    def __call__(self, row: Row) -> bytes:
+    def __call__(self, record: Record) -> bytes:
         """Return the content of a file."""
-        return (self.folder / row["key"]).read_bytes()
+        return (self.folder / record["key"]).read_bytes()
 
 
 def folder_records(source: str) -> Records:
@@ -108,7 +108,7 @@ def folder_records(source: str) -> Records:
 
 @dataclass(frozen=True)
 class SetCounts:
-    """What is counted of a labelled set; without junk, with distractors."""
+    """Counts of a labelled set, without junk and with distractors."""
 
     train_persons: int
     train_images: int
@@ -124,14 +124,14 @@ KNOWN_SETS = {
     "CUHK03-NP detected": SetCounts(767, 7_365, 1_400, 5_332, 2),
     "PersonX": SetCounts(410, 9_840, 5_136, 30_816, 6),
 }
-NUM_COUNTS_TO_KNOW = 2  # equal counts that tell which set it is
+NUM_COUNTS_TO_KNOW = 2  # number of equal counts by which a set is recognized
 
 
 def label_warnings(table: pa.Table) -> list[str]:
-    """Return what is odd about the labels of a table of records, a line each.
+    """Return a warning in one line for each oddity in the labels of a table of records.
 
-    A set that has some counts of a known one, but not all, is incomplete or changed. A person
-    in both train and test makes scores too good.
+    A set that shares some counts with a known set, but not all, is incomplete or changed. A
+    person in both train and test makes scores too high.
     """
     warnings = []
     of_split = {
@@ -169,7 +169,7 @@ def label_warnings(table: pa.Table) -> list[str]:
 
 
 def _layout(folder: Location) -> Callable[[Location], Iterator[ImageFile]] | None:
-    """Return what reads a labelled set, or None if the folder is none."""
+    """Return the reader of the layout of a labelled set, None if the folder has no layout."""
     if any((folder / name).is_folder() for name in ("bounding_box_train", "bounding_box_test")):
         return _market_files
     if any((folder / name).is_file() for name in ("list_train.txt", "list_query.txt")):

@@ -9,16 +9,16 @@ import numpy as np
 from upreid_ray.config.errors import InputError
 from upreid_ray.data.sources.pickles import read_pickle
 from upreid_ray.data.sources.records import (
+    Record,
     Records,
     Refused,
-    Row,
     make_records,
     not_text,
     num_readers,
 )
 from upreid_ray.storage import Location, reading
 
-# Files whose sizes are looked up; the others are taken to be as large.
+# Number of files whose sizes are looked up; the others get the average size.
 NUM_SIZES = 256
 
 
@@ -45,9 +45,9 @@ def listed_paths(source: str) -> list[str]:
 
 
 def listed_records(source: str, paths: Sequence[str]) -> Records:
-    """Return the images that are listed; a file that is not there is refused when it is read.
+    """Return the images in a list; a missing file is refused when it is read.
 
-    Paths are absolute, relative to the folder of the list, or URIs. They are the keys.
+    A path is absolute, relative to the folder of the list, or a URI. It is the key.
 
     Raises:
         InputError: The list is empty.
@@ -78,7 +78,7 @@ def listed_records(source: str, paths: Sequence[str]) -> Records:
 
 @dataclass(frozen=True)
 class ListedReader:
-    """Reads images that are files; their keys are paths, from a folder on if not absolute."""
+    """Reads image files, whose keys are absolute paths, paths below a folder, or URIs."""
 
     folder: Location
 
@@ -88,6 +88,6 @@ class ListedReader:
             return Location(key)
         return self.folder / key
 
-    def __call__(self, row: Row) -> bytes:
+    def __call__(self, record: Record) -> bytes:
         """Return the bytes of a file."""
-        return self.location(row["key"]).read_bytes()
+        return self.location(record["key"]).read_bytes()

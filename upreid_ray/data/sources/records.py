@@ -1,7 +1,7 @@
-"""Records: what the images of a source are, without their pixels.
+"""Records: the images of a source, described without their pixels.
 
-Millions of them are a table, not objects: a few columns, and a function that reads the image
-of a row in whichever process gets the row.
+There may be millions of records. Therefore they are rows of a table, not objects, and a
+function reads the image of a record in the process that needs it.
 """
 
 import hashlib
@@ -17,7 +17,8 @@ from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.storage import Location
 
 Split = Literal["train", "query", "gallery", "unlabeled"]
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
+"""A row of `Records.table`: the value of each column."""
 
 # Requests that a process has under way if files are not local.
 NUM_REMOTE_READERS = 16
@@ -34,12 +35,12 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Refused:
-    """An image that does not go in.
+    """An image that does not become part of a set.
 
     Attributes:
-        key: Of the image; of its file where there is no key.
-        kind: One word, to be counted.
-        reason: A line.
+        key: Key of the image, or its file name if it has no key.
+        kind: One word, by which refused images are counted.
+        reason: Reason in one line.
     """
 
     key: str
@@ -52,34 +53,34 @@ class Records:
     """The images of a source.
 
     Attributes:
-        table: A row an image, sorted by ``key``, which is unique; also ``split``, ``pid``,
-            ``camid`` (null where unknown) and ``num_bytes`` (of the encoded image; may be an
-            estimate). Rows with an equal ``unit``, if there is such a column, are read
-            together and stay in one shard. Other columns are for ``read``.
-        read: Returns the encoded image of a row in any process; raises OSError or ValueError
-            with the reason if it cannot.
-        num_readers: Images that a process reads at a time; more than one where reading waits
-            for a network.
-        refused: What the source names but cannot be an image.
+        table: One row for each image, sorted by ``key``, which is unique. Other columns are
+            ``split``, ``pid`` and ``camid`` (null if unknown) and ``num_bytes`` (size of the
+            encoded image, may be an estimate). Rows with an equal ``unit``, if there is such a
+            column, are read together and stay in one shard. More columns are for ``read``.
+        read: Function that returns the encoded image of a record, in any process. It raises
+            OSError or ValueError with the reason if it cannot.
+        num_readers: Number of images that a process reads at a time; more than one if reading
+            waits for a network.
+        refused: Entries of the source that cannot be images.
     """
 
     table: pa.Table
-    read: Callable[[Row], bytes]
+    read: Callable[[Record], bytes]
     num_readers: int
     refused: tuple[Refused, ...]
 
     def __len__(self) -> int:
-        """Count the images."""
+        """Return the number of images."""
         return len(self.table)
 
-    def digest(self, *asked: object) -> str:
-        """Identify the images, and what is asked of them."""
-        digest = hashlib.sha256(repr(asked).encode())
+    def digest(self, *settings: object) -> str:
+        """Return a digest of the images, and of settings that decide how they are kept."""
+        digest = hashlib.sha256(repr(settings).encode())
         keys = self.table.column("key").combine_chunks()
         digest.update(pc.binary_length(keys).to_numpy().tobytes())
         digest.update(memoryview(keys.buffers()[2])[: pc.sum(pc.binary_length(keys)).as_py()])
         for name in ("pid", "camid", "num_bytes"):
-            # Persons and cameras are never as negative as what stands for none here.
+            # No person and no camera has the number that stands for null here.
             column = pc.fill_null(self.table.column(name).cast(pa.int64()), -(2**40))
             digest.update(column.to_numpy().tobytes())
         return digest.hexdigest()
@@ -88,19 +89,19 @@ class Records:
 def make_records(
     source: str,
     columns: Mapping[str, Sequence[Any] | pa.Array],
-    read: Callable[[Row], bytes],
+    read: Callable[[Record], bytes],
     *,
     num_readers: int = 1,
     refused: Iterable[Refused] = (),
 ) -> Records:
-    """Sort rows by key, fill in the columns that are missing, and leave out second mentions.
+    """Return records: sorted by key, with all columns, and without repeated keys.
 
     Args:
-        source: Named in errors.
-        columns: Of `Records.table`; all but ``key`` and ``num_bytes`` may be missing.
-        read: As in `Records`.
-        num_readers: As in `Records`.
-        refused: As in `Records`.
+        source: Name of the source in errors.
+        columns: Columns of `Records.table`; all but ``key`` and ``num_bytes`` may be missing.
+        read: Function that returns the encoded image of a record.
+        num_readers: Number of images that a process reads at a time.
+        refused: Entries of the source that cannot be images.
 
     Raises:
         InputError: There are no images, or a column has values that do not fit it.
@@ -141,12 +142,12 @@ def num_readers(files: Iterable[Location]) -> int:
 
 
 def is_image_name(name: str) -> bool:
-    """Tell whether a name ends as those of images do."""
+    """Return whether a name ends as those of images do."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def not_text(name: str) -> Refused | None:
-    """Refuse a name that cannot be a key because it is not text."""
+    """Return the refusal of a name that is not text, thus cannot be a key; None if it is."""
     try:
         name.encode()
     except UnicodeEncodeError:

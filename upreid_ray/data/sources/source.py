@@ -1,4 +1,4 @@
-"""What a user names as a source -> records."""
+"""A source that a user names -> records."""
 
 import io
 import logging
@@ -19,7 +19,7 @@ from upreid_ray.data.sources.archives import (
 )
 from upreid_ray.data.sources.layouts import folder_records, label_warnings
 from upreid_ray.data.sources.listings import listed_paths, listed_records
-from upreid_ray.data.sources.records import Records, Row
+from upreid_ray.data.sources.records import Record, Records
 from upreid_ray.storage import Location, reading
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ LIST_SUFFIXES = (".txt", ".lst", ".list", ".pkl", ".pickle")
 
 
 def source_records(source: str, columns: Mapping[str, str]) -> Records:
-    """Return the records of what a user names.
+    """Return the records of a source that a user names.
 
     - A folder: labelled or a plain tree (`folder_records`); with ``data.mdb``, an LMDB; with
       tar or Parquet files at its top, these.
@@ -38,10 +38,10 @@ def source_records(source: str, columns: Mapping[str, str]) -> Records:
 
     Args:
         source: Path or URI.
-        columns: Of Parquet files, as in `parquet_records`.
+        columns: Names of columns of Parquet files, as in `parquet_records`.
 
     Raises:
-        InputError: It cannot be used.
+        InputError: The source cannot be used.
     """
     location = Location(source)
     with reading(source):
@@ -137,10 +137,14 @@ class Drawings:
     height: int
     width: int
 
-    def __call__(self, row: Row) -> bytes:
+    def __call__(self, record: Record) -> bytes:
         """Draw an image and return it as JPEG."""
         portrait = synthetic.Portrait(
-            row["key"], row["identity"], row["camera"], row["index"], row["split"]
+            record["key"],
+            record["identity"],
+            record["camera"],
+            record["index"],
+            record["split"],
         )
         pixels = synthetic.draw(portrait, seed=self.seed, height=self.height, width=self.width)
         buffer = io.BytesIO()

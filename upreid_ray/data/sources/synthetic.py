@@ -1,10 +1,10 @@
 """Procedural people: the embedded default data set, drawn on the fly from a seed.
 
-Whoever has no person re-identification data can still run everything on these people. They
-are made so that whole-body colour does not give identity away: few shirt colours times few
-trouser colours dress everybody, so many identities share each outfit. What tells them apart
-are local details (bag, shirt pattern, shoes, hat, hair, scarf, ...), seen by cameras that
-differ in light, colour cast, sharpness and background, in imperfect detection boxes.
+Users without person re-identification data can run everything on these people. Their
+whole-body colour does not give identity away: there are few colours of shirts and trousers, so
+that many identities share each outfit. They differ in local details (bag, shirt pattern, shoes,
+hat, hair, scarf, ...), seen by cameras that differ in light, colour cast, sharpness and
+background, in imperfect detection boxes.
 
 Everything is a pure function of integers: an `Appearance` of (seed, identity), a `Camera` of
 (seed, camera), an image of both and of its own `Portrait`. A new detail is a field of
@@ -89,7 +89,7 @@ def portraits(
     num_cameras: int,
     images_per_camera: int,
 ) -> list[Portrait]:
-    """Lists the images of a data set, without drawing any.
+    """Return the images of a data set, without drawing any.
 
     Identities are numbered from 1: first train, then test, then unlabeled. Each is seen by 2
     to `num_cameras` cameras (in equal shares), `images_per_camera` times by each. Of a test
@@ -110,13 +110,13 @@ def portraits(
         ValueError: A number is below its least value.
     """
     if min(num_train_identities, num_test_identities, num_unlabeled_identities) < 0:
-        raise ValueError("The numbers of identities must not be negative.")
+        raise ValueError("the numbers of identities must not be negative")
     if num_cameras < 2:
-        raise ValueError(f"Matching across cameras needs num_cameras >= 2, not {num_cameras}.")
+        raise ValueError(f"matching across cameras needs num_cameras >= 2, not {num_cameras}")
     if images_per_camera < 2:
         raise ValueError(
-            "A query and a gallery image of each camera need images_per_camera >= 2, "
-            f"not {images_per_camera}."
+            "a query and a gallery image of each camera need images_per_camera >= 2, "
+            f"not {images_per_camera}"
         )
     first_test = 1 + num_train_identities
     first_unlabeled = first_test + num_test_identities
@@ -137,10 +137,10 @@ def portraits(
 
 
 def draw(portrait: Portrait, *, seed: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Draws one image; the same arguments give the same pixels in every process.
+    """Draw one image; the same arguments give the same pixels in every process.
 
     Args:
-        portrait: What to draw.
+        portrait: Image to draw.
         seed: Seed of the whole data set, at least 0.
         height: Height of the image in pixels, at least 64.
         width: Width of the image in pixels, at least 32.
@@ -153,7 +153,7 @@ def draw(portrait: Portrait, *, seed: int, height: int, width: int) -> NDArray[n
     """
     if height < MIN_HEIGHT or width < MIN_WIDTH:
         raise ValueError(
-            f"People need images of at least {MIN_HEIGHT}x{MIN_WIDTH}, not {height}x{width}."
+            f"people need images of at least {MIN_HEIGHT}x{MIN_WIDTH}, not {height}x{width}"
         )
     who, where = portrait.identity, portrait.camera
     moment = (who, where, portrait.index, SPLITS.index(portrait.split))
@@ -168,7 +168,7 @@ def draw(portrait: Portrait, *, seed: int, height: int, width: int) -> NDArray[n
 
 @dataclass(frozen=True, slots=True)
 class Appearance:
-    """What an identity looks like in every image: a common outfit and details of its own.
+    """Appearance of an identity in every image: a common outfit and details of its own.
 
     `pattern_height` is in body units; the bag is on the side where x has the sign of
     `bag_side`; `build` widens the body.
@@ -195,7 +195,7 @@ class Appearance:
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> Self:
-        """Dresses a random person."""
+        """Return a random appearance."""
         shirt, trousers = _pick(rng, SHIRTS), _pick(rng, TROUSERS)
         return cls(
             shirt=shirt,
@@ -221,7 +221,7 @@ class Appearance:
 
 @dataclass(frozen=True, slots=True)
 class Camera:
-    """What all images of one camera have in common: light, lens and place.
+    """Properties that all images of one camera share: light, lens and place.
 
     Attributes:
         gain: Factors on red, green and blue: light and colour cast in one.
@@ -229,10 +229,10 @@ class Camera:
         saturation: Strength of colours; 0 is gray, 1 leaves them alone.
         sharpness: Resolution of the lens as a share of the image's.
         noise: Greatest change of a pixel by noise, in levels of 255.
-        path: Where people walk to, in radians; 0 is towards the camera.
+        path: Direction in which people walk, in radians; 0 is towards the camera.
         wall: Colour above the horizon.
         floor: Colour below the horizon.
-        horizon: Where the floor begins, as a share of the image's height.
+        horizon: Height at which the floor begins, as a share of the image's height.
         has_bars: Whether vertical lines structure the wall.
         has_boards: Whether horizontal lines structure the wall.
         spacing: Distance of these lines, as a share of the image's width.
@@ -253,7 +253,7 @@ class Camera:
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> Self:
-        """Puts up a random camera."""
+        """Return a random camera."""
         red, green, blue = rng.uniform(0.88, 1.1) * rng.uniform(0.965, 1.035, 3)
         return cls(
             gain=(red, green, blue),
@@ -273,15 +273,15 @@ class Camera:
 
 @dataclass(frozen=True, slots=True)
 class Pose:
-    """How a person stands in the box that a detector has cut out.
+    """Pose of a person in the box that a detector has cut out.
 
     Attributes:
-        yaw: Where the person looks, in radians; 0 is into the camera, pi is away from it.
+        yaw: Direction in which the person looks, in radians; 0 is into the camera, pi is away.
         stride: Angle of the legs to the vertical, in radians; negative swaps the legs.
-        swing: The same of the arms.
+        swing: Angle of the arms to the vertical, in radians.
         lean: Sideways shift of the crown, in body units.
         scale: Height of the body, as a share of the image's height.
-        soles: Where the soles are, as shares of the image's width and height.
+        soles: Position of the soles, as shares of the image's width and height.
     """
 
     yaw: float
@@ -293,7 +293,7 @@ class Pose:
 
     @classmethod
     def sample(cls, rng: np.random.Generator, path: float) -> Self:
-        """Stops a random walker on a path, which can be walked in two directions."""
+        """Return the pose of a random walker on a path, in one of its two directions."""
         phase = math.sin(rng.uniform(-math.pi, math.pi))
         scale = rng.uniform(0.84, 1.04)
         return cls(
@@ -309,7 +309,7 @@ class Pose:
 def render(
     who: Appearance, camera: Camera, rng: np.random.Generator, *, height: int, width: int
 ) -> NDArray[np.uint8]:
-    """Draws a person before a camera; pose, box, clutter and noise come from `rng`."""
+    """Draw a person in front of a camera; pose, box, clutter and noise come from `rng`."""
     pose = Pose.sample(rng, camera.path)
     canvas = _background(camera, rng, SUPERSAMPLING * height, SUPERSAMPLING * width)
     _draw_person(canvas, who, pose)
@@ -318,7 +318,7 @@ def render(
 
 
 class _Figure:
-    """Collects the parts of a body and paints them from far to near.
+    """Parts of a body, which are painted from far to near.
 
     Parts are flat shapes in the image's plane, in body units. Their `depth` grows towards the
     camera; parts of equal depth cover each other in the order in which they were added.
@@ -330,14 +330,14 @@ class _Figure:
         self._parts: list[tuple[float, bool, Sequence[Point], Colour]] = []
 
     def turn(self, x: float, z: float) -> Pair:
-        """Where the camera sees a place of the body: how far right, and at what depth."""
+        """Return where the camera sees a place of the body: offset to the right, and depth."""
         x *= self._build
         return x * self._cos + z * self._sin, z * self._cos - x * self._sin
 
     def joints(
         self, x: float, y: float, lengths: Pair, angles: Pair
     ) -> list[tuple[Point, float]]:
-        """Where an arm or leg that hangs at (x, y) begins, bends and ends, and at what depths.
+        """Return where an arm or leg that hangs at (x, y) begins, bends and ends, with depths.
 
         The angles of its two parts are to the vertical, in radians; positive is forwards.
         """
@@ -349,20 +349,20 @@ class _Figure:
         return places
 
     def breadth(self, half_width: float, flatness: float) -> float:
-        """Half the visible width of something `flatness` times as deep as it is wide."""
+        """Return half the visible width of a part `flatness` times as deep as it is wide."""
         return self._build * half_width * math.hypot(self._cos, flatness * self._sin)
 
     def girth(self, y: float) -> float:
-        """Half the visible width of the trunk at a height."""
+        """Return half the visible width of the trunk at a height."""
         return self.breadth(0.12 - 0.045 * y, 0.6)
 
     def ellipse(self, centre: Point, radii: Pair, colour: Colour, depth: float) -> None:
-        """Adds an upright ellipse."""
+        """Add an upright ellipse."""
         (x, y), (rx, ry) = centre, radii
         self._parts.append((depth, True, ((x - rx, y - ry), (x + rx, y + ry)), colour))
 
     def limb(self, a: Point, b: Point, radii: Pair, colour: Colour, depth: float) -> None:
-        """Adds a tapered stroke with round ends."""
+        """Add a tapered stroke with round ends."""
         dx, dy = b[0] - a[0], b[1] - a[1]
         length = math.hypot(dx, dy)
         rims = ((a, radii[0]), (b, radii[1]), (b, -radii[1]), (a, -radii[0]))
@@ -372,20 +372,20 @@ class _Figure:
             self.ellipse(end, (radius, radius), colour, depth)
 
     def block(self, x: float, halves: Pair, ys: Pair, colour: Colour, depth: float) -> None:
-        """Adds a trapezoid: half its widths, and its heights, above and below."""
+        """Add a trapezoid: half its widths, and its heights, above and below."""
         (above, below), (top, bottom) = halves, ys
         outline = ((x - above, top), (x + above, top), (x + below, bottom), (x - below, bottom))
         self._parts.append((depth, False, outline, colour))
 
     def belt(self, top: float, bottom: float, colour: Colour) -> None:
-        """Adds a ring around the trunk."""
+        """Add a ring around the trunk."""
         self.block(0.0, (self.girth(top), self.girth(bottom)), (top, bottom), colour, 0.0)
 
     def patch(self, bearing: float, outline: Sequence[Point], colour: Colour) -> None:
-        """Adds a patch on the trunk, as far as it is on the side that the camera sees.
+        """Add a patch on the trunk, as far as it is on the side that the camera sees.
 
         Args:
-            bearing: Where on the trunk, in radians; 0 is the chest, pi is the back.
+            bearing: Direction on the trunk, in radians; 0 is the chest, pi is the back.
             outline: Corners of the patch: radians from `bearing`, and heights.
             colour: Colour of the patch.
         """
@@ -397,7 +397,7 @@ class _Figure:
             self._parts.append((0.0, False, corners, colour))
 
     def paint(self, canvas: Image.Image) -> None:
-        """Paints all parts where the pose puts them in an image."""
+        """Paint all parts at the places that the pose gives them in an image."""
         pen = ImageDraw.Draw(canvas)
         unit = self._pose.scale * min(canvas.height, 2 * canvas.width)
         left = self._pose.soles[0] * canvas.width
@@ -534,7 +534,7 @@ def _rectangle(half_angle: float, top: float, bottom: float) -> tuple[Point, ...
 def _background(
     camera: Camera, rng: np.random.Generator, height: int, width: int
 ) -> Image.Image:
-    """Draws the part of the camera's view before which the person happens to stand."""
+    """Draw the part of the camera's view that is behind the person."""
     rows, columns = 12, 6
     horizon = camera.horizon + rng.normal(0.0, 0.05)
     usual, here = (camera.wall, camera.floor), (_dull_colour(rng), _dull_colour(rng))
@@ -560,7 +560,7 @@ def _background(
 
 
 def _occlude(canvas: Image.Image, camera: Camera, rng: np.random.Generator) -> None:
-    """Puts a pole, a bench or a passer-by before the person, in about a quarter of images."""
+    """Draw a pole, a bench or a passer-by before the person in a quarter of the images."""
     width, height = canvas.size
     pen = ImageDraw.Draw(canvas)
     chance = rng.random()
@@ -581,7 +581,7 @@ def _occlude(canvas: Image.Image, camera: Camera, rng: np.random.Generator) -> N
 def _develop(
     canvas: Image.Image, camera: Camera, rng: np.random.Generator, height: int, width: int
 ) -> NDArray[np.uint8]:
-    """Turns the drawn scene into what the camera records of it."""
+    """Return the image that the camera records of the drawn scene."""
     lens = round(camera.sharpness * width), round(camera.sharpness * height)
     soft = canvas.resize(lens, Image.Resampling.BOX).resize((width, height), _SMOOTH)
     levels = rng.uniform(0.93, 1.07) * np.outer(camera.gain, np.arange(256) / 255)
@@ -602,12 +602,12 @@ def _pick(rng: np.random.Generator, choices: Sequence[T]) -> T:
 
 
 def _accent(rng: np.random.Generator, against: Colour) -> Colour:
-    """A random colour of details that stands out against another colour."""
+    """Return a random colour of details that stands out against another colour."""
     return _pick(rng, [colour for colour in ACCENTS if math.dist(colour, against) > 110.0])
 
 
 def _dull_colour(rng: np.random.Generator) -> Colour:
-    """A random colour without much hue, as most things in a street have."""
+    """Return a random colour without much hue, as most things in a street have."""
     red, green, blue = rng.uniform(70.0, 180.0) + rng.uniform(-12.0, 12.0, 3)
     return int(red), int(green), int(blue)
 

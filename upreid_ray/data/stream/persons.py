@@ -1,8 +1,9 @@
-"""Training images of persons: which of them take part, and in which batches.
+"""Training images of persons: the images that a run uses, and their batches.
 
-Nothing here imports torch: that would add seconds to the start of each task process.
+This module does not import torch, which would add seconds to the start of each task process.
 
-Dimensions: N images, P persons of a batch, K images of a person in it, H x W pixels.
+Dimensions: N images, P persons in a batch, K images of a person in a batch, B = P * K images
+in a batch, n images in a block, H x W pixels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,20 +26,22 @@ from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.decode import Columns, decode_images
 from upreid_ray.data.stream.ray_data import MIN_BLOCK_IMAGES
 
-Rows = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
 
-def subset(pids: Rows, *, persons: float, images: float, seed: int) -> Rows:
-    """Choose images for an experiment with few labels; smaller shares are parts of larger ones.
+def subset(pids: Indices, *, persons: float, images: float, seed: int) -> Indices:
+    """Choose images for an experiment with few labels.
+
+    Subsets are nested: the images of a smaller fraction are among those of a larger one.
 
     Args:
-        pids: ``[N]``.
-        persons: Share (0..1] of the persons; two at least.
-        images: Share (0..1] of the images of each person; one at least.
-        seed: Of both choices.
+        pids: Person of each image, ``[N]``.
+        persons: Fraction (0..1] of the persons; at least two persons are chosen.
+        images: Fraction (0..1] of the images of each person; at least one is chosen.
+        seed: Seed of both choices.
 
     Returns:
-        Sorted rows of the images that take part.
+        Sorted indices of the chosen images.
     """
     draw = np.random.default_rng(seed)
     everyone = draw.permutation(np.unique(pids))
@@ -54,46 +57,46 @@ def subset(pids: Rows, *, persons: float, images: float, seed: int) -> Rows:
 class PersonSampler:
     """Batches of P persons with K images each, as a pure function of the step.
 
-    A round is a random order of the persons, cut into whole batches. A person with fewer than
-    K images shows some of them repeatedly.
+    A pass is a random order of the persons, cut into whole batches. Some images of a person
+    with fewer than K images are repeated.
 
     Raises:
         ValueError: There are fewer than P persons.
     """
 
-    def __init__(self, pids: Rows, *, num_persons: int, num_images: int, seed: int) -> None:
+    def __init__(self, pids: Indices, *, num_persons: int, num_images: int, seed: int) -> None:
         order = np.argsort(pids, kind="stable")
         _, starts = np.unique(pids[order], return_index=True)
-        self._rows_of_person = np.split(order, starts[1:])
+        self._images_of_person = np.split(order, starts[1:])
         self._num_persons = num_persons
         self._num_images = num_images
         self._seed = seed
-        self._batches_per_round = len(self._rows_of_person) // num_persons
-        if self._batches_per_round == 0:
+        self._batches_per_pass = len(self._images_of_person) // num_persons
+        if self._batches_per_pass == 0:
             raise ValueError(
-                f"{num_persons} persons a batch, but there are {len(self._rows_of_person)}"
+                f"{num_persons} persons a batch, but there are {len(self._images_of_person)}"
             )
 
-    def rows(self, step: int) -> Rows:
-        """Return the rows ``[P * K]`` of the batch of a step, those of a person together."""
-        number, place = divmod(step, self._batches_per_round)
+    def indices(self, step: int) -> Indices:
+        """Return the image indices ``[B]`` of a step's batch, those of a person together."""
+        number, place = divmod(step, self._batches_per_pass)
         order = np.random.default_rng((self._seed, number)).permutation(
-            len(self._rows_of_person)
+            len(self._images_of_person)
         )
         draw = np.random.default_rng((self._seed, number, place))
         persons = order[place * self._num_persons : (place + 1) * self._num_persons]
-        return np.concatenate([self._draw(self._rows_of_person[p], draw) for p in persons])
+        return np.concatenate([self._draw(self._images_of_person[p], draw) for p in persons])
 
-    def _draw(self, rows: Rows, draw: np.random.Generator) -> Rows:
-        """Draw K rows, each of them once before any of them twice."""
-        num_times = -(-self._num_images // len(rows))
-        drawn = np.concatenate([draw.permutation(rows) for _ in range(num_times)])
+    def _draw(self, images: Indices, draw: np.random.Generator) -> Indices:
+        """Draw K indices, each of them once before any of them twice."""
+        num_times = -(-self._num_images // len(images))
+        drawn = np.concatenate([draw.permutation(images) for _ in range(num_times)])
         return drawn[: self._num_images]
 
 
 @dataclass(frozen=True)
 class PersonBlock:
-    """What one task decodes: the images of one group in some steps."""
+    """Images that one task decodes: those of one group in some steps."""
 
     first_step: int
     num_steps: int
@@ -101,7 +104,7 @@ class PersonBlock:
     num_images: int
 
     def __len__(self) -> int:
-        """Count the images."""
+        """Return the number of images."""
         return self.num_images
 
 
@@ -109,12 +112,12 @@ class PersonBatches:
     """The batches of a run, cut into blocks that tasks decode.
 
     Attributes:
-        steps_per_block: Steps that a task decodes at once.
+        steps_per_block: Number of steps whose images a task decodes at once.
     """
 
     def __init__(
         self,
-        labels: Rows,
+        labels: Indices,
         training: PersonTrainingConfig,
         *,
         size: tuple[int, int],
@@ -123,11 +126,11 @@ class PersonBatches:
         """Make batches of images that have a label.
 
         Args:
-            labels: ``[N]``, persons from 0 on; who has -1 is in no batch. Where there are fewer
-                persons than a batch has, it shows its images repeatedly.
-            training: Says how many persons and images a batch has.
-            size: H and W.
-            seed: Of the order.
+            labels: Person of each image, ``[N]``, counted from 0; images with -1 are in no
+                batch. If there are fewer than P persons, a batch repeats images.
+            training: Settings with P, K and the number of groups of a batch.
+            size: Height H and width W.
+            seed: Seed of the order.
         """
         self._labels, self._size = labels, size
         self._labelled = np.flatnonzero(labels >= 0)
@@ -141,14 +144,14 @@ class PersonBatches:
         self._group_size = training.batch_size // training.num_groups
         self.steps_per_block = -(-MIN_BLOCK_IMAGES // self._group_size)
 
-    def rows(self, step: int) -> Rows:
-        """Return the rows ``[B]`` of the batch of a step."""
-        return self._labelled[np.resize(self._sampler.rows(step), self._batch_size)]
+    def indices(self, step: int) -> Indices:
+        """Return the image indices ``[B]`` of a step's batch."""
+        return self._labelled[np.resize(self._sampler.indices(step), self._batch_size)]
 
     def rounds(
         self, start_step: int, stop_step: int, num_workers: int
     ) -> list[list[list[PersonBlock]]]:
-        """Cut these steps into rounds; return of each the blocks of each worker."""
+        """Cut these steps into rounds; return the blocks of each worker for each round."""
         return [
             [
                 [PersonBlock(step, num_steps, g, num_steps * self._group_size) for g in part]
@@ -161,8 +164,8 @@ class PersonBatches:
         """Decode a block.
 
         Args:
-            encoded: The images that take part.
-            block: From `rounds`.
+            encoded: Encoded images that the run uses, from `ChosenImages.encoded`.
+            block: Block, from `rounds`.
 
         Returns:
             ``image``, uint8 ``[n, 3, H, W]``, and ``label`` ``[n]``.
@@ -172,7 +175,7 @@ class PersonBatches:
         """
         group = slice(block.group * self._group_size, (block.group + 1) * self._group_size)
         rows = np.concatenate(
-            [self.rows(block.first_step + i)[group] for i in range(block.num_steps)]
+            [self.indices(block.first_step + i)[group] for i in range(block.num_steps)]
         )
         images = _decode_whole(encoded.take(pa.array(rows)), self._size)
         return {"image": images, "label": self._labels[rows]}
@@ -186,7 +189,7 @@ class PersonBatches:
         rank: int = 0,
         num_workers: int = 1,
     ) -> Iterator[Columns]:
-        """Yield one worker's ``image`` and ``label`` of each step, from its blocks in order."""
+        """Yield ``image`` and ``label`` of one worker for each step, from its blocks."""
         groups, size = groups_of_workers(self._num_groups, num_workers)[rank], self._group_size
         for _, num_steps in self._cuts(start_step, stop_step):
             mine = [next(blocks) for _ in groups]
@@ -197,20 +200,20 @@ class PersonBatches:
                 }
 
     def _cuts(self, start_step: int, stop_step: int) -> Iterator[tuple[int, int]]:
-        """Cut steps into parts that are worth a task."""
+        """Yield first step and number of steps of each part that is large enough for a task."""
         for step in range(start_step, stop_step, self.steps_per_block):
             yield step, min(self.steps_per_block, stop_step - step)
 
 
 class ChosenImages:
-    """The training images of a set that take part in a run.
+    """The training images of a set that a run uses.
 
     Attributes:
-        num_images: That take part.
-        num_blocks: Of `read`.
+        num_images: Number of these images.
+        num_blocks: Number of blocks that `read` can return.
 
     Raises:
-        InputError: There are none, or persons are to be chosen who are unknown.
+        InputError: There are no images, or persons are unknown and only some are wanted.
     """
 
     def __init__(
@@ -227,38 +230,38 @@ class ChosenImages:
         if self._groups.num_images == 0:
             raise InputError(f"{shards.uri}: has no {' or '.join(splits)} images")
         column = self._groups.read_all(["pid"]).column("pid")
-        share = config.subset
+        fractions = config.subset
         if not column.null_count:
             pids = column.to_numpy().astype(np.int64)
             self._chosen = subset(
-                pids, persons=share.persons, images=share.images, seed=config.seed
+                pids, persons=fractions.persons, images=fractions.images, seed=config.seed
             )
             self._pids = pids[self._chosen]
-        elif share.persons == share.images == 1:
+        elif fractions.persons == fractions.images == 1:
             self._chosen = np.arange(len(column))
             self._pids = np.full(len(column), -1)
         else:
             raise InputError(
-                f"--subset.persons {share.persons} --subset.images {share.images}: "
+                f"--subset.persons {fractions.persons} --subset.images {fractions.images}: "
                 f"{column.null_count} of the images of {shards.uri} have no person"
             )
         self.num_images = len(self._chosen)
         self.num_blocks = -(-self.num_images // MIN_BLOCK_IMAGES)
 
     def encoded(self) -> pa.Table:
-        """Read the encoded images that take part, for `PersonBatches.read`."""
+        """Read the encoded images, for `PersonBatches.read`."""
         table = self._groups.read_all(["image"])
         # Rows of more than 2 GiB cannot be taken from Arrow's small binary columns.
         return table.cast(pa.schema({"image": pa.large_binary()})).take(pa.array(self._chosen))
 
-    def keys(self, rows: Rows) -> list[str]:
-        """Return the names of some of the images that take part."""
+    def keys(self, images: Indices) -> list[str]:
+        """Return the keys of the images with these indices."""
         names = self._groups.read_all(["key"]).column("key")
-        keys: list[str] = names.take(pa.array(self._chosen[rows])).to_pylist()
+        keys: list[str] = names.take(pa.array(self._chosen[images])).to_pylist()
         return keys
 
     def read(self, number: int) -> Columns:
-        """Read and decode block ``number`` of the images that take part, in their order.
+        """Read and decode block ``number`` of the images, in their order.
 
         Returns:
             ``image``, uint8 ``[n, 3, H, W]``, and ``row`` ``[n]``, 0 to ``num_images - 1``.
@@ -278,12 +281,12 @@ class PersonImages(ChosenImages):
     """The training images of a labelled set, in batches of persons.
 
     Attributes:
-        num_persons: That take part.
-        steps_per_epoch: After which as many images were seen as take part.
-        batches: Of the whole run.
+        num_persons: Number of persons.
+        steps_per_epoch: Number of steps that take as many images as the run uses.
+        batches: Batches of the whole run.
 
     Raises:
-        InputError: There are none, some have no person, or there are fewer than a batch has.
+        InputError: There are no images, some have no person, or there are fewer than P persons.
     """
 
     def __init__(
@@ -305,12 +308,12 @@ class PersonImages(ChosenImages):
 
 
 class ClusterImages(ChosenImages):
-    """The training images of a set whose persons are not looked at.
+    """The training images of a set whose labels are not used.
 
-    These are the images of the split ``train``, or ``unlabeled`` where there are none.
+    They are the images of the split ``train``, or of ``unlabeled`` if ``train`` has none.
 
     Attributes:
-        steps_per_epoch: Between two clusterings.
+        steps_per_epoch: Number of steps between two clusterings.
     """
 
     def __init__(
@@ -327,7 +330,7 @@ class ClusterImages(ChosenImages):
         self._config = config
         self.steps_per_epoch = config.training.steps_per_epoch
 
-    def batches(self, labels: Rows) -> PersonBatches:
+    def batches(self, labels: Indices) -> PersonBatches:
         """Return the batches of pseudo-persons ``labels [N]``, -1 for outliers."""
         return PersonBatches(
             labels, self._config.training, size=self._size, seed=self._config.seed
@@ -335,7 +338,11 @@ class ClusterImages(ChosenImages):
 
 
 def _decode_whole(encoded: pa.Table, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Decode images all of which must be whole, ``[n, 3, H, W]``."""
+    """Decode images that must all be whole, ``[n, 3, H, W]``.
+
+    Raises:
+        ValueError: An image does not decode.
+    """
     columns = decode_images(encoded.column("image"), *size)
     if not columns["decoded"].all():
         raise ValueError("an image that was whole when it was prepared does not decode")

@@ -1,4 +1,4 @@
-"""Blocks of images on Ray Data: read in tasks, handed to the workers in order."""
+"""Blocks of images on Ray Data: tasks read them, and workers get them in order."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -13,13 +13,13 @@ from ray.data import DataIterator
 from upreid_ray.data.stream.decode import Columns
 
 logger = logging.getLogger(__name__)
-# Between two tasks a core idles for about 80 ms: a block should be worth the wait, in images
-# and in bytes, and half a CPU for each task lets another one work meanwhile.
+# A core idles for about 80 ms between two tasks. Therefore blocks have a least size, in images
+# and in bytes, and a task takes half a CPU, so that another one works meanwhile.
 TASK_CPUS = 0.5
 MIN_BLOCK_IMAGES = 256
 MAX_BLOCK_IMAGES = 1024
 BLOCK_BYTES = 32 * 2**20
-# Each block of a dataset is known to its executor from the start: longer runs take several.
+# A dataset's executor knows all of its blocks from the start: long runs need several datasets.
 MAX_DATASET_BLOCKS = 1024
 LONG_WAIT_SECONDS = 60.0
 
@@ -31,15 +31,15 @@ T = TypeVar("T", bound=Sized)
 def stream_blocks(
     read: Callable[[T], Columns], rounds: Iterable[Sequence[Sequence[T]]]
 ) -> list[DataIterator]:
-    """Start a Ray Dataset whose tasks read blocks, and hand each worker its own in order.
+    """Start a Ray Dataset whose tasks read blocks, and which hands them to workers in order.
 
     Args:
-        read: Called with one block in a task; returns ``len(block)`` rows.
-        rounds: Of each round, the blocks of each worker in the order in which they are wanted.
-            Blocks of a round have the same length. A worker may have one less than another.
+        read: Function that a task calls with a block; it returns ``len(block)`` rows.
+        rounds: Blocks of each worker, in their order, for each round. Blocks of a round have
+            the same length. A worker may have one block less than another.
 
     Returns:
-        An iterator for each worker, to be read with `read_stream`.
+        An iterator for each worker, which `read_stream` reads.
     """
     turns = [turn for each in rounds for turn in zip_longest(*each)]
     num_workers = len(turns[0])
@@ -49,12 +49,13 @@ def stream_blocks(
     def read_one(numbers: Columns) -> Columns:
         number = int(numbers["item"][0])
         block = blocks[number]
-        # Ray Data gives the worker with the fewest rows the next block, so who has no block in
-        # a turn gets rows without content.
+        # Ray Data gives the next block to the worker with the fewest rows. Therefore a worker
+        # without a block in a turn gets rows without content.
         columns = {} if block is None else read(block)
         return {**columns, NUMBER: np.full(num_rows[number // num_workers], number)}
 
-    # Made here: a range has tasks of its own, and Arrow tables are looked at by one each.
+    # Items are made on the driver: `range` would start tasks to make them, `from_arrow` tasks
+    # to inspect them.
     numbers = ray.data.from_items(list(range(len(blocks))), override_num_blocks=len(blocks))
     dataset = numbers.map_batches(read_one, batch_size=None, num_cpus=TASK_CPUS)
     dataset.context.enable_progress_bars = False
@@ -64,27 +65,27 @@ def stream_blocks(
 
 
 def read_stream(iterator: DataIterator, *, rank: int, num_workers: int) -> Iterator[Columns]:
-    """Yield the decoded blocks of one worker, and check that each is the one that is due.
+    """Yield the decoded blocks of one worker, and check their order.
 
     Raises:
         RuntimeError: Ray Data handed out the blocks in another order.
     """
     due = rank
     blocks = iter(iterator.iter_batches(batch_size=None, prefetch_batches=2))
-    for columns in _telling_of_waits(blocks) if rank == 0 else blocks:
+    for columns in _warn_about_waits(blocks) if rank == 0 else blocks:
         if columns[NUMBER][0] != due:
             raise RuntimeError(
                 f"Ray Data delivered block {columns[NUMBER][0]} where block {due} was due"
             )
         due += num_workers
-        if len(columns) > 1:  # else there is no block for this worker
+        if len(columns) > 1:  # otherwise this worker has no block in this turn
             yield columns
 
 
-def _telling_of_waits(blocks: Iterator[T]) -> Iterator[T]:
-    """Yield what comes, and warn where nothing has come for a minute."""
+def _warn_about_waits(blocks: Iterator[T]) -> Iterator[T]:
+    """Yield the blocks, and log a warning if none arrives for a minute."""
     while True:
-        timer = Timer(LONG_WAIT_SECONDS, _tell_of_wait)
+        timer = Timer(LONG_WAIT_SECONDS, _warn_about_wait)
         timer.daemon = True
         timer.start()
         try:
@@ -96,7 +97,7 @@ def _telling_of_waits(blocks: Iterator[T]) -> Iterator[T]:
         yield block
 
 
-def _tell_of_wait() -> None:
+def _warn_about_wait() -> None:
     logger.warning(
         "no images for %g s; %g CPUs are free, and a task that decodes takes %g. If workers "
         "take them all, lower --scaling.max_workers or --scaling.cpus_per_worker; if not, the "

@@ -3,9 +3,9 @@
 An epoch is a random order of row groups. It is cut into rounds of a few steps, and a round
 into blocks, one for each group of a batch; the rows of a block are shuffled. A Ray Data task
 reads and decodes one block, and a worker gets the blocks of its groups. The number of workers
-decides who gets which group of a step, never which images are in it.
+decides which worker gets a group, never which images are in it.
 
-Nothing here imports torch: that would add seconds to the start of each task process.
+This module does not import torch, which would add seconds to the start of each task process.
 
 Dimensions: B images of a batch, W workers, b = B / W images of a worker's batch, H x W pixels.
 """
@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Block:
-    """What one task decodes for training: some rows of an epoch, shuffled.
+    """Images that one task decodes for training: some rows of an epoch, shuffled.
 
     Attributes:
-        epoch: Whose order counts.
-        start: First row of the epoch's order.
-        stop: Row after the last.
-        skip: Shuffled rows that a resumed run has seen already.
+        epoch: Epoch, which decides the order.
+        start: First row in the epoch's order.
+        stop: Row after the last one.
+        skip: Number of shuffled rows that a resumed run has seen already.
     """
 
     epoch: int
@@ -50,7 +50,7 @@ class Block:
     skip: int
 
     def __len__(self) -> int:
-        """Count the images that are still to be seen."""
+        """Return the number of images that are still to be seen."""
         return self.stop - self.start - self.skip
 
 
@@ -59,9 +59,9 @@ class Round:
     """A few steps that are read together.
 
     Attributes:
-        first_step: Of the run.
-        num_steps: Steps that are still to be taken.
-        blocks: One for each group of a batch, together ``num_steps`` batches.
+        first_step: First step, counted from the beginning of the run.
+        num_steps: Number of steps that are still to be taken.
+        blocks: Blocks, one for each group of a batch; together they hold ``num_steps`` batches.
     """
 
     first_step: int
@@ -69,7 +69,7 @@ class Round:
     blocks: tuple[Block, ...]
 
     def by_worker(self, num_workers: int) -> list[list[Block]]:
-        """Return the blocks of the groups of each worker."""
+        """Return the blocks of each worker."""
         parts = groups_of_workers(len(self.blocks), num_workers)
         return [[self.blocks[group] for group in part] for part in parts]
 
@@ -80,10 +80,11 @@ class TrainingImages:
     Attributes:
         row_groups: Row groups of the training images.
         num_images: Number of images in one epoch.
-        steps_per_epoch: Whole batches of one epoch; which images are left over differs.
+        steps_per_epoch: Number of whole batches in one epoch; the images that are left over
+            differ from epoch to epoch.
 
     Raises:
-        InputError: There are fewer images than one batch takes.
+        InputError: There are fewer images than in one batch.
     """
 
     def __init__(self, shards: ShardSet, config: PretrainConfig) -> None:
@@ -101,7 +102,7 @@ class TrainingImages:
             )
 
     def rounds(self, start_step: int, stop_step: int) -> Iterator[Round]:
-        """Yield the rounds of these steps; the last one may go on beyond ``stop_step``."""
+        """Yield the rounds of these steps; the last one may end after ``stop_step``."""
         batch_size, group_size = (
             self._config.training.batch_size,
             self._config.training.group_size,
@@ -119,7 +120,7 @@ class TrainingImages:
             step += num_steps - seen
 
     def keys(self, step: int) -> list[str]:
-        """Return the names of the images of a step's batch, in order."""
+        """Return the keys of the images in a step's batch, in order."""
         this = next(self.rounds(step, step + 1))
         size = self._config.training.group_size
         names: list[str] = []
@@ -129,7 +130,7 @@ class TrainingImages:
         return names
 
     def rows(self, block: Block) -> tuple[list[RowRange], NDArray[np.int64]]:
-        """Return where the images of a block lie, and the order in which they are seen."""
+        """Return the row ranges of a block, and the order in which its images are seen."""
         seed, epoch = self._config.seed, block.epoch
         order = np.random.default_rng((seed, epoch)).permutation(len(self.row_groups))
         shuffle = np.random.default_rng((seed, epoch, block.start))
@@ -143,18 +144,18 @@ class TrainingImages:
 
         Returns:
             ``image``, uint8 ``[n, 3, H, W]``, ``decoded``, bool ``[n]``, and ``shard``, int
-            ``[n]``, its place in the manifest. What does not decode, or lies in a shard that
-            cannot be read, is replaced by another image, so that all others keep their place.
+            ``[n]``, the place of the shard in the manifest. An image that cannot be read or
+            decoded is replaced by another one, so that all others keep their place.
 
         Raises:
-            InputError: There is no other image.
+            InputError: No image can be decoded.
         """
         encoded, shards = self._shuffled(block, "image", pa.binary())
         columns = decode_images(encoded, self._config.data.height, self._config.data.width)
         columns["shard"] = shards
         if not columns["decoded"].any():
             columns["image"] = self._others(block, int(shards[0]))
-        # What was seen is decoded too: a later image may be replaced by one of these.
+        # Images that were seen are decoded too, since one of them may replace a later image.
         return {name: column[block.skip :] for name, column in columns.items()}
 
     def _shuffled(
@@ -162,7 +163,7 @@ class TrainingImages:
     ) -> tuple[pa.Array, NDArray[np.int64]]:
         """Return a column of the rows of one block and their shards, in the order of training.
 
-        What cannot be read is null.
+        A value that cannot be read is null.
         """
         ranges, order = self.rows(block)
         values = []
@@ -176,7 +177,7 @@ class TrainingImages:
         return pa.concat_arrays(values).take(pa.array(order)), shards[order]
 
     def _others(self, block: Block, shard: int) -> NDArray[np.uint8]:
-        """Return images of the epoch's beginning instead of those of a block."""
+        """Return images from the beginning of the epoch, to replace those of a block."""
         if block.start == 0:
             raise InputError(
                 f"{self.row_groups.folder / self.row_groups.shard_names[shard]}: "
@@ -196,13 +197,13 @@ class TrainingImages:
         """Yield one worker's batch of each step of the rounds.
 
         Args:
-            rounds: From `rounds`.
+            rounds: Rounds, from the method `rounds`.
             blocks: Decoded blocks of the worker's groups, in the order of the rounds.
-            rank: Of the worker.
-            num_workers: W.
+            rank: Rank of the worker.
+            num_workers: Number of workers W.
 
         Yields:
-            uint8 ``[b, 3, H, W]``.
+            Images, uint8 ``[b, 3, H, W]``.
 
         Raises:
             InputError: More images fail to decode than --data.max_undecodable allows.

@@ -1,4 +1,4 @@
-"""Data sets that a job makes into shards before it begins."""
+"""The sets of shards that settings ask for, made first if they are not there."""
 
 import logging
 from pathlib import Path
@@ -48,7 +48,7 @@ def labelled_shards(data: LabelledDataConfig, storage: str) -> ShardSet:
 
 
 def _shards(records: Records, storage: str, name: str, source: str, *, seed: int) -> ShardSet:
-    """Write the records once, to a folder that their digest names."""
+    """Write the records once, to a folder whose name has their digest."""
     rules = ImageRules()
     uri = f"{storage}/data/{name}-{records.digest(seed, rules)[:12]}"
     with image_progress(f"preparing {name}", len(records)) as advance:
