@@ -5,6 +5,7 @@ Dimensions: N images, Q query images, G gallery images, F features.
 
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,17 +151,7 @@ def compute_features(
         )
     )
     dataset.context.enable_progress_bars = False
-    blocks: list[Columns] = []
-    started = arrived = time.perf_counter()
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("computing features", total=images.num_blocks)
-        for block in dataset.iter_batches(batch_size=None):
-            if len(blocks) == 1:  # the first one has waited for the actors
-                started = arrived
-            arrived = time.perf_counter()
-            blocks.append(block)
-            progress.advance(task)
-    seconds = time.perf_counter() - started
+    blocks, seconds = _collect(dataset.iter_batches(batch_size=None), images.num_blocks)
     columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     num_timed = len(columns["pid"]) - (len(blocks[0]["pid"]) if len(blocks) > 1 else 0)
     return Features(
@@ -170,6 +161,24 @@ def compute_features(
         is_query=torch.from_numpy(columns["is_query"]),
         images_per_second=num_timed / seconds,
     )
+
+
+def _collect(arriving: Iterable[Columns], num_blocks: int) -> tuple[list[Columns], float]:
+    """Return all blocks, and the seconds from the arrival of the first one to the end.
+
+    The first block waits for the start of the actors. If it is the only one, that counts too.
+    """
+    blocks: list[Columns] = []
+    started = arrived = time.perf_counter()
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("computing features", total=num_blocks)
+        for block in arriving:
+            if len(blocks) == 1:
+                started = arrived
+            arrived = time.perf_counter()
+            blocks.append(block)
+            progress.advance(task)
+    return blocks, time.perf_counter() - started
 
 
 class _Extractor:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
@@ -40,16 +41,7 @@ def run_trials(settings: TrialSettings) -> None:
     """
     plan, folder = settings.plan, settings.sweep
     trials_at_a_time = num_concurrent(plan)
-    if plan.search.searcher == "random":
-        listed = [each.model_dump() for each in candidates(plan, draw_points(plan))]
-        num_trials = len(listed)
-        param_space = {CANDIDATE: tune.grid_search(listed)}
-        choice = {"num_samples": 1}
-    else:
-        earlier = {each.candidate.number: each.candidate for each in settings.records()}
-        num_trials = plan.search.num_trials * plan.search.num_seeds
-        param_space = {}
-        choice = {"num_samples": num_trials, "search_alg": PointSearch(plan, earlier)}
+    num_trials, param_space, search = _candidates(settings)
     logger.info(
         "sweep %s: %d trials of %d epochs, %d at a time; if it ends early, continue it with "
         "--resume %s",
@@ -76,7 +68,7 @@ def run_trials(settings: TrialSettings) -> None:
             # Otherwise a trial that ASHA stops trains on to its end, and no other one begins.
             reuse_actors=False,
             trial_dirname_creator=_folder_name,
-            **choice,
+            **search,
         ),
         run_config=tune.RunConfig(
             name=TUNE_FOLDER,
@@ -86,11 +78,33 @@ def run_trials(settings: TrialSettings) -> None:
             verbose=0,
         ),
     ).fit()
-    records = settings.records()
+    _check_all_ended(settings, num_trials)
+
+
+def _candidates(settings: TrialSettings) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Return the number of trials, Ray Tune's space of parameters, and how it searches that.
+
+    A random search lists all candidates in advance. TPE proposes them one by one.
+    """
+    plan = settings.plan
+    if plan.search.searcher == "random":
+        listed = [each.model_dump() for each in candidates(plan, draw_points(plan))]
+        return len(listed), {CANDIDATE: tune.grid_search(listed)}, {"num_samples": 1}
+    earlier = {each.candidate.number: each.candidate for each in settings.records()}
+    num_trials = plan.search.num_trials * plan.search.num_seeds
+    searcher = PointSearch(plan, earlier)
+    return num_trials, {}, {"num_samples": num_trials, "search_alg": searcher}
+
+
+def _check_all_ended(settings: TrialSettings, num_trials: int) -> None:
+    """Check that Ray Tune was not interrupted.
+
+    Raises:
+        RunStopped: A trial has not ended.
+    """
+    name, records = settings.sweep.name, settings.records()
     if len(records) < num_trials or any(record.state == "running" for record in records):
-        raise RunStopped(
-            f"sweep {folder.name} was stopped; continue it with --resume {folder.name}"
-        )
+        raise RunStopped(f"sweep {name} was stopped; continue it with --resume {name}")
 
 
 def num_concurrent(plan: SweepPlan) -> int:
