@@ -276,11 +276,11 @@ def test_a_finished_comparison_runs_nothing_again(finished, config):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"init": ("b=missing.pth",)}, "missing.pth: "),
+        ({"init": ("b=missing.pth",)}, "{here}/missing.pth: "),
         ({"init": ("b=random,random",)}, "--seeds 1: fewer than "),
         ({"splits": (0.1,)}, "--splits 0.1: --training.num_persons 4: exceeds the 2 persons "),
         ({"finetune.run.name": "tiny"}, "--run.name tiny: exists already"),
-        ({"finetune.data.root": "nowhere"}, "nowhere: does not exist"),
+        ({"finetune.data.root": "nowhere"}, "{here}/nowhere: does not exist"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_starts(
@@ -291,7 +291,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_starts(
     with pytest.raises(InputError) as refused:
         compare(config.override({"finetune.run.name": None, **settings}))
 
-    assert str(refused.value).startswith(message)
+    assert str(refused.value).startswith(message.format(here=Path.cwd()))
     assert "\n" not in str(refused.value)
     assert len(finished.client.search_runs([finished.experiment])) == before
 
