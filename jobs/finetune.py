@@ -9,7 +9,7 @@ Examples:
   python jobs/finetune.py --init random --data.root market1501 --subset.persons 0.1
   python jobs/finetune.py --init ... --data.root market1501 --method cluster-contrast
   python jobs/finetune.py demo --init models:/upreid-resnet18@champion
-  python jobs/finetune.py --init ... --data.root market1501 --resume RUN_NAME
+  python jobs/finetune.py --resume RUN_NAME
   python jobs/finetune.py --method cluster-contrast --help
 """
 
@@ -20,8 +20,11 @@ from typing import Any
 from upreid_ray.command_line import (
     JobParser,
     add_finetune_settings,
+    add_resume,
     connect_to_ray,
     override,
+    parse_recorded,
+    recorded_settings,
     run_job,
 )
 
@@ -29,12 +32,15 @@ from upreid_ray.command_line import (
 def main() -> dict[str, Any]:
     """Run the job; return the content of its JSON line."""
     parser = JobParser(__doc__, "[PRESET] --init INIT [--method METHOD] [--SETTING VALUE ...]")
-    parser.add_argument(
-        "--resume", metavar="RUN_NAME", help="continue this run; repeat its settings"
-    )
-    presets = add_finetune_settings(parser, sys.argv[1:])
-    arguments = parser.parse(sys.argv[1:])
-    config = override(presets[arguments.preset], arguments)
+    words = sys.argv[1:]
+    recorded = recorded_settings(words)
+    add_resume(parser)
+    presets = add_finetune_settings(parser, words, recorded)
+    arguments = parser.parse(words)
+    preset = presets[arguments.preset or next(iter(presets))]
+    if recorded is not None and arguments.preset is None:
+        preset = parse_recorded(type(preset), recorded, words)
+    config = override(preset, arguments)
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})
     # Imported late: it takes seconds, which a mistake or --help should not cost.

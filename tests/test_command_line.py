@@ -14,9 +14,12 @@ from upreid_ray.command_line import (
     JobParser,
     add_finetune_settings,
     add_pretrain_settings,
+    add_resume,
     add_settings,
     override,
+    parse_recorded,
     read_pretrain_settings,
+    recorded_settings,
 )
 from upreid_ray.config.downstream import ClusterContrastConfig, EvaluateConfig, FinetuneConfig
 from upreid_ray.config.errors import InputError
@@ -24,6 +27,7 @@ from upreid_ray.config.presets import AUGMENTATIONS, METHOD_PRESETS, PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.section import Section, absolute
 from upreid_ray.data.shards.images import ImageRules
+from upreid_ray.train.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 
@@ -265,6 +269,74 @@ def test_words_of_a_job_are_parsed_beside_the_settings():
     arguments = job.parse(["laptop", "--resume", "a-run", "--seed", "3"])
 
     assert (arguments.resume, read_pretrain_settings(arguments).seed) == ("a-run", 3)
+
+
+# Runs that are resumed.
+
+
+@pytest.fixture
+def record(tmp_path):
+    """Return what records settings as those of a run, and returns what resumes it."""
+
+    def write(config: Section) -> list[str]:
+        RunFolder(str(tmp_path), "begun").record(config, "0")
+        return ["--resume", "begun", "--run.storage-path", str(tmp_path)]
+
+    return write
+
+
+def resumed_pretrain(words: list[str]) -> PretrainConfig:
+    made = parser()
+    add_resume(made)
+    recorded = parse_recorded(PretrainConfig, recorded_settings(words), words)
+    return read_pretrain_settings(made.parse(words), recorded)
+
+
+def test_a_resumed_run_needs_no_setting_again(record):
+    begun = PRESETS["laptop"].override({"optimizer.lr": 0.5, "data.shards": "/shards"})
+
+    resumed = resumed_pretrain(record(begun))
+
+    assert resumed.override({"run": begun.run.model_dump()}) == begun
+
+
+def test_what_is_given_beside_a_resumed_run_takes_precedence(record):
+    words = [*record(PRESETS["laptop"]), "--scaling.num_workers", "2"]
+
+    assert resumed_pretrain(words).scaling.num_workers == 2
+    assert resumed_pretrain(["demo", *words]).data == PRESETS["demo"].data
+
+
+def test_a_resumed_fine_tuning_knows_its_method_and_init(record):
+    begun = METHOD_PRESETS["cluster-contrast"]["demo"].override({"init": "models:/a/1"})
+    words = record(begun)
+    recorded = recorded_settings(words)
+    made = JobParser("A job.", "")
+    add_resume(made)
+
+    presets = add_finetune_settings(made, words, recorded)
+
+    assert presets == METHOD_PRESETS["cluster-contrast"]
+    assert "init" not in vars(made.parse(words))
+    assert parse_recorded(ClusterContrastConfig, recorded, words) == begun
+
+
+def test_a_run_of_another_job_is_not_resumed(record):
+    words = record(METHOD_PRESETS["supervised"]["demo"])
+
+    with pytest.raises(InputError, match=r"^--resume begun: was started by another job$"):
+        resumed_pretrain(words)
+
+
+def test_a_run_that_was_never_started_is_not_resumed(tmp_path):
+    words = ["--resume", "nothing", "--run.storage_path", str(tmp_path)]
+
+    with pytest.raises(InputError, match=f"^--resume nothing: no such run in {tmp_path}$"):
+        recorded_settings(words)
+
+
+def test_a_new_run_has_nothing_recorded():
+    assert recorded_settings(["demo", "--seed", "3"]) is None
 
 
 @pytest.mark.parametrize("number", range(4))

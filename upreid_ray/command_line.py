@@ -17,6 +17,7 @@ from upreid_ray.config.downstream import DownstreamConfig
 from upreid_ray.config.errors import InputError, RunFailed, RunStopped
 from upreid_ray.config.presets import AUGMENTATIONS, METHOD_PRESETS, PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.config.run import JobConfig
 from upreid_ray.config.section import Section, absolute_init, value_form
 
 logger = logging.getLogger("upreid_ray")
@@ -68,12 +69,61 @@ class JobParser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that continues a run."""
+    parser.add_argument(
+        "--resume",
+        metavar="RUN_NAME",
+        help="continue this run with its recorded settings; others may be given only if they "
+        "do not change the weights (--run, --scaling, --checkpoint)",
+    )
+
+
+def recorded_settings(words: Sequence[str]) -> dict[str, Any] | None:
+    """Return the recorded settings of the run that ``--resume`` names; None without the flag.
+
+    Raises:
+        InputError: There is no such run.
+    """
+    first = JobParser(None, "", add_help=False)
+    first.add_argument("--resume")
+    first.add_argument("--run.storage_path", "--run.storage-path", dest="storage_path")
+    known = vars(first.parse_known_args(words)[0])
+    if known["resume"] is None:
+        return None
+    # Imported late: no other command line needs it.
+    from upreid_ray.train.folder import RunFolder  # noqa: PLC0415
+
+    run = JobConfig.parse({"name": known["resume"], "storage_path": known["storage_path"]})
+    _, recorded = RunFolder.of(run, "").recorded()
+    return recorded
+
+
+def parse_recorded(
+    config: type[SectionT], recorded: Mapping[str, Any], words: Sequence[str]
+) -> SectionT:
+    """Return recorded settings as those of this job.
+
+    Raises:
+        InputError: Another job recorded them.
+    """
+    if recorded.keys() - config.model_fields.keys():
+        name = words[words.index("--resume") + 1]
+        raise InputError(f"--resume {name}: was started by another job")
+    return config.parse(recorded)
+
+
 def add_settings(
-    parser: argparse.ArgumentParser, config: type[Section], *, without: Sequence[str] = ()
+    parser: argparse.ArgumentParser,
+    config: type[Section],
+    *,
+    without: Sequence[str] = (),
+    is_resumed: bool = False,
 ) -> None:
     """Add a flag for each setting of a configuration, under its dotted path.
 
-    ``--init`` is required: its default, random weights, is for tests and comparisons.
+    ``--init`` is required, except for a resumed run, which has recorded it: its default,
+    random weights, is for tests and comparisons.
     """
     for section, description, settings in config.describe():
         group = parser.add_argument_group(section or "job", description)
@@ -84,7 +134,7 @@ def add_settings(
                     f"--{path}",
                     dest=path,
                     default=argparse.SUPPRESS,
-                    required=is_init,
+                    required=is_init and not is_resumed,
                     type=existing_init if is_init else str,
                     metavar=value_form(field.annotation),
                     help=(field.description or "").replace("%", "%%"),
@@ -92,13 +142,19 @@ def add_settings(
 
 
 def add_finetune_settings(
-    parser: argparse.ArgumentParser, words: Sequence[str], *, without: Sequence[str] = ()
+    parser: argparse.ArgumentParser,
+    words: Sequence[str],
+    recorded: Mapping[str, Any] | None = None,
+    *,
+    without: Sequence[str] = (),
 ) -> Mapping[str, DownstreamConfig]:
     """Add the flags of a fine-tuning: its method, a preset and every setting.
 
     Args:
         parser: Parser to which flags are added.
         words: Words of the command line; the flags are those of the method that they name.
+        recorded: Recorded settings of the run that is resumed, which decide the method; None
+            for a new run.
         without: Settings that get no flag.
 
     Returns:
@@ -109,7 +165,7 @@ def add_finetune_settings(
         each.add_argument(
             "--method",
             choices=METHOD_PRESETS,
-            default="supervised",
+            default="cluster-contrast" if "clustering" in (recorded or {}) else "supervised",
             help="how the backbone is trained (default: %(default)s); presets and settings "
             "depend on it",
         )
@@ -118,10 +174,14 @@ def add_finetune_settings(
         "preset",
         nargs="?",
         choices=presets,
-        default=next(iter(presets)),
-        help="settings to start from (default: %(default)s)",
+        help=f"settings to start from (default: {next(iter(presets))})",
     )
-    add_settings(parser, type(next(iter(presets.values()))), without=without)
+    add_settings(
+        parser,
+        type(next(iter(presets.values()))),
+        without=without,
+        is_resumed=recorded is not None,
+    )
     return presets
 
 
@@ -134,7 +194,8 @@ def existing_init(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     init = absolute_init(text)
-    if init.startswith("/") and not Path(init).exists():
+    places = (init, init.rpartition("#")[0])  # FILE#PREFIX chooses a network of a file
+    if init.startswith("/") and not any(place and Path(place).exists() for place in places):
         raise argparse.ArgumentTypeError(f"{text}: no such file or folder")
     return init
 
@@ -168,14 +229,22 @@ def add_pretrain_settings(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, PretrainConfig)
 
 
-def read_pretrain_settings(arguments: argparse.Namespace) -> PretrainConfig:
+def read_pretrain_settings(
+    arguments: argparse.Namespace, recorded: PretrainConfig | None = None
+) -> PretrainConfig:
     """Return the configuration that the arguments of `add_pretrain_settings` describe.
+
+    Args:
+        arguments: Parsed command line.
+        recorded: Settings of the run that is resumed, from which it starts if neither a preset
+            nor a file is given.
 
     Raises:
         InputError: A file cannot be read, or a setting is refused.
     """
     if arguments.config is None:
-        config = PRESETS[arguments.preset or "demo"]
+        new = PRESETS[arguments.preset or "demo"]
+        config = new if arguments.preset or recorded is None else recorded
         if arguments.preset == "luperson" and "data.shards" not in arguments:
             raise InputError("--data.shards: required with the preset luperson")
     elif arguments.preset is not None:

@@ -262,9 +262,13 @@ class Job:
         file = folder / f"{self.run.name}.json"
         file.write_text(config.model_dump_json())
         self._errors = folder / f"{self.run.name}-{time.monotonic_ns()}.log"
+        # A resumed run has recorded its settings.
+        begin = ["--config", file]
+        if "--resume" in words:
+            begin = ["--run.storage_path", str(config.run.storage_path)]
         with self._errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, ROOT / "jobs/pretrain.py", "--config", file, *words],
+                [sys.executable, ROOT / "jobs/pretrain.py", *begin, *words],
                 cwd=folder,
                 env={**os.environ, "RAY_ADDRESS": "local"},
                 stdout=subprocess.PIPE,

@@ -60,10 +60,11 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
     shards = labelled_shards(common.data, folder.storage)
     planned = list_runs(config, variants, descriptions, shards=shards, storage=folder.uri)
     if run_id is None:
-        run_id = runs.start_run(
-            client, experiment=common.run.experiment, name=folder.name, config=config
-        )
-        folder.record(config, run_id)
+        with folder.begin():
+            run_id = runs.start_run(
+                client, experiment=common.run.experiment, name=folder.name, config=config
+            )
+            folder.record(config, run_id)
     with runs.running(client, run_id):
         scores, failures = _score(planned, folder, common.scaling, run_id)
         result = summarize(planned, scores, failures, run_id=run_id, result_dir=folder.uri)

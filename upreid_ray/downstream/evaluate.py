@@ -6,6 +6,7 @@ Dimensions: N images, Q query images, G gallery images, F features.
 import json
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,18 +67,22 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
     client = connection.connect()
     init = requested(config)
     folder = RunFolder.of(config.run, f"evaluate-{init.description.backbone}")
+    if parent_run_id is None:  # a comparison repeats what was interrupted
+        folder.require_new()
     shards = labelled_shards(config.data, folder.storage)
     shards.check_labels()
     size = {"height": init.description.height, "width": init.description.width}
     images = LabelledImages(shards, **size)
 
-    run_id = runs.start_run(
-        client,
-        experiment=config.run.experiment,
-        name=folder.name,
-        config=config,
-        parent_run_id=parent_run_id,
-    )
+    with nullcontext() if parent_run_id else folder.begin():
+        run_id = runs.start_run(
+            client,
+            experiment=config.run.experiment,
+            name=folder.name,
+            config=config,
+            parent_run_id=parent_run_id,
+        )
+        folder.record(config, run_id)
     with runs.running(client, run_id):
         features = compute_features(images, init, config.scaling)
         scores = features.scores(rerank=config.rerank)

@@ -46,7 +46,8 @@ def finetune(
             clustered, which shows only in the run.
         ray.train.TrainingFailedError: Training failed more often than allowed.
     """
-    init = requested(config)
+    begun = RunFolder.of(config.run, "finetune").recorded_lineage() if resume else {}
+    init = requested(config.override({"init": begun.get("init", config.init)}))
     backbone = init.description.backbone
     folder = RunFolder.of(config.run, f"finetune-{backbone}")
     job = TrainJob.prepare(config, folder, resume=resume, parent_run_id=parent_run_id)

@@ -6,10 +6,13 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+from filelock import FileLock
 
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.run import JobConfig
@@ -19,6 +22,7 @@ from upreid_ray.storage import Location
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+LOCK_FILE = "begin.lock"
 RESULT_FILE = "result.json"
 STOP_FILE = "stop"  # while it is there, the run ends at its next log entry
 NOT_FINITE_FILE = "not_finite.json"
@@ -67,7 +71,8 @@ class RunFolder:
         """
         if self.exists():
             raise InputError(
-                f"--run.name {self.name}: exists already; continue it with --resume {self.name}"
+                f"--run.name {self.name}: exists already; choose another name, or continue a "
+                f"run, sweep or comparison with --resume {self.name}"
             )
 
     def remove(self, file: str) -> None:
@@ -75,10 +80,42 @@ class RunFolder:
         if (self.location / file).is_file():
             (self.location / file).delete_file()
 
-    def record(self, config: Section, run_id: str) -> None:
-        """Write the settings and the ID of the MLflow run, for `recorded_run`."""
-        record = {"run_id": run_id, "config": config.model_dump(mode="json")}
+    @contextmanager
+    def begin(self) -> Iterator[None]:
+        """Let one job at a time begin a run here; refuse it if another one has begun.
+
+        Behind a URI there are no locks: two jobs that begin at the same moment both begin.
+
+        Raises:
+            InputError: A run was started.
+        """
+        if "://" in self.storage:
+            self.require_new()
+            yield
+            return
+        self.location.make_folder()
+        with FileLock(self.local_path() / LOCK_FILE):
+            self.require_new()
+            yield
+
+    def record(
+        self, config: Section, run_id: str, lineage: Mapping[str, str] | None = None
+    ) -> None:
+        """Write the settings, the ID of the MLflow run and what it starts from."""
+        record = {
+            "run_id": run_id,
+            "config": config.model_dump(mode="json"),
+            "lineage": dict(lineage or {}),
+        }
         self.write(RUN_FILE, json.dumps(record, indent=1))
+
+    def recorded_lineage(self) -> dict[str, str]:
+        """Return what the run that was started here starts from; empty if nothing is known.
+
+        The version in it stays the same when an alias of the settings moves to another one.
+        """
+        lineage: dict[str, str] = json.loads(self.read(RUN_FILE) or "{}").get("lineage", {})
+        return lineage
 
     def write(self, file: str, content: str | bytes) -> None:
         """Write a file in this folder; a reader sees the whole file or none.

@@ -192,14 +192,15 @@ class TrainJob:
         config, name = self.config, self.folder.name
         run_id = self.run_id
         if run_id is None:
-            run_id = runs.start_run(
-                self.client,
-                experiment=config.run.experiment,
-                name=name,
-                config=config,
-                parent_run_id=self.parent_run_id,
-            )
-            self.folder.record(config, run_id)
+            with self.folder.begin():
+                run_id = runs.start_run(
+                    self.client,
+                    experiment=config.run.experiment,
+                    name=name,
+                    config=config,
+                    parent_run_id=self.parent_run_id,
+                )
+                self.folder.record(config, run_id, task.lineage)
         runs.set_tags(self.client, run_id, tags)
         logger.info(
             "run %s: %d images, %d steps; if it ends early, continue it with --resume %s",

@@ -89,10 +89,11 @@ def start(plan: SweepPlan, folder: RunFolder) -> SweepResult:
     draw_points(plan)
     client = connection.connect()
     shards, evaluation = _find_shards(plan, folder)
-    run_id = runs.start_run(
-        client, experiment=plan.base.run.experiment, name=folder.name, config=plan
-    )
-    folder.record(plan, run_id)
+    with folder.begin():
+        run_id = runs.start_run(
+            client, experiment=plan.base.run.experiment, name=folder.name, config=plan
+        )
+        folder.record(plan, run_id)
     return _run(TrialSettings(plan, folder, shards, evaluation, run_id), client)
 
 
