@@ -13,8 +13,10 @@ those that a run begins with. For each term a table shows
 
 A row is a list of settings that differ from those of the run. The column "same row" is the
 share of patches whose middle lies in the same row of the other view: so many positives of the
-intrinsic term show the same part of the body.
+intrinsic term show the same part of the body. `--crops` shows this share alone, for each named
+augmentation and several numbers of rows.
 
+    python -m benchmarks.terms --crops
     python -m benchmarks.terms --data.root market1501
     python -m benchmarks.terms --data.root market1501 --checkpoint study/RUN/483 \
         --rows "" patches.alignment=body "patches.alignment=body patches.mining=none"
@@ -37,7 +39,7 @@ from torch import Tensor
 
 from benchmarks.step import provenance
 from benchmarks.study import batches, parse_settings, study_data
-from upreid_ray.config.presets import PRESETS
+from upreid_ray.config.presets import AUGMENTATIONS, PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.augment import ViewParameters
 from upreid_ray.core.checkpoint import load_checkpoint, read_position
@@ -45,6 +47,8 @@ from upreid_ray.core.model import Keys
 from upreid_ray.core.training import StepDraw, TrainState, encode_shuffled_keys
 
 TERMS = ("info_nce", "global_consistency", "intrinsic_contrastive")
+NUM_ROWS = (2, 3, 4, 8)
+NUM_CROPS = 8192
 SHOWN = ("value", "without information", "floor", "gradient", "equal weight", "steadiness")
 # All terms are computed, whatever the run does; their gradients are those of a weight of 1.
 ALL_TERMS = {"loss.consistency_weight": 1, "loss.intrinsic_weight": 1}
@@ -103,6 +107,27 @@ def share_in_same_row(draw: StepDraw, config: PretrainConfig) -> float:
     (query_top, query_height), (key_top, key_height) = map(top_and_height, (query, key))
     seen = (query_top + place * query_height - key_top) / key_height * config.patches.rows
     return float((seen.floor() == rows).float().mean())
+
+
+def crop_table() -> Table:
+    """Return the share in the same row of each augmentation, for view alignment."""
+    table = Table("same row, by rows of the grid", *map(str, NUM_ROWS))
+    for name, augmentation in AUGMENTATIONS.items():
+        configs = (
+            PRESETS["luperson"].override(
+                {
+                    "augmentation": augmentation,
+                    "patches.rows": num_rows,
+                    "training.batch_size": NUM_CROPS,
+                    "training.group_size": NUM_CROPS,
+                    "scaling.num_workers": 1,
+                }
+            )
+            for num_rows in NUM_ROWS
+        )
+        shares = (share_in_same_row(StepDraw.of(each, 0), each) for each in configs)
+        table.add_row(name, *(f"{share:.2f}" for share in shares))
+    return table
 
 
 def gradient(state: TrainState, term: Tensor) -> Tensor:
@@ -225,8 +250,12 @@ def main() -> None:
     add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="settings of all rows")
     add("--rows", nargs="+", default=[""], metavar="'NAME=VALUE ...'")
     add("--batches", type=int, default=4)
+    add("--crops", action="store_true", help="only show how often crops agree in their rows")
     add("--results", type=Path, help="file to which a JSON line for each row is appended")
     options = parser.parse_args()
+    if options.crops:
+        Console().print(crop_table())
+        return
     torch.set_num_threads(1)
     config = PRESETS[options.preset]
     if options.checkpoint is not None:
