@@ -222,9 +222,8 @@ class Run:
             self._save()
         else:
             _, position = load_checkpoint(newest, state)
-            self.seconds = (
-                state.step * state.config.training.batch_size / position.images_per_second
-            )
+            num_images = state.step * state.config.training.batch_size
+            self.seconds = num_images / position.images_per_second if num_images else 0.0
         reports = train(state, batches(self._data.train, state), train_step)
         every_steps = state.config.checkpoint.every_steps
         while state.step < state.num_steps:

@@ -70,6 +70,10 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
     broken = list(islice(Run(CONFIG, data(), tmp_path / "broken").lines(), 3))
     resumed = list(Run(CONFIG, data(), tmp_path / "broken").lines())
     assert of_runs(broken[:2] + resumed) == of_runs(whole)
+    # Stops in the middle of the first steps.
+    list(islice(Run(CONFIG, data(), tmp_path / "early").lines(), 2))
+    early = list(Run(CONFIG, data(), tmp_path / "early").lines())
+    assert of_runs(early) == of_runs(whole[1:])
 
 
 def test_a_study_appends_what_is_missing_and_shows_it(
