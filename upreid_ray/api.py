@@ -61,9 +61,10 @@ def evaluate(config: EvaluateConfig) -> EvaluateResult:
 
 
 def _begin() -> None:
-    """Connect to Ray, and show the logs of the runs unless the process shows logs already."""
+    """Connect to Ray, and show the progress of runs unless the process shows logs already."""
     logger = logging.getLogger("upreid_ray")
     if not logger.hasHandlers():
         logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
+        logger.propagate = False  # a handler that the program adds later would show it twice
     connect_to_ray()
