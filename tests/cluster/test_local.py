@@ -228,7 +228,7 @@ def test_a_submitted_pre_training_registers_a_backbone_with_the_submitted_code(
         shutil.copytree(
             ROOT / folder, work / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
-    code = work / "upreid_ray" / "train_job.py"
+    code = work / "upreid_ray" / "train" / "job.py"
     code.write_text(code.read_text().replace("if it ends early", "submitted code"))
     settings = {
         "data.synthetic.num_train_identities": 8,
