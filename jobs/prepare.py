@@ -2,7 +2,8 @@
 
 SOURCE is a folder or file, or a URI of one (s3://, gs://, hdfs://, file://):
   a folder of images of any depth, or of tracklets; their paths become the keys
-  a labelled set as it is distributed: Market-1501, MSMT17, CUHK03-NP, PersonX, MARS
+  a labelled set as it is distributed: Market-1501, MSMT17, CUHK03-NP, PersonX, MARS; also in
+    folders train, query and gallery, in other letter case, or as the only folder of SOURCE
   an LMDB such as LUPerson's, with its keys.pkl in or beside it
   tar files or a folder of them, such as WebDataset's shards
   Parquet files or a folder of them

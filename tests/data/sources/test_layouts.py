@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs
 
+from tests.data.sources.test_archives import read_all
 from upreid_ray import storage
 from upreid_ray.config.errors import InputError
 from upreid_ray.data.sources.layouts import (
@@ -81,12 +82,140 @@ def test_images_beside_the_folders_of_market_are_left_out(tmp_path):
     assert not {key for key in keys if key.startswith(("gt_bbox", "poster"))}
 
 
-@pytest.mark.parametrize("name", ["portrait.jpg", "0002c1s1.jpg", "c1_0002.jpg"])
-def test_a_name_that_is_not_of_market_is_refused(tmp_path, name):
-    put(market(tmp_path), f"query/{name}")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "query/portrait.jpg",
+        "query/0002c1s1.jpg",
+        "query/c1_0002.jpg",
+        "bounding_box_train/cover.jpg",
+        "bounding_box_train/._0001_c1s1_000001_00.jpg",
+        "bounding_box_test/9999999999_c1s1_000001_00.jpg",
+    ],
+)
+def test_an_image_whose_name_is_not_of_market_is_left_out_and_counted(tmp_path, name):
+    whole = folder_records(str(market(tmp_path)))
 
-    with pytest.raises(InputError, match=rf"^\S+/query/{name}: [^\n]+$"):
+    records = folder_records(str(put(tmp_path, name)))
+
+    assert records.table == whole.table
+    reasons = [(one.key, one.kind, one.reason) for one in records.refused]
+    expected = "no person and camera in its name, such as 0002_c1s1_000451_03.jpg"
+    assert reasons == [(name, "misnamed", expected)]
+
+
+def test_attributes_of_macos_beside_every_image_do_not_stop_a_set(tmp_path):
+    put(market(tmp_path), "query/._0010_c2s1_000001_00.jpg", "query/._1_c2_0.jpg")
+
+    records = folder_records(str(tmp_path))
+
+    assert (len(records), [one.kind for one in records.refused]) == (5, ["misnamed"] * 2)
+
+
+@pytest.mark.parametrize("name", ["portrait.jpg", "0002c1s1.jpg", "c1_0002.jpg"])
+def test_a_folder_in_which_most_names_are_not_of_market_is_refused(tmp_path, name):
+    put(market(tmp_path), f"query/{name}", "query/another.jpg")
+
+    with pytest.raises(
+        InputError, match=r"^\S+/query/\S+: [^\n]+ 2 of 3 images in query[^\n]+$"
+    ):
         folder_records(str(tmp_path))
+
+
+def test_a_market_name_that_is_not_text_is_refused_and_the_others_are_not(tmp_path):
+    market(tmp_path)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/query/0010_c3_\xe9.jpg")).write_bytes(b"1")
+
+    records = folder_records(str(tmp_path))
+
+    assert (len(records), [one.kind for one in records.refused]) == (5, ["unreadable"])
+
+
+def test_the_letter_case_of_folders_does_not_matter(tmp_path):
+    put(
+        tmp_path,
+        "Bounding_Box_Train/0002_c1s1_000451_03.jpg",
+        "Query/0010_c2s1_000001_00.jpg",
+        "bounding_box_TEST/0010_c6s1_000001_00.jpg",
+    )
+
+    assert labels(rows(tmp_path)) == {
+        ("Bounding_Box_Train/0002_c1s1_000451_03.jpg", 2, 1, "train"),
+        ("Query/0010_c2s1_000001_00.jpg", 10, 2, "query"),
+        ("bounding_box_TEST/0010_c6s1_000001_00.jpg", 10, 6, "gallery"),
+    }
+
+
+def test_folders_that_differ_in_letter_case_only_are_refused(tmp_path):
+    put(market(tmp_path), "Query/0010_c2s1_000001_00.jpg")
+
+    with pytest.raises(InputError, match=r"^[^\n]+: holds both Query and query; keep one$"):
+        folder_records(str(tmp_path))
+
+
+@pytest.mark.parametrize("train", ["train", "train_all"])
+def test_copies_in_folders_train_query_and_gallery_have_the_layout_of_market(tmp_path, train):
+    put(
+        tmp_path,
+        f"{train}/0002/0002_c1s1_000451_03.jpg",
+        "query/0010/0010_c2s1_000001_00.jpg",
+        "gallery/0010/0010_c6s1_000001_00.jpg",
+        "gallery/-1/-1_c6s1_000001_00.jpg",
+    )
+
+    assert {(each.pid, each.camid, each.split) for each in rows(tmp_path)} == {
+        (2, 1, "train"),
+        (10, 2, "query"),
+        (10, 6, "gallery"),
+    }
+
+
+@pytest.mark.parametrize("outer", ["Market-1501-v15.09.15", "a/b", "test", "50%25 \u00fc"])
+def test_a_set_that_is_all_of_a_folder_is_read_at_any_depth(tmp_path, outer):
+    inner = market(tmp_path / outer)
+    put(tmp_path, "._" + outer.partition("/")[0], "__MACOSX/query/._0010_c2.jpg", "read me.txt")
+
+    records = folder_records(str(tmp_path))
+
+    assert records.table == folder_records(str(inner)).table
+    assert len(read_all(records)) == len(records)
+
+
+def test_msmt17_is_read_from_the_folder_around_it(tmp_path):
+    inner = tmp_path / "MSMT17_V1"
+    put(inner, "train/0000/0000_000_01_0303morning_0015_0.jpg")
+    put(inner, "test/0000/0000_003_05_0303noon_0100_0.jpg")
+    (inner / "list_train.txt").write_text("0000/0000_000_01_0303morning_0015_0.jpg 0\n")
+    (inner / "list_query.txt").write_text("0000/0000_003_05_0303noon_0100_0.jpg 0\n")
+
+    assert sorted(each.split for each in rows(tmp_path)) == ["query", "train"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["m/query/0001_c1.jpg", "crops/a.jpg"], "the labelled set ROOT/m beside other images"),
+        (["m/query/0001_c1.jpg", "n/gallery/0001_c1.jpg"], "several sets; give one, such as"),
+        (["train/a.jpg", "test/b.jpg"], "holds test like .* give ROOT/train, or a list"),
+        (["mask_test_v2/a.jpg"], "holds mask_test_v2 like .* give a folder of training images"),
+        (["x/bbox_test/a.jpg"], "ROOT/x: holds bbox_test like .* give a folder of training"),
+        (["a/b/Query/a.jpg"], "ROOT/a/b/Query/a.jpg: no person and camera in its name"),
+    ],
+)
+def test_test_images_never_become_training_images(tmp_path, names, message):
+    put(tmp_path, *names)
+
+    with pytest.raises(InputError, match=message.replace("ROOT", str(tmp_path))) as refusal:
+        folder_records(str(tmp_path))
+
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("lonely", ["train", "test"])
+def test_a_tree_with_only_one_folder_called_train_or_test_is_plain(tmp_path, lonely):
+    put(tmp_path, f"{lonely}/a.jpg", "b.jpg")
+
+    assert {each.split for each in rows(tmp_path)} == {"unlabeled"}
 
 
 def labels(records: list[SimpleNamespace]) -> set[tuple[str, int | None, int | None, str]]:
@@ -151,9 +280,27 @@ def test_personx_names_give_person_and_camera(tmp_path):
     assert found == {(5, 12), (411, 3), (411, 8)}
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\n\n \n"])
+@pytest.mark.parametrize("blank", [" ", "\t", "  "])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_of_msmt17_that_an_editor_saved_are_read(tmp_path, ending, blank, encoding):
+    names = ["0000/0000_000_01_0303morning_0015_0.jpg", "0001/0001_015_14_0113noon_1056_1.jpg"]
+    put(tmp_path, *(f"train/{name}" for name in names))
+    lines = [f"{name}{blank}{number}{ending}" for number, name in enumerate(names)]
+    text = "".join(lines).replace("0000/", "0000\\")
+    (tmp_path / "List_Train.txt").write_bytes(text.encode(encoding))
+
+    assert labels(rows(tmp_path)) == {
+        (f"train/{names[0]}", 0, 1, "train"),
+        (f"train/{names[1]}", 1, 14, "train"),
+    }
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("\u00b2/0000_000_01_.jpg \u00b2", "not a line of MSMT17"),
+        ("0000/0000_000_01_morning.jpg \0 0", "is no text file"),
         ("0000/0000_000_01_morning.jpg", "not a line of MSMT17"),
         ("0000/portrait.jpg 0", "not a line of MSMT17"),
         ("0000/0000_000_01_0303morning_0015_0.jpg 0", "cannot be read"),

@@ -8,7 +8,7 @@ https://arxiv.org/abs/1812.02162; MARS, Zheng et al. 2016) are told apart by the
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from upreid_ray.config.errors import InputError
+from upreid_ray.data.sources.listings import text_lines
 from upreid_ray.data.sources.records import (
     Record,
     Records,
@@ -30,13 +31,17 @@ from upreid_ray.storage import Location, reading
 
 logger = logging.getLogger(__name__)
 
-MARKET_FOLDERS: dict[str, Split] = {
-    "bounding_box_train": "train",
-    "query": "query",
-    "bounding_box_test": "gallery",
+# Folders of each split; the first one that is there is read. `train_all`, `train` and `gallery`
+# are those of copies that were sorted for other programs.
+MARKET_FOLDERS: dict[Split, tuple[str, ...]] = {
+    "train": ("bounding_box_train", "train_all", "train"),
+    "query": ("query",),
+    "gallery": ("bounding_box_test", "gallery", "test"),
 }
-MARKET_NAME = re.compile(r"(-?\d+)_c(-?\d+)")
-MARS_NAME = re.compile(r"(\d{4})C(\d+)T(\d+)F(\d+)")
+MARKET_NAME = re.compile(r"(-?[0-9]{1,9})_c(-?[0-9]{1,9})(?![0-9])")
+MARKET_EXAMPLE = "0002_c1s1_000451_03.jpg"
+MARS_NAME = re.compile(r"([0-9]{4})C([0-9]{1,9})T[0-9]+F[0-9]+")
+MARS_EXAMPLE = "0001C1T0001F001.jpg"
 JUNK_PID = -1
 DISTRACTOR_PID = 0
 # First and second version of MSMT17: folder of training images, folder of test images.
@@ -47,9 +52,22 @@ MSMT17_LISTS: dict[str, Split] = {
     "list_query.txt": "query",
     "list_gallery.txt": "gallery",
 }
-MSMT17_CAMERA = 2  # place of the camera among the parts of a file name
-# Folders of downloads that hold two versions of one set, side by side.
-VERSIONS = ("labeled", "detected", "MSMT17_V1", "MSMT17_V2")
+MSMT17_LINE = re.compile(r"(.*[^\s])\s+([0-9]{1,9})")
+MSMT17_NAME = re.compile(r"[^_]*_[^_]*_([0-9]{1,9})(_.*)?")  # the third part is the camera
+# Names by which a labelled set shows in a tree, in any letter case. A folder called `train` or
+# `test` alone may be anything.
+SURE_NAMES = {
+    "bounding_box_train",
+    "bounding_box_test",
+    "query",
+    "gallery",
+    "bbox_train",
+    "bbox_test",
+    "mask_test_v2",
+    *MSMT17_LISTS,
+}
+LAYOUT_NAMES = SURE_NAMES | {"train_all", "train", "test", "mask_train_v2"}
+MACOS_PREFIX = "._"  # of files in which macOS keeps attributes of the file of the other name
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,9 @@ class ImageFile:
     pid: int | None
     camid: int | None
     num_bytes: int
+
+
+Layout = Callable[[Location, Mapping[str, str]], Iterator[ImageFile | Refused]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +100,7 @@ def folder_records(source: str) -> Records:
 
     - ``bounding_box_train`` or ``bounding_box_test``: Market-1501's layout, in which PersonX,
       CUHK03-NP and copies of MSMT17 come too. Junk (pid -1) is left out, distractors (pid 0)
-      stay.
+      stay. A folder ``query`` or ``gallery`` beside ``train`` is this layout, too.
     - ``list_query.txt`` or ``list_train.txt``: MSMT17, both versions. The validation images
       belong to the train split, as in its paper's counts; test persons, whose numbers begin at
       0 again, follow the train persons.
@@ -87,6 +108,11 @@ def folder_records(source: str) -> Records:
       query and which is gallery stands in a file of Matlab's.
     - Anything else: a plain tree of any depth, in which all images are unlabeled. Tracklets in
       folders of their own stay recognizable in the keys, which are paths.
+
+    The letter case of these names does not matter. An image whose name does not fit the layout
+    is refused alone, unless most names of its folder do not fit. If all images of a tree are in
+    one labelled set, that set is read; otherwise a labelled set in a tree is refused, since its
+    test images must not become training images.
 
     Raises:
         InputError: The folder cannot be read, has no images, or breaks the rules of its layout.
@@ -96,14 +122,8 @@ def folder_records(source: str) -> Records:
         if not folder.is_folder():
             kind = "is not a folder" if folder.is_file() else "missing"
             raise InputError(f"{source}: {kind}; give a folder of images or 'synthetic'")
-        versions = [name for name in VERSIONS if _layout(folder / name)]
-        if versions:
-            raise InputError(
-                f"{source}: holds several versions of a set; give one, such as "
-                f"{folder / versions[0]}"
-            )
         layout = _layout(folder)
-        return _labelled(folder, layout(folder)) if layout else _tree(folder)
+        return _labelled(folder, *layout) if layout else _tree(folder)
 
 
 @dataclass(frozen=True)
@@ -168,82 +188,129 @@ def label_warnings(table: pa.Table) -> list[str]:
     return warnings
 
 
-def _layout(folder: Location) -> Callable[[Location], Iterator[ImageFile]] | None:
-    """Return the reader of the layout of a labelled set, None if the folder has no layout."""
-    if any((folder / name).is_folder() for name in ("bounding_box_train", "bounding_box_test")):
-        return _market_files
-    if any((folder / name).is_file() for name in ("list_train.txt", "list_query.txt")):
-        return _msmt17_files
-    if (folder / "bbox_train").is_folder():
-        return _mars_files
+def _layout(folder: Location) -> tuple[Layout, dict[str, str]] | None:
+    """Return the layout of a labelled set and its entries; None if the folder has no layout.
+
+    The entries are the names in the folder by their lower-case names.
+    """
+    entries: dict[str, str] = {}
+    for name in folder.names():
+        lower = name.lower()
+        if lower not in LAYOUT_NAMES or (folder / name).is_folder() == (lower in MSMT17_LISTS):
+            continue
+        if lower in entries:
+            raise InputError(f"{folder}: holds both {entries[lower]} and {name}; keep one")
+        entries[lower] = name
+    if entries.keys() & {"bounding_box_train", "bounding_box_test"}:
+        return _market_files, entries
+    if entries.keys() & {"list_train.txt", "list_query.txt"}:
+        return _msmt17_files, entries
+    if "bbox_train" in entries:
+        return _mars_files, entries
+    if entries.keys() & {"query", "gallery"}:
+        return _market_files, entries
     return None
 
 
-def _market_files(folder: Location) -> Iterator[ImageFile]:
-    for name, split in MARKET_FOLDERS.items():
-        if not (folder / name).is_folder():
+def _market_files(
+    folder: Location, entries: Mapping[str, str]
+) -> Iterator[ImageFile | Refused]:
+    for split, names in MARKET_FOLDERS.items():
+        name = next((entries[name] for name in names if name in entries), None)
+        if name is not None:
+            yield from _named_files(folder, name, split, MARKET_NAME, MARKET_EXAMPLE)
+
+
+def _named_files(
+    folder: Location, name: str, split: Split, pattern: re.Pattern[str], example: str
+) -> Iterator[ImageFile | Refused]:
+    """Yield the images of a part of a set whose names have person and camera, without junk.
+
+    Raises:
+        InputError: Most names do not fit the pattern.
+    """
+    num_fitting = 0
+    misnamed = []
+    for key, num_bytes in _images(folder, name):
+        file_name = key.rpartition("/")[2]
+        match = pattern.match(file_name)
+        if match is not None:
+            num_fitting += 1
+            if int(match[1]) != JUNK_PID:
+                yield ImageFile(key, split, int(match[1]), int(match[2]), num_bytes)
             continue
-        for key, num_bytes in _images(folder, name):
-            match = MARKET_NAME.match(key.rpartition("/")[2])
-            if match is None:
-                raise InputError(
-                    f"{folder}/{key}: no person and camera in its name, such as "
-                    "0002_c1s1_000451_03.jpg"
-                )
-            pid, camid = int(match[1]), int(match[2])
-            if pid != JUNK_PID:
-                yield ImageFile(key, split, pid, camid, num_bytes)
+        reason = f"no person and camera in its name, such as {example}"
+        yield Refused(key, "misnamed", reason)
+        if not file_name.startswith(MACOS_PREFIX):
+            misnamed.append(key)
+    if len(misnamed) > num_fitting:
+        raise InputError(
+            f"{folder}/{misnamed[0]}: no person and camera in its name, such as {example}; the "
+            f"same holds for {len(misnamed)} of {len(misnamed) + num_fitting} images in {name}; to read "
+            "unlabeled images, give their folder"
+        )
+    if misnamed:
+        logger.warning(
+            "%s/%s: %d images without person and camera in their names are left out, such as "
+            "%s",
+            folder,
+            name,
+            len(misnamed),
+            misnamed[0],
+        )
 
 
-def _msmt17_files(folder: Location) -> Iterator[ImageFile]:
-    folders = [pair for pair in MSMT17_FOLDERS if (folder / pair[0]).is_folder()]
+def _msmt17_files(
+    folder: Location, entries: Mapping[str, str]
+) -> Iterator[ImageFile | Refused]:
+    folders = [pair for pair in MSMT17_FOLDERS if pair[0] in entries]
     if not folders:
         expected = " or ".join(f"{train}/ and {test}/" for train, test in MSMT17_FOLDERS)
         raise InputError(f"{folder}: has lists of MSMT17 but neither {expected}")
-    train_folder, test_folder = folders[0]
+    train_folder, test_folder = (entries.get(name, name) for name in folders[0])
     num_train_persons = 0
-    for name, split in MSMT17_LISTS.items():
-        if not (folder / name).is_file():
+    for lower, split in MSMT17_LISTS.items():
+        if lower not in entries:
             continue
+        name = entries[lower]
         part = train_folder if split == "train" else test_folder
         sizes = dict(_images(folder, part))
-        for line in (folder / name).read_bytes().decode().splitlines():
-            image, _, number = line.strip().rpartition(" ")
-            parts = image.rpartition("/")[2].split("_")
-            if (
-                not number.isdigit()
-                or len(parts) <= MSMT17_CAMERA
-                or not parts[MSMT17_CAMERA].isdigit()
-            ):
+        for line in text_lines((folder / name).read_bytes(), f"{folder}/{name}"):
+            fields = MSMT17_LINE.fullmatch(line)
+            image = fields[1].replace("\\", "/") if fields else ""
+            labels = MSMT17_NAME.fullmatch(image.rpartition("/")[2])
+            if fields is None or labels is None:
                 raise InputError(f"{folder}/{name}: not a line of MSMT17: {line[:80]!r}")
             key = f"{part}/{image}"
             if key not in sizes:
                 raise InputError(
                     f"{folder}/{key}: cannot be read (it is in {name} but not there)"
                 )
-            pid = int(number)
+            pid = int(fields[2])
             if split == "train":
                 num_train_persons = max(num_train_persons, pid + 1)
             else:
                 pid += num_train_persons
-            yield ImageFile(key, split, pid, int(parts[MSMT17_CAMERA]), sizes[key])
+            yield ImageFile(key, split, pid, int(labels[1]), sizes[key])
 
 
-def _mars_files(folder: Location) -> Iterator[ImageFile]:
-    if (folder / "bbox_test").is_folder():
+def _mars_files(folder: Location, entries: Mapping[str, str]) -> Iterator[ImageFile | Refused]:
+    if "bbox_test" in entries:
         logger.warning("%s: bbox_test is left out, only bbox_train is read", folder)
-    for key, num_bytes in _images(folder, "bbox_train"):
-        match = MARS_NAME.match(key.rpartition("/")[2])
-        if match is None:
-            raise InputError(
-                f"{folder}/{key}: no person, camera and tracklet in its name, such as "
-                "0001C1T0001F001.jpg"
-            )
-        yield ImageFile(key, "train", int(match[1]), int(match[2]), num_bytes)
+    return _named_files(folder, entries["bbox_train"], "train", MARS_NAME, MARS_EXAMPLE)
 
 
-def _labelled(folder: Location, files: Iterator[ImageFile]) -> Records:
-    rows = list(files)
+def _labelled(folder: Location, layout: Layout, entries: Mapping[str, str]) -> Records:
+    rows: list[ImageFile] = []
+    refused: list[Refused] = []
+    for each in layout(folder, entries):
+        refusal = not_text(each.key)
+        if refusal:
+            refused.append(refusal)
+        elif isinstance(each, Refused):
+            refused.append(each)
+        else:
+            rows.append(each)
     names = ("key", "split", "pid", "camid", "num_bytes")
     columns = {name: [getattr(each, name) for each in rows] for name in names}
     return make_records(
@@ -251,6 +318,7 @@ def _labelled(folder: Location, files: Iterator[ImageFile]) -> Records:
         columns,
         FileReader(folder),
         num_readers=num_readers([folder]),
+        refused=refused,
     )
 
 
@@ -258,13 +326,25 @@ def _tree(folder: Location) -> Records:
     keys: list[str] = []
     sizes: list[int] = []
     refused: list[Refused] = []
-    for key, num_bytes in _images(folder):
+    places: set[str] = set()
+    for key, num_bytes in folder.files_below():
+        place, _, name = key.rpartition("/")
+        if name.lower() in MSMT17_LISTS:
+            places.add(key)
+        if not is_image_name(name):
+            continue
+        if not name.startswith(MACOS_PREFIX):
+            places.add(place)
         refusal = not_text(key)
         if refusal:
             refused.append(refusal)
         else:
             keys.append(key)
             sizes.append(num_bytes)
+    inner = _set_in_tree(folder, places)
+    if inner is not None:
+        logger.info("%s: reading the labelled set in %s", folder, inner[0])
+        return _labelled(*inner)
     return make_records(
         folder.uri,
         {"key": keys, "num_bytes": np.array(sizes, np.int64)},
@@ -272,6 +352,68 @@ def _tree(folder: Location) -> Records:
         num_readers=num_readers([folder]),
         refused=refused,
     )
+
+
+def _set_in_tree(
+    folder: Location, places: Collection[str]
+) -> tuple[Location, Layout, dict[str, str]] | None:
+    """Return the labelled set that has all images of a tree; None if there is no such set.
+
+    Args:
+        folder: Root of the tree.
+        places: Paths of the folders of images, and of lists of MSMT17.
+
+    Raises:
+        InputError: There are several sets, other images beside a set, or test images without
+            a known layout.
+    """
+    parts_of: dict[str, dict[str, str]] = {}
+    for place in places:
+        parts = place.split("/")
+        for depth, part in enumerate(parts):
+            if part.lower() in LAYOUT_NAMES:
+                parts_of.setdefault("/".join(parts[:depth]), {})[part.lower()] = part
+    sets = {
+        below: parts
+        for below, parts in parts_of.items()
+        if parts.keys() & SURE_NAMES or parts.keys() >= {"train", "test"}
+    }
+    outer = [
+        below
+        for below in sets
+        if not any(_is_in(below, other) for other in sets.keys() - {below})
+    ]
+    if not outer:
+        return None
+    if len(outer) > 1:
+        raise InputError(
+            f"{folder}: holds several versions of a set, or several sets; give one, such as "
+            f"{folder / max(outer)}"
+        )
+    (below,) = outer
+    root = folder / below if below else folder
+    layout = _layout(root) if below else None
+    if layout is None:
+        train, other = (
+            next(
+                (f"{root / part}" for name, part in sets[below].items() if "train" in name), ""
+            ),
+            next((part for name, part in sets[below].items() if "train" not in name), ""),
+        )
+        raise InputError(
+            f"{root}: holds {other or train} like a labelled set, but its layout is not known; "
+            f"give {train or 'a folder of training images'}, or a list of images"
+        )
+    if not all(_is_in(place, below) for place in places):
+        raise InputError(
+            f"{folder}: holds the labelled set {root} beside other images; give one of them"
+        )
+    return root, *layout
+
+
+def _is_in(path: str, folder: str) -> bool:
+    """Return whether a path in a tree is that of a folder or below it."""
+    return not folder or path == folder or path.startswith(f"{folder}/")
 
 
 def _images(folder: Location, below: str = "") -> Iterator[tuple[str, int]]:

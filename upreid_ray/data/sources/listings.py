@@ -1,5 +1,7 @@
 """Lists of paths -> records."""
 
+import codecs
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -40,8 +42,29 @@ def listed_paths(source: str) -> list[str]:
         return [
             e if isinstance(e, str) else e.decode(errors="surrogateescape") for e in entries
         ]
-    lines = content.decode(errors="surrogateescape").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return text_lines(content, source)
+
+
+def text_lines(content: bytes, source: str) -> list[str]:
+    """Return the lines of a text file, without blank ones and blanks around them.
+
+    It is UTF-8, or UTF-16 with a byte order mark, as editors on Windows write it. Bytes that
+    are not UTF-8 become surrogates.
+
+    Raises:
+        InputError: It is no text.
+    """
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        if is_utf16:
+            text = content.decode("utf-16")
+        else:
+            text = content.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise InputError(f"{source}: is no text file; save the list as UTF-8, a path on a line")
+    return [line.strip() for line in re.split("[\r\n]+", text) if line.strip()]
 
 
 def listed_records(source: str, paths: Sequence[str]) -> Records:
