@@ -7,7 +7,8 @@ SOURCE is a folder or file, or a URI of one (s3://, gs://, hdfs://, file://):
   an LMDB such as LUPerson's, with its keys.pkl in or beside it
   tar files or a folder of them, such as WebDataset's shards
   Parquet files or a folder of them
-  a list of paths (.txt, or a pickled list .pkl) of images, of tar or of Parquet files
+  a list of paths (.txt, or a pickled list .pkl) of images, of tar or of Parquet files; what
+    follows the path of an image on its line, such as a label, is ignored
   the word synthetic, which draws the synthetic set
 
 DIR/refused.jsonl lists each image that was left out and the reason; DIR/samples.html shows

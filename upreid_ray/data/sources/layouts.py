@@ -243,10 +243,11 @@ def _named_files(
         yield Refused(key, "misnamed", reason)
         if not file_name.startswith(MACOS_PREFIX):
             misnamed.append(key)
+    num_named = num_fitting + len(misnamed)
     if len(misnamed) > num_fitting:
         raise InputError(
             f"{folder}/{misnamed[0]}: no person and camera in its name, such as {example}; the "
-            f"same holds for {len(misnamed)} of {len(misnamed) + num_fitting} images in {name}; to read "
+            f"same holds for {len(misnamed)} of {num_named} images in {name}; to read "
             "unlabeled images, give their folder"
         )
     if misnamed:

@@ -1,6 +1,7 @@
 """Lists of paths -> records."""
 
 import codecs
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,21 +12,34 @@ import numpy as np
 from upreid_ray.config.errors import InputError
 from upreid_ray.data.sources.pickles import read_pickle
 from upreid_ray.data.sources.records import (
+    IMAGE_SUFFIXES,
     Record,
     Records,
     Refused,
+    is_image_name,
     make_records,
     not_text,
     num_readers,
 )
 from upreid_ray.storage import Location, reading
 
+logger = logging.getLogger(__name__)
+
 # Number of files whose sizes are looked up; the others get the average size.
 NUM_SIZES = 256
+# A path that ends as images do, and what follows it on its line, such as a label.
+LABELLED_LINE = re.compile(
+    rf"(.+(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))}))(?:\s+|\s*[,;]\s*)\S.*", re.IGNORECASE
+)
+WINDOWS_DRIVE = re.compile(r"[A-Za-z]:\\|\\\\")
 
 
 def listed_paths(source: str) -> list[str]:
     """Return the entries of a list: a line each, or a pickled list or tuple.
+
+    On a line, what follows the path of an image, such as a label, is ignored: nothing tells
+    whether it is a person, a class or a camera. Backslashes of paths without slashes, as
+    Windows writes them, are read as slashes.
 
     Raises:
         InputError: It cannot be read, or holds something else.
@@ -42,7 +56,30 @@ def listed_paths(source: str) -> list[str]:
         return [
             e if isinstance(e, str) else e.decode(errors="surrogateescape") for e in entries
         ]
-    return text_lines(content, source)
+    return _paths_of_lines(text_lines(content, source), source)
+
+
+def _paths_of_lines(lines: Sequence[str], source: str) -> list[str]:
+    paths = []
+    num_labelled = 0
+    for line in lines:
+        labelled = None if is_image_name(line) else LABELLED_LINE.fullmatch(line)
+        num_labelled += labelled is not None
+        path = labelled[1] if labelled else line
+        if WINDOWS_DRIVE.match(path):
+            raise InputError(
+                f"{source}: holds paths of Windows ({path[:80]!r}); write paths from the "
+                "folder of the list"
+            )
+        paths.append(path if "/" in path else path.replace("\\", "/"))
+    if num_labelled:
+        logger.warning(
+            "%s: what follows the path on %d of %d lines, such as labels, is ignored",
+            source,
+            num_labelled,
+            len(lines),
+        )
+    return paths
 
 
 def text_lines(content: bytes, source: str) -> list[str]:
