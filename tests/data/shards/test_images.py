@@ -1,5 +1,8 @@
 """Images are checked, turned upright, and measured."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
@@ -61,6 +64,74 @@ def test_sixteen_bits_are_scaled_to_eight():
     image = usable(sixteen_bit())
 
     np.testing.assert_allclose(image, np.full((16, 8, 3), 0x80), atol=2)
+
+
+@pytest.mark.parametrize(
+    ("levels", "kind", "expected"),
+    [
+        (np.full((16, 8), 2048, np.uint16), "PNG", 128),  # 12 bits
+        (np.full((16, 8), 512, np.uint16), "TIFF", 128),  # 10 bits
+        (np.full((16, 8), 8192, np.uint16), "PNG", 128),  # 14 bits
+        (np.full((16, 8), 200, np.uint16), "PNG", 200),
+        (np.full((16, 8), 200, np.int32), "TIFF", 200),
+        (np.full((16, 8), 40_000, np.int32), "TIFF", 156),
+        (np.full((16, 8), 2**30, np.int32), "TIFF", 64),
+        (np.full((16, 8), 0.5, np.float32), "TIFF", 128),
+        (np.full((16, 8), 150.2, np.float32), "TIFF", 150),
+    ],
+)
+def test_deep_images_are_scaled_by_the_range_that_they_use(levels, kind, expected):
+    encoded = encode(Image.fromarray(levels), kind)
+
+    picture = usable_image(encoded, max_height=None).picture
+
+    assert np.abs(np.asarray(picture).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("level", [-1.0, 1.5, 100.0, 300.0, np.nan, np.inf, np.int32(-5)])
+def test_a_deep_image_of_an_unknown_range_is_refused(level):
+    levels = np.full((16, 8), level, None if isinstance(level, np.int32) else np.float32)
+
+    with pytest.raises(RefusedImageError, match=r"^its levels reach from \S+ to \S+$") as error:
+        usable_image(encode(Image.fromarray(levels), "TIFF"), max_height=None)
+
+    assert error.value.kind == "range"
+
+
+def png_of_16_bits(level: int) -> bytes:
+    """Return a colour PNG of 16 bits a channel, which Pillow does not write."""
+    rows = (b"\0" + level.to_bytes(2, "big") * 3 * 8) * 16
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", 8, 16, 16, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    chunks = [
+        struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+        for name, part in parts.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def tiff_of_16_bits(level: int) -> bytes:
+    """Return a colour TIFF of 16 bits a channel, which Pillow does not write."""
+    tags = {256: 8, 257: 16, 258: 122, 259: 1, 262: 2, 273: 128, 277: 3, 278: 16, 279: 768}
+    entries = [
+        struct.pack("<HHII", tag, 3, 3 if tag == 258 else 1, value)
+        for tag, value in tags.items()
+    ]
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(entries) + bytes(4)
+    return head + struct.pack("<HHH", 16, 16, 16) + level.to_bytes(2, "little") * 3 * 128
+
+
+@pytest.mark.parametrize("make", [png_of_16_bits, tiff_of_16_bits])
+def test_a_colour_image_that_does_not_use_its_16_bits_is_refused(make):
+    usable = usable_image(make(0x8000), max_height=None)
+
+    assert np.abs(np.asarray(usable.picture).astype(int) - 128).max() <= 1
+    with pytest.raises(RefusedImageError, match="too dark to use its 16 bits") as error:
+        usable_image(make(4000), max_height=None)
+    assert error.value.kind == "range"
 
 
 def test_a_turned_image_is_upright_afterwards():

@@ -22,6 +22,12 @@ KEPT_FORMATS = {"JPEG", "PNG"}
 KEPT_MODES = {"RGB", "L"}
 ORIENTATION_TAG = 0x0112
 JPEG_QUALITY = 95
+# Bits a pixel that the levels of an image of more than 8 bits may use.
+DEPTHS = (8, 10, 12, 14, 16, 24, 32)
+# Where the bits of a channel stand: place in a PNG file, tag of a TIFF file.
+PNG_DEPTH, TIFF_DEPTH = 24, 258
+# Least brightest level of a colour image of 16 bits; one that uses 14 bits or fewer is darker.
+MIN_BRIGHTEST = 64
 # About a hundred times the size of a person crop.
 MAX_IMAGE_BYTES = 64 * 2**20
 # Sharpness is measured at one size, or it would depend on the resolution.
@@ -112,7 +118,7 @@ def usable_image(encoded: bytes, *, max_height: int | None) -> UsableImage:
     """Return an image that decodes to upright RGB, re-encoded only if necessary.
 
     A camera's MPO file holds several views of one scene; the first one is used. Animations are
-    refused.
+    refused. Grey images of more than 8 bits are scaled by the range that they use.
 
     Args:
         encoded: Content of an image file.
@@ -139,6 +145,11 @@ def usable_image(encoded: bytes, *, max_height: int | None) -> UsableImage:
         ) from error
     if num_frames > 1 and image.format != "MPO":
         raise RefusedImageError("animated", f"has {num_frames} frames")
+    is_deep = image.mode.startswith(("I", "F"))
+    if not is_deep and _depth(image, encoded) > 8:  # noqa: PLR2004
+        brightest = np.asarray(image.convert("RGB")).max()
+        if brightest < MIN_BRIGHTEST:
+            raise RefusedImageError("range", "is too dark to use its 16 bits for each colour")
     too_high = max_height is not None and image.height > max_height
     is_upright = image.getexif().get(ORIENTATION_TAG, 1) == 1
     if (
@@ -148,9 +159,8 @@ def usable_image(encoded: bytes, *, max_height: int | None) -> UsableImage:
         and not too_high
     ):
         return UsableImage(encoded, image.convert("RGB"))
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would cut instead of scale
-        scaled = np.asarray(image).astype(np.uint32) >> 8
-        image = Image.fromarray(scaled.astype(np.uint8))
+    if is_deep:  # Pillow would cut these instead of scaling them
+        image = _in_eight_bits(image)
     upright = ImageOps.exif_transpose(image).convert("RGB")
     if max_height is not None and upright.height > max_height:
         width = max(1, round(upright.width * max_height / upright.height))
@@ -158,6 +168,35 @@ def usable_image(encoded: bytes, *, max_height: int | None) -> UsableImage:
     buffer = io.BytesIO()
     upright.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return UsableImage(buffer.getvalue(), upright)
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """Return a grey image of more than 8 bits a pixel, scaled by the range that it uses.
+
+    Whole numbers are divided by the least depth of a sensor (`DEPTHS`) that holds the largest
+    one. Other numbers must reach from 0 to 1, or to between 128 and 255.
+
+    Raises:
+        RefusedImageError: The range is another one.
+    """
+    levels = np.asarray(image).astype(np.float64)
+    least, most = float(levels.min()), float(levels.max())
+    if image.mode == "F":
+        limits = [255.0] if 128 <= most <= 255 else [1.0]  # noqa: PLR2004
+    else:
+        limits = [2.0**depth - 1 for depth in DEPTHS]
+    limit = next((limit for limit in limits if most <= limit), None)
+    if limit is None or not least >= 0:
+        raise RefusedImageError("range", f"its levels reach from {least:g} to {most:g}")
+    return Image.fromarray(np.rint(levels * (255 / limit)).astype(np.uint8))
+
+
+def _depth(image: Image.Image, encoded: bytes) -> int:
+    """Return the bits of a channel in the file; Pillow reads at most 8 of those of a colour."""
+    if image.format == "PNG":
+        return encoded[PNG_DEPTH]
+    tags = getattr(image, "tag_v2", None) or {}
+    return int(max(tags.get(TIFF_DEPTH, (8,))))
 
 
 def measure(picture: Image.Image) -> Measures:
