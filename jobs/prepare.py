@@ -4,7 +4,8 @@ SOURCE is a folder or file, or a URI of one (s3://, gs://, hdfs://, file://):
   a folder of images of any depth, or of tracklets; their paths become the keys
   a labelled set as it is distributed: Market-1501, MSMT17, CUHK03-NP, PersonX, MARS; also in
     folders train, query and gallery, in other letter case, or as the only folder of SOURCE
-  an LMDB such as LUPerson's, with its keys.pkl in or beside it
+  an LMDB such as LUPerson's, with its keys.pkl in or beside it, or the folder around both;
+    pids in keys.pkl are kept, and the images stay unlabeled
   tar files or a folder of them, such as WebDataset's shards
   Parquet files or a folder of them
   a list of paths (.txt, or a pickled list .pkl) of images, of tar or of Parquet files; what

@@ -14,6 +14,7 @@ import pytest
 from upreid_ray.config.errors import InputError
 from upreid_ray.data.sources.archives import lmdb_records, parquet_records, tar_records
 from upreid_ray.data.sources.records import Records
+from upreid_ray.data.sources.source import source_records
 
 
 def read_all(records: Records) -> dict[str, bytes]:
@@ -136,6 +137,55 @@ def test_a_key_that_an_lmdb_does_not_have_fails_when_it_is_read(tmp_path):
 
     with pytest.raises(ValueError, match="no such key"):
         read_all(records)
+
+
+def test_an_lmdb_is_found_in_the_only_folder_of_a_folder(tmp_path):
+    make_lmdb(tmp_path / "lmdb", PEOPLE)
+    (tmp_path / "keys.pkl").write_bytes(pickle.dumps({"keys": list(PEOPLE)[:1]}))
+
+    assert list(read_all(source_records(str(tmp_path), {}))) == list(PEOPLE)[:1]
+
+
+@pytest.mark.parametrize("beside", ["crops", "a.jpg"])
+def test_an_lmdb_in_a_folder_beside_other_images_is_refused(tmp_path, beside):
+    make_lmdb(tmp_path / "lmdb", PEOPLE)
+    (tmp_path / beside).mkdir()
+
+    with pytest.raises(InputError, match=rf"^[^\n]+: holds {beside} beside the LMDB [^\n]+$"):
+        source_records(str(tmp_path), {})
+
+
+@pytest.mark.parametrize("with_list", [False, True])
+def test_entries_of_an_lmdb_that_are_no_images_are_skipped(tmp_path, with_list):
+    entries = {**PEOPLE, "__keys__": b"keys", "__len__": b"2"}
+    source = make_lmdb(tmp_path / "lup", entries)
+    if with_list:
+        (tmp_path / "keys.pkl").write_bytes(pickle.dumps(list(entries)))
+
+    assert read_all(lmdb_records(source)) == PEOPLE
+
+
+def test_persons_of_a_list_of_keys_are_kept_and_their_images_stay_unlabeled(tmp_path):
+    source = make_lmdb(tmp_path / "lup", {**PEOPLE, "__len__": b"2"})
+    content = {"keys": ["__len__", *reversed(PEOPLE)], "pids": [0, 7, 3]}
+    (tmp_path / "keys.pkl").write_bytes(pickle.dumps(content))
+
+    labels = lmdb_records(source).table.select(["key", "pid", "split"]).to_pylist()
+
+    first, second = PEOPLE
+    assert labels == [
+        {"key": first, "pid": 3, "split": "unlabeled"},
+        {"key": second, "pid": 7, "split": "unlabeled"},
+    ]
+
+
+@pytest.mark.parametrize("pids", [[1], ["a", "b"], 7, [1.5, 2], []])
+def test_persons_that_do_not_fit_the_keys_are_refused(tmp_path, pids):
+    source = make_lmdb(tmp_path / "lup", PEOPLE)
+    (tmp_path / "keys.pkl").write_bytes(pickle.dumps({"keys": list(PEOPLE), "pids": pids}))
+
+    with pytest.raises(InputError, match=r"^\S+/keys\.pkl: its pids are not [^\n]+$"):
+        lmdb_records(source)
 
 
 class Runs:

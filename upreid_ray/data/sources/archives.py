@@ -3,11 +3,13 @@
 Names inside an archive are used as keys only: nothing is unpacked.
 """
 
+import itertools
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -30,6 +32,8 @@ from upreid_ray.storage import Location, reading
 
 LMDB_FILE = "data.mdb"
 LMDB_KEYS_FILE = "keys.pkl"
+# Keys under which converters of datasets keep the list and the number of the others.
+LMDB_META_KEYS = ("__keys__", "__len__")
 # Columns of a Parquet source, which have these names unless the user gives others.
 PARQUET_COLUMNS = ("image", "key", "pid", "camid", "split")
 SPLITS = ("train", "query", "gallery", "unlabeled")
@@ -111,7 +115,12 @@ def lmdb_records(source: str) -> Records:
     """Return the images in an LMDB, as LUPerson comes.
 
     The keys are those of a pickled list, or of ``keys`` in a pickled dictionary, in
-    ``keys.pkl`` in or beside the folder; without it, all keys of the LMDB.
+    ``keys.pkl`` in or beside the folder; without it, all keys of the LMDB. The ``pids`` of the
+    dictionary, if there are any, are kept. The images stay unlabeled all the same,
+    since those of LUPerson-NL are noisy: a tracker gave them.
+
+    Args:
+        source: The file, its folder, or a folder that holds this folder alone.
 
     Raises:
         InputError: It cannot be read, is not local, or has no images.
@@ -123,41 +132,85 @@ def lmdb_records(source: str) -> Records:
         )
     path = Path(location.path)
     file = path / LMDB_FILE if path.is_dir() else path
+    if not file.exists():
+        file = inner_lmdb(location) or file
     places = [folder / LMDB_KEYS_FILE for folder in file.parents[:2]]
     listed = next((place for place in places if place.is_file()), None)
-    raw: list[str | bytes] = [] if listed is None else _listed_keys(listed)
+    raw: Sequence[str | bytes] = []
+    raw_pids: Sequence[Any] | None = None
+    if listed is not None:
+        raw, raw_pids = _listed_keys(listed)
     try:
         env = _opened_lmdb(str(file))
         stat = env.stat()
         if listed is None:
             with env.begin() as transaction:
-                raw += transaction.cursor().iternext(values=False)
+                raw = list(transaction.cursor().iternext(values=False))
     except lmdb.Error as error:
         raise InputError(f"{source}: cannot be read as LMDB ({first_line(error)})") from error
     pages = stat["leaf_pages"] + stat["overflow_pages"]
     mean_size = pages * stat["psize"] // max(1, stat["entries"])
     keys: list[str] = []
+    pids: list[Any] = []
     refused: list[Refused] = []
-    for each in raw:
+    for each, pid in zip(raw, raw_pids or itertools.repeat(None)):  # noqa: B905, one is endless
         key = each if isinstance(each, str) else each.decode(errors="surrogateescape")
         refusal = not_text(key)
         if refusal:
             refused.append(refusal)
-        else:
+        elif key not in LMDB_META_KEYS:
             keys.append(key)
-    columns = {"key": keys, "num_bytes": np.full(len(keys), mean_size)}
+            pids.append(pid)
+    columns = {"key": keys, "pid": pids, "num_bytes": np.full(len(keys), mean_size)}
     return make_records(source, columns, LmdbReader(str(file)), refused=refused)
 
 
-def _listed_keys(file: Path) -> list[str | bytes]:
+def inner_lmdb(folder: Location) -> Path | None:
+    """Return the file of the LMDB in the only folder of a folder; None if there is none.
+
+    Raises:
+        InputError: There are several LMDBs, or images or other folders beside it.
+    """
+    if not folder.is_local:
+        return None
+    path = Path(folder.path)
+    found = sorted(path.glob(f"*/{LMDB_FILE}"))
+    if not found:
+        return None
+    beside = [
+        each
+        for each in path.iterdir()
+        if each != found[0].parent
+        and not each.name.startswith((".", "__MACOSX"))
+        and (each.is_dir() or is_image_name(each.name))
+    ]
+    if beside:
+        raise InputError(
+            f"{folder}: holds {beside[0].name} beside the LMDB {found[0].parent}; give one of "
+            "them"
+        )
+    return found[0]
+
+
+def _listed_keys(file: Path) -> tuple[Sequence[str | bytes], Sequence[Any] | None]:
+    """Return the keys of a list of keys, and the persons of its images if it has them."""
     content = read_pickle(file.read_bytes(), str(file))
-    if isinstance(content, dict):
-        content = content.get("keys")
-    if not isinstance(content, list) or not all(isinstance(k, str | bytes) for k in content):
+    keys, pids = (
+        (content.get("keys"), content.get("pids"))
+        if isinstance(content, dict)
+        else (content, None)
+    )
+    if not isinstance(keys, list) or not all(isinstance(k, str | bytes) for k in keys):
         raise InputError(
             f"{file}: holds neither a list of keys nor a dictionary with such a list as keys"
         )
-    return content
+    if pids is not None and not (
+        isinstance(pids, list | tuple)
+        and len(pids) == len(keys)
+        and all(isinstance(pid, int) for pid in pids)
+    ):
+        raise InputError(f"{file}: its pids are not a list of one whole number for each key")
+    return keys, pids
 
 
 @dataclass(frozen=True)

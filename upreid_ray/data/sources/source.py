@@ -13,6 +13,7 @@ from upreid_ray.config.run import SyntheticConfig
 from upreid_ray.data.sources import synthetic
 from upreid_ray.data.sources.archives import (
     LMDB_FILE,
+    inner_lmdb,
     lmdb_records,
     parquet_records,
     tar_records,
@@ -31,8 +32,8 @@ LIST_SUFFIXES = (".txt", ".lst", ".list", ".pkl", ".pickle")
 def source_records(source: str, columns: Mapping[str, str]) -> Records:
     """Return the records of a source that a user names.
 
-    - A folder: labelled or a plain tree (`folder_records`); with ``data.mdb``, an LMDB; with
-      tar or Parquet files at its top, these.
+    - A folder: labelled or a plain tree (`folder_records`); with ``data.mdb``, or with
+      a single folder that has it, an LMDB; with tar or Parquet files at its top, these.
     - A file: an LMDB (``.mdb``, ``.lmdb``), a tar file, a Parquet file, or a list of paths
       (``.txt``, ``.lst``, ``.list``, ``.pkl``) of images or of tar or Parquet files.
 
@@ -79,7 +80,7 @@ def _file_records(source: str, columns: Mapping[str, str]) -> Records:
 def _folder_records(source: str, columns: Mapping[str, str]) -> Records:
     folder = Location(source)
     names = folder.names()
-    if LMDB_FILE in names:
+    if LMDB_FILE in names or inner_lmdb(folder) is not None:
         return lmdb_records(source)
     for suffixes in (TAR_SUFFIXES, (".parquet",)):
         found = [(folder / name).uri for name in names if name.endswith(suffixes)]
