@@ -57,7 +57,8 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
     variants, descriptions = resolve_variants(_variants(config))
     config = config.override({"init": tuple(str(variant) for variant in variants)})
     run_id = folder.recorded_run(config, FREE_SETTINGS) if resume else None
-    shards = labelled_shards(common.data, folder.storage)
+    scored = common.evaluation.shards is None
+    shards = labelled_shards(common.data, folder.storage, scored=scored)
     planned = list_runs(config, variants, descriptions, shards=shards, storage=folder.uri)
     if run_id is None:
         with folder.begin():

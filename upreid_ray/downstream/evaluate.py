@@ -69,7 +69,7 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
     folder = RunFolder.of(config.run, f"evaluate-{init.description.backbone}")
     if parent_run_id is None:  # a comparison repeats what was interrupted
         folder.require_new()
-    shards = labelled_shards(config.data, folder.storage)
+    shards = labelled_shards(config.data, folder.storage, scored=True)
     shards.check_labels()
     size = {"height": init.description.height, "width": init.description.width}
     images = LabelledImages(shards, **size)

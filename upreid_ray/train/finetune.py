@@ -51,7 +51,7 @@ def finetune(
     backbone = init.description.backbone
     folder = RunFolder.of(config.run, f"finetune-{backbone}")
     job = TrainJob.prepare(config, folder, resume=resume, parent_run_id=parent_run_id)
-    shards = labelled_shards(config.data, folder.storage)
+    shards = labelled_shards(config.data, folder.storage, scored=False)
     size = {"height": init.description.height, "width": init.description.width}
     task = Task(
         worker=partial(WORKERS[type(config)], init=init),

@@ -5,9 +5,11 @@ import pickle
 import pytest
 
 from tests.data.stream.test_stream import SIZE, flat, write_set
+from upreid_ray.config.downstream import LabelledDataConfig
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.data.shards.manifest import MANIFEST_FILE
+from upreid_ray.data.shards.requested import labelled_shards
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.labelled import LabelledImages
 from upreid_ray.data.stream.training import TrainingImages
@@ -49,6 +51,19 @@ def test_a_task_that_reads_blocks_gets_arrays_instead_of_the_manifest(tmp_path):
     )
 
     assert b"Manifest" not in pickle.dumps(images)
+
+
+def test_a_set_of_one_camera_is_refused_before_its_shards_are_written(tmp_path):
+    source = tmp_path / "one camera"
+    for part in ("bounding_box_train", "query", "bounding_box_test"):
+        (source / part).mkdir(parents=True)
+        (source / part / "0001_c1s1_000001_00.jpg").write_bytes(b"any")
+    config = LabelledDataConfig(root=str(source))
+
+    with pytest.raises(InputError, match=r"^\S+ camera: no query image has a match [^\n]+$"):
+        labelled_shards(config, str(tmp_path / "runs"), scored=True)
+
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_set_knows_whether_it_has_images_to_score(tmp_path):

@@ -9,7 +9,7 @@ from upreid_ray.config.run import SyntheticConfig
 from upreid_ray.data.shards.images import ImageRules
 from upreid_ray.data.shards.preparation import write_shards
 from upreid_ray.data.shards.progress import image_progress
-from upreid_ray.data.shards.shard_set import ShardSet
+from upreid_ray.data.shards.shard_set import ShardSet, check_labels
 from upreid_ray.data.sources.records import Records
 from upreid_ray.data.sources.source import source_records, synthetic_records
 
@@ -33,8 +33,14 @@ def training_shards(data: DataConfig, storage: str) -> ShardSet:
     )
 
 
-def labelled_shards(data: LabelledDataConfig, storage: str) -> ShardSet:
+def labelled_shards(data: LabelledDataConfig, storage: str, *, scored: bool) -> ShardSet:
     """Return the shards of a labelled set, made first if they are not there.
+
+    Args:
+        data: Settings that name the set.
+        storage: Folder or URI for the shards that are made.
+        scored: Whether the set must have query and gallery images that can be scored. This is
+            checked before shards are made.
 
     Raises:
         InputError: The source cannot be used.
@@ -44,6 +50,8 @@ def labelled_shards(data: LabelledDataConfig, storage: str) -> ShardSet:
     if ShardSet.exists(data.root):
         return ShardSet.open(data.root)
     records = source_records(data.root, {})
+    if scored:
+        check_labels(data.root, records.table)
     return _shards(records, storage, Path(data.root).absolute().name, data.root, seed=0)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from upreid_ray.config.errors import InputError, first_line
@@ -89,23 +90,39 @@ class ShardSet:
         Raises:
             InputError: There are none, persons or cameras are unknown, or no query has a match.
         """
-        cameras: dict[str, dict[int, set[int]]] = {split: {} for split in EVALUATION_SPLITS}
-        for split, cameras_of_person in cameras.items():
-            groups = self.row_groups((split,))
-            if groups.num_images == 0:
-                raise InputError(f"{self.uri}: has no {split} images")
-            labels = groups.read_all(["pid", "camid"])
-            for name, meaning in (("pid", "person"), ("camid", "camera")):
-                missing = labels.column(name).null_count
-                if missing:
-                    raise InputError(f"{self.uri}: {missing} {split} images have no {meaning}")
-            for pid, camid in zip(*(column.to_pylist() for column in labels), strict=True):
-                cameras_of_person.setdefault(pid, set()).add(camid)
-        if not any(
-            cameras["gallery"].get(pid, set()) - {camid}
-            for pid, camids in cameras["query"].items()
-            for camid in camids
-        ):
-            raise InputError(
-                f"{self.uri}: no query image has a match in the gallery under another camera"
-            )
+        groups = self.row_groups(EVALUATION_SPLITS)
+        if groups.num_images == 0:
+            raise InputError(f"{self.uri}: has no query images")
+        check_labels(self.uri, groups.read_all(["split", "pid", "camid"]))
+
+
+def check_labels(name: str, table: pa.Table) -> None:
+    """Check that the query and gallery images of a set can be scored.
+
+    Args:
+        name: Name of the set in errors.
+        table: ``split``, ``pid`` and ``camid`` of each image.
+
+    Raises:
+        InputError: There are none, persons or cameras are unknown, or no query has a match.
+    """
+    cameras: dict[str, dict[int, set[int]]] = {split: {} for split in EVALUATION_SPLITS}
+    for split, cameras_of_person in cameras.items():
+        members = table.filter(pc.equal(table.column("split"), split))
+        if not len(members):
+            raise InputError(f"{name}: has no {split} images")
+        labels = members.select(["pid", "camid"])
+        for column, meaning in (("pid", "person"), ("camid", "camera")):
+            missing = labels.column(column).null_count
+            if missing:
+                raise InputError(f"{name}: {missing} {split} images have no {meaning}")
+        for pid, camid in zip(*(column.to_pylist() for column in labels), strict=True):
+            cameras_of_person.setdefault(pid, set()).add(camid)
+    if not any(
+        cameras["gallery"].get(pid, set()) - {camid}
+        for pid, camids in cameras["query"].items()
+        for camid in camids
+    ):
+        raise InputError(
+            f"{name}: no query image has a match in the gallery under another camera"
+        )
