@@ -46,6 +46,7 @@ TINY = FinetuneConfig(
     scaling=ScalingConfig(num_workers=1, use_gpu=False),
 )
 NUM_PERSONS = 6
+LABELS = torch.arange(4).repeat_interleave(2)
 
 
 def fresh_state(config: FinetuneConfig = TINY) -> FinetuneState:
@@ -63,8 +64,7 @@ def fresh_state(config: FinetuneConfig = TINY) -> FinetuneState:
 
 
 def batch(step: int = 0) -> PersonBatch:
-    labels = torch.arange(4).repeat_interleave(2)
-    return PersonBatch(people(8, seed=step), (labels + step) % NUM_PERSONS)
+    return PersonBatch(people(8, seed=step), (LABELS + step) % NUM_PERSONS)
 
 
 def take_steps(state: FinetuneState, number: int) -> list[dict[str, Tensor]]:
@@ -153,7 +153,7 @@ def test_every_weight_but_the_bias_of_the_neck_learns():
     assert still == ["extractor.neck.bias"]
 
 
-def test_views_are_shifted_over_black_within_the_padding():
+def test_views_are_shifted_within_the_padding():
     config = TINY.override({"augmentation.padding": 3})
     state = fresh_state(config)
 
@@ -164,6 +164,46 @@ def test_views_are_shifted_over_black_within_the_padding():
     assert views.crop[:, 2:].unique(dim=0).tolist() == [[64, 32]]
     assert not views.gray.any()
     assert not views.blur_sigma.any()
+
+
+def test_a_shifted_view_shows_black_where_its_image_ends():
+    settings = {"flip_probability": 0, "erase_probability": 0, "padding": 10}
+    state = fresh_state(
+        TINY.override({f"augmentation.{name}": value for name, value in settings.items()})
+    )
+    seen = []
+    state.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+    finetune_step(
+        state, PersonBatch(torch.full((8, 3, 64, 32), 255, dtype=torch.uint8), LABELS)
+    )
+
+    views = torch.cat(seen)
+    black, white = ((value - 0.5) / 0.25 for value in (0, 1))
+    drawn = draw_shifted_views(state.config, views.shape[2:], state.augmentation, 0)
+    for view, (top, left, _, _) in zip(views, drawn.crop.int().tolist(), strict=True):
+        expected = torch.full((3, 64, 32), black)
+        rows, columns = (
+            slice(max(0, -start), size - max(0, start))
+            for start, size in ((top, 64), (left, 32))
+        )
+        expected[:, rows, columns] = white
+        assert_close(view, expected)
+
+
+def test_what_is_erased_shows_the_mean_colour():
+    settings = {"flip_probability": 0, "erase_probability": 1, "padding": 10}
+    state = fresh_state(
+        TINY.override({f"augmentation.{name}": value for name, value in settings.items()})
+    )
+    seen = []
+    state.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+    finetune_step(
+        state, PersonBatch(torch.full((8, 3, 64, 32), 255, dtype=torch.uint8), LABELS)
+    )
+
+    assert torch.cat(seen).unique().tolist() == [-2, 0, 2]
 
 
 def test_a_step_is_a_function_of_seed_and_step():

@@ -87,7 +87,7 @@ class FinetuneAugmentationConfig(Section):
     flip_probability: Probability = 0.5
     """Probability of a horizontal flip."""
     padding: NonNegativeInt = 10
-    """Largest random shift of an image in each direction, in pixels."""
+    """Largest random shift of an image in each direction, in pixels, over black."""
     erase_probability: Probability = 0.5
     """Probability that a random rectangle is erased (set to the mean colour)."""
     erase_area: ShareRange = (0.02, 0.4)

@@ -145,7 +145,11 @@ def draw_view_parameters(
 
 
 def render_view(
-    images: Tensor, parameters: ViewParameters, config: AugmentationConfig
+    images: Tensor,
+    parameters: ViewParameters,
+    config: AugmentationConfig,
+    *,
+    pads_with_black: bool = False,
 ) -> Tensor:
     """Draw one view of each image.
 
@@ -153,6 +157,7 @@ def render_view(
         images: ``[B, 3, H, W]``, uint8.
         parameters: Parameters of the B views, on the device of the images.
         config: Ranges that the parameters were drawn from.
+        pads_with_black: Whether crops may extend beyond the image, where they are black.
 
     Returns:
         ``[B, 3, H, W]``, normalized, in fp32 or the precision of autocast; erased pixels are 0,
@@ -170,8 +175,13 @@ def render_view(
         weights = down.mean(1)[:, None, :, None] * across.mean(1)[:, None, None, :]
         pixels = _jitter(pixels, weights, *parameters.jitter.unbind(1))
     pixels = torch.where(parameters.gray[:, None, None, None], _luma(pixels), pixels)
-    normalized = Normalization(config.mean, config.std).apply(pixels)
-    view = down[:, None] @ (normalized @ across.mT[:, None])
+    normalization = Normalization(config.mean, config.std)
+    view = down[:, None] @ (normalization.apply(pixels) @ across.mT[:, None])
+    if pads_with_black:
+        # Pixels outside of the image have no weight, so that they are 0 until here.
+        inside = down.sum(2)[:, None, :, None] * across.sum(2)[:, None, None, :]
+        black = normalization.apply(view.new_zeros(3, 1, 1))
+        view = (view + (1 - inside) * black).to(view.dtype)
 
     top, left, erased_height, erased_width = parameters.erased.unbind(1)
     erased = (

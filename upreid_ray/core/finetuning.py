@@ -201,7 +201,7 @@ def person_step(
 
     def compute_terms(group: Group) -> dict[str, Tensor]:
         drawn = parameters.rows(group.batch_rows).to(state.device)
-        views = render_view(images[group.rows], drawn, state.augmentation)
+        views = render_view(images[group.rows], drawn, state.augmentation, pads_with_black=True)
         views = views.contiguous(memory_format=torch.channels_last)
         with running_statistics(state.model, momentum=group.statistics_momentum):
             outputs = state.parallel_model(views)
@@ -223,7 +223,7 @@ def person_step(
 def draw_shifted_views(
     config: DownstreamConfig, size: torch.Size, augmentation: AugmentationConfig, step: int
 ) -> ViewParameters:
-    """Draw the views of a whole batch: shifted over black, flipped, and erased in part.
+    """Draw the views of a whole batch: shifted, flipped, and erased in part.
 
     Args:
         config: Settings of the run; ``config.augmentation.padding`` is the largest shift.
