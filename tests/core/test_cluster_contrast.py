@@ -1,5 +1,6 @@
 """Cluster Contrast: clusters, memory and loss by hand, its step for any number of processes."""
 
+import copy
 import math
 from typing import Any
 
@@ -194,6 +195,22 @@ def test_every_weight_but_the_bias_of_the_neck_learns():
 
     still = [n for n, p in state.model.named_parameters() if torch.equal(p, before[n])]
     assert still == ["extractor.neck.bias"]
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    state = begun_state()
+    take_steps(state, 1)
+    before = copy.deepcopy(state.model.state_dict())
+    hook = state.model.extractor.backbone.layer1.register_forward_hook(
+        lambda _, __, output: output * math.inf
+    )
+
+    take_steps(state, 1)
+
+    hook.remove()
+    assert int(state.num_skipped) == 1
+    for name, tensor in state.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_resuming_within_an_epoch_is_going_on(tmp_path):

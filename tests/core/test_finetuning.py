@@ -1,5 +1,7 @@
 """Fine-tuning: its loss by plain loops, its step for any number of processes, resumable."""
 
+import copy
+import math
 from typing import Any
 
 import pytest
@@ -214,6 +216,24 @@ def test_a_step_is_a_function_of_seed_and_step():
     take_steps(second, 2)
 
     assert_equal(first.model.state_dict(), second.model.state_dict())
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    state = fresh_state()
+    take_steps(state, 1)
+    before = copy.deepcopy((state.model.state_dict(), state.optimizer.state_dict()["state"]))
+    hook = state.model.extractor.backbone.layer1.register_forward_hook(
+        lambda _, __, output: output * math.inf
+    )
+
+    terms = take_steps(state, 1)[0]
+
+    hook.remove()
+    assert int(terms["skipped"]) == 1
+    assert_equal(state.model.state_dict(), before[0])
+    for index, tensors in state.optimizer.state_dict()["state"].items():
+        assert_equal(tensors, before[1][index])
+    assert int(take_steps(state, 1)[0]["skipped"]) == 0
 
 
 def test_resuming_is_going_on(tmp_path):

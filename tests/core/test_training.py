@@ -1,7 +1,12 @@
 """A step: a function of seed and step, the same for any number of processes, resumable."""
 
 import copy
+import itertools
+import json
+import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +355,99 @@ def test_a_gradient_that_is_not_finite_changes_nothing(gradient, is_first):
     update_with(state, gradient)
 
     assert_equal(tensors_of(state), before)
+
+
+# Part of a model, which of its calls in a step is disturbed, and the factor of its output.
+DISTURBANCES = {
+    "query": ("query_encoder.backbone.layer1", 0, math.inf),
+    "patches of the last group": ("query_encoder.backbone.layer1", 3, math.nan),
+    "key": ("key_encoder.backbone.layer1", 0, math.inf),
+    "keys of patches": ("key_encoder.projection_head", 2, math.inf),
+    # The variance overflows, by which batch normalization divides: its output is 0.
+    "query statistics": ("query_encoder.backbone.layer2.0.conv1", 0, 1e25),
+    "key statistics": ("key_encoder.backbone.layer2.0.conv1", 0, 1e25),
+}
+
+
+@contextmanager
+def disturbed(state: TrainState, disturbance: str) -> Iterator[None]:
+    name, number, factor = DISTURBANCES[disturbance]
+    calls = itertools.count()
+    hook = state.model.get_submodule(name).register_forward_hook(
+        lambda _, __, output: output * factor if next(calls) == number else output
+    )
+    yield
+    hook.remove()
+    assert next(calls) > number
+
+
+def step_of_this_process(state: TrainState, step: int) -> dict[str, Tensor]:
+    config = state.config
+    size = config.training.group_size
+    groups = distributed.groups_of_this_worker(config.num_groups)
+    return train_step(state, batch(step, config)[groups.start * size : groups.stop * size])
+
+
+def effects_of_a_disturbance(disturbance: str, rank: int) -> tuple[list[str], float, list[str]]:
+    """Take a step that is disturbed at one process, and then another step.
+
+    Returns:
+        Tensors that the disturbed step has changed; how many steps it says were skipped; and
+        tensors that the next step leaves other than without the disturbed one.
+    """
+    config = tiny({"scaling.num_workers": distributed.world_size()})
+    state, undisturbed = fresh_state(config), fresh_state(config)
+    for each in (state, undisturbed):
+        step_of_this_process(each, 0)
+    before = copy.deepcopy(tensors_of(state))
+    with disturbed(state, disturbance) if rank == distributed.rank() else nullcontext():
+        skipped = float(step_of_this_process(state, 1)["skipped"])
+    changed = differing(tensors_of(state), before)
+    undisturbed.step = 2
+    for each in (state, undisturbed):
+        step_of_this_process(each, 2)
+    return changed, skipped, differing(tensors_of(state), tensors_of(undisturbed))
+
+
+def differing(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
+    return [name for name in left if not torch.equal(left[name], right[name])]
+
+
+@pytest.mark.parametrize("disturbance", DISTURBANCES)
+def test_a_step_that_is_not_finite_changes_nothing(disturbance):
+    assert effects_of_a_disturbance(disturbance, 0) == ([], 1, [])
+
+
+@pytest.mark.parametrize("disturbance", ["query", "keys of patches", "key statistics"])
+def test_a_step_that_is_not_finite_at_one_process_changes_nothing_at_any(
+    run_in_pool, disturbance
+):
+    effects = run_in_pool(effects_of_a_disturbance, disturbance, 1)
+
+    assert effects == [([], 1, [])] * 2
+
+
+def test_the_count_of_skipped_steps_survives_a_resume(tmp_path):
+    state, resumed = fresh_state(), fresh_state()
+    for _ in range(2):
+        update_with(state, float("nan"))
+    save(state, tmp_path)
+
+    load_checkpoint(tmp_path, resumed)
+
+    assert int(update_with(resumed, float("nan"))["skipped"]) == 3
+
+
+def test_a_checkpoint_without_the_count_of_skipped_steps_can_be_loaded(tmp_path):
+    state = fresh_state()
+    save(state, tmp_path)
+    position = json.loads((tmp_path / "state.json").read_text())
+    del position["num_skipped"]
+    (tmp_path / "state.json").write_text(json.dumps(position))
+
+    load_checkpoint(tmp_path, state)
+
+    assert int(state.num_skipped) == 0
 
 
 def test_training_goes_on_after_a_skipped_step_as_if_it_had_not_been():

@@ -65,6 +65,7 @@ class Position(BaseModel):
 
     Attributes:
         step: Number of steps taken.
+        num_skipped: How many of the latest steps in a row were skipped.
         best_step: Number of steps after which the best backbone was kept.
         best_scores: Scores of the best backbone, 0..1 by name.
         scores_untrained: Scores of the backbone before training.
@@ -76,6 +77,7 @@ class Position(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     step: int
+    num_skipped: int = 0  # Older checkpoints do not have it.
     best_step: int
     best_scores: dict[str, float]
     scores_untrained: dict[str, float]
@@ -99,6 +101,7 @@ def save_checkpoint(
     save_file(best.weights, folder / BEST_FILE)
     position = Position(
         step=state.step,
+        num_skipped=int(state.num_skipped),
         best_step=best.step,
         best_scores=best.scores,
         scores_untrained=scores_untrained,
@@ -119,6 +122,7 @@ def load_checkpoint(folder: Path, state: State) -> tuple[BestBackbone, Position]
         torch.load(folder / OPTIMIZER_FILE, map_location=state.device, weights_only=True)
     )
     state.step = position.step
+    state.num_skipped = torch.full_like(state.num_skipped, position.num_skipped)
     weights = load_file(folder / BEST_FILE)
     return BestBackbone(weights, position.best_step, position.best_scores), position
 

@@ -123,7 +123,14 @@ class ClusterMemory(nn.Module):
         self.labels, self.features = labels.to(self.labels.device), features
 
     @torch.no_grad()
-    def update(self, batch: Tensor, labels: Tensor, *, momentum: float) -> None:
+    def update(
+        self,
+        batch: Tensor,
+        labels: Tensor,
+        *,
+        momentum: float,
+        is_skipped: Tensor | bool = False,
+    ) -> None:
         """Move the features of clusters towards the images of a batch, one after the other.
 
         Each image sets ``feature = momentum * feature + (1 - momentum) * image``, which is then
@@ -134,11 +141,14 @@ class ClusterMemory(nn.Module):
             batch: ``[B, F]``, unit length.
             labels: ``[B]``, the cluster of each image.
             momentum: Weight (0..1) of the present feature.
+            is_skipped: ``[]``, bool, on the device; whether nothing is to change.
         """
+        is_skipped = torch.as_tensor(is_skipped, device=self.features.device)
         for i in range(len(batch)):
             label = labels[i : i + 1]  # a number would wait for the device, a tensor does not
-            moved = momentum * self.features[label] + (1 - momentum) * batch[i]
-            self.features[label] = F.normalize(moved, dim=1)
+            present = self.features[label]
+            moved = F.normalize(momentum * present + (1 - momentum) * batch[i], dim=1)
+            self.features[label] = torch.where(is_skipped, present, moved)
 
 
 def _take_shapes(
@@ -214,5 +224,10 @@ def cluster_contrast_step(state: ClusterContrastState, batch: PersonBatch) -> di
         distributed.gather_rows(rows, num_groups=state.config.num_groups)
         for rows in (torch.cat(seen), labels)
     )
-    memory.update(all_features(), all_labels(), momentum=training.memory_momentum)
+    memory.update(
+        all_features(),
+        all_labels(),
+        momentum=training.memory_momentum,
+        is_skipped=state.is_skipped,
+    )
     return terms

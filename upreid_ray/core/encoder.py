@@ -20,6 +20,9 @@ from upreid_ray.config.pretrain import ModelConfig
 from upreid_ray.core.backbone import build_backbone, num_features
 from upreid_ray.core.weight_files import read_backbone
 
+# Ends of the names of BatchNorm's buffers.
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 class Encoder(nn.Module):
     """Module that computes unit-length embeddings ``[B, D]`` of images ``[B, 3, h, w]``.
@@ -82,6 +85,37 @@ def running_statistics(encoder: nn.Module, *, momentum: float) -> Iterator[None]
         for norm, past, pair, count in zip(norms, momenta, running, counts, strict=True):
             norm.momentum, norm.num_batches_tracked = past, count
             norm.running_mean, norm.running_var = pair
+
+
+class StatisticsCopy:
+    """A copy of BatchNorm's running statistics, with which a step can be taken back.
+
+    Args:
+        module: Module whose running statistics, and the counts of their updates, are copied.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for name, buffer in module.named_buffers():
+            if name.endswith(STATISTICS):
+                by_type.setdefault(buffer.dtype, []).append(buffer)
+        self._buffers = list(by_type.values())
+        self._copies = [_flatten(buffers) for buffers in self._buffers]
+
+    def restore(self, *, where: Tensor) -> None:
+        """Restore the statistics if ``where []`` (bool) is true; the device decides.
+
+        Values that are not finite are replaced as well, which no arithmetic would do.
+        """
+        for buffers, copy in zip(self._buffers, self._copies, strict=True):
+            chosen = torch.where(where, copy, _flatten(buffers))
+            parts = torch.split(chosen, [buffer.numel() for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
+
+
+def _flatten(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def checkpoint_activations(backbone: nn.Module) -> None:

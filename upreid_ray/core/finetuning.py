@@ -27,7 +27,7 @@ from upreid_ray.core.augment import (
     step_generator,
 )
 from upreid_ray.core.backbone import Description, NeckedBackbone
-from upreid_ray.core.encoder import running_statistics
+from upreid_ray.core.encoder import StatisticsCopy, running_statistics
 from upreid_ray.core.losses import batch_hard_triplet
 from upreid_ray.core.precision import autocast
 from upreid_ray.core.schedule import stepped_learning_rate
@@ -184,7 +184,7 @@ def person_step(
     batch: PersonBatch,
     objective: Callable[[Any, Tensor], dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Take one step with a batch of persons.
+    """Take one step with a batch of persons; one that is not finite changes no tensor.
 
     Args:
         state: State of training, changed in place.
@@ -197,6 +197,7 @@ def person_step(
     """
     config = state.config
     images, labels = state.to_device(batch.images), state.to_device(batch.labels)
+    statistics = StatisticsCopy(state.model)
     parameters = draw_shifted_views(config, images.shape[2:], state.augmentation, state.step)
 
     def compute_terms(group: Group) -> dict[str, Tensor]:
@@ -216,6 +217,7 @@ def person_step(
         milestones=[round(epoch * state.steps_per_epoch) for epoch in epochs],
     )
     terms |= state.update(lr=lr, clip_norm=config.optimizer.clip_norm)
+    statistics.restore(where=state.is_skipped)
     state.step += 1
     return terms
 

@@ -26,11 +26,15 @@ class KeyQueue(nn.Module):
         self.register_buffer("oldest", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def enqueue(self, batch: Tensor) -> None:
-        """Replace the oldest keys by ``batch [B, dim]``; if B > size, the last keys stay."""
+    def enqueue(self, batch: Tensor, *, is_skipped: Tensor | bool = False) -> None:
+        """Replace the oldest keys by ``batch [B, dim]``; if B > size, the last keys stay.
+
+        With ``is_skipped []`` (bool), on the device of the queue, nothing changes.
+        """
         size = len(self.keys)
         batch = batch[-size:]
         # The ring position stays on the device: reading it here would stall the step.
         rows = (self.oldest + torch.arange(len(batch), device=self.keys.device)) % size
-        self.keys[rows] = batch.to(self.keys.dtype)
-        self.oldest.add_(len(batch)).remainder_(size)
+        is_skipped = torch.as_tensor(is_skipped, device=self.keys.device)
+        self.keys[rows] = torch.where(is_skipped, self.keys[rows], batch.to(self.keys.dtype))
+        self.oldest.add_(len(batch) * ~is_skipped).remainder_(size)

@@ -12,7 +12,6 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from upreid_ray.config.pretrain import LossConfig, PretrainConfig
 from upreid_ray.core.encoder import Encoder, checkpoint_activations, running_statistics
@@ -164,12 +163,19 @@ class UPReID(nn.Module):
         return Keys(view, original, patches)
 
     @torch.no_grad()
-    def update_key_encoder(self, *, momentum: float) -> None:
-        """Set the key encoder's weights to ``momentum * key + (1 - momentum) * query``."""
-        average = get_ema_multi_avg_fn(momentum)  # type: ignore[no-untyped-call]
-        average(
-            list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), None
-        )
+    def update_key_encoder(self, *, momentum: float, is_skipped: Tensor | bool = False) -> None:
+        """Set the key encoder's weights to ``momentum * key + (1 - momentum) * query``.
+
+        With ``is_skipped []`` (bool), on the device of the encoders, nothing changes.
+        """
+        weights: dict[torch.dtype, Tensor] = {}
+        for key, query in zip(
+            self.key_encoder.parameters(), self.query_encoder.parameters(), strict=True
+        ):
+            if key.dtype not in weights:
+                is_taken = ~torch.as_tensor(is_skipped, device=key.device)
+                weights[key.dtype] = (is_taken.double() * (1 - momentum)).to(key.dtype)
+            key.lerp_(query, weights[key.dtype])
 
 
 def _encode_patches(encoder: Encoder, patches: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ the memory of a single group. Everything random is a function of (seed, step).
 Dimensions: B images of the whole batch, b images of this worker, G images of a group.
 """
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,7 @@ from upreid_ray.core.augment import (
 )
 from upreid_ray.core.backbone import Description
 from upreid_ray.core.cpu import ChannelsLastSGD, for_cpu
-from upreid_ray.core.encoder import group_momentum
+from upreid_ray.core.encoder import STATISTICS, StatisticsCopy, group_momentum
 from upreid_ray.core.model import Keys, UPReID, Views
 from upreid_ray.core.patches import cut_patches
 from upreid_ray.core.precision import autocast
@@ -70,7 +71,7 @@ class State(ABC):
         optimizer: Optimizer of the trained parameters.
         step: Number of steps taken.
         num_skipped: ``[]``, on the device; how many of the latest steps in a row were skipped
-            because their gradient was not finite.
+            because they were not finite.
     """
 
     def __init__(
@@ -159,17 +160,37 @@ class State(ABC):
         for group in self.groups:
             with nullcontext() if group.is_last else self._local_gradients():
                 terms = compute_terms(group)
+                for name, term in terms.items():
+                    share = term.detach() / self.num_groups_per_worker
+                    means[name] = means.get(name, 0) + share
                 loss = terms["loss"] / self.num_groups_per_worker
+                if group.is_last:
+                    loss = loss * self._one_if_finite(means["loss"])
                 loss.backward()  # type: ignore[no-untyped-call]
-            for name, term in terms.items():
-                means[name] = means.get(name, 0) + term.detach() / self.num_groups_per_worker
         return means
+
+    def _one_if_finite(self, loss: Tensor) -> Tensor:
+        """Return 1 if this worker's loss and running statistics are finite, otherwise NaN.
+
+        As a factor of the loss it reaches the gradient, and so every worker. Keys need no look
+        of their own: the loss of the worker that has their images depends on each of them.
+        """
+        statistics = [
+            buffer for name, buffer in self.model.named_buffers() if name.endswith(STATISTICS)
+        ]
+        largest = nn.utils.get_total_norm(
+            [each for each in statistics if each.is_floating_point()], math.inf
+        )
+        is_finite = loss.isfinite() & largest.isfinite()
+        # `torch.where` would copy numbers to the device, and wait for it.
+        return torch.ones_like(loss).masked_fill_(~is_finite, torch.nan)
 
     def update(self, *, lr: float, clip_norm: float | None) -> dict[str, Tensor]:
         """Take a step of the optimizer unless the gradient is not finite; clear gradients.
 
-        A skipped step leaves parameters and optimizer as they were. The device decides, so that
-        the CPU need not wait for it; all workers decide alike, because gradients are averaged.
+        A skipped step leaves parameters and optimizer as they were; `is_skipped` tells those
+        who changed anything else. The device decides, so that the CPU need not wait for it; all
+        workers decide alike, because gradients are averaged.
 
         Args:
             lr: Learning rate of the step.
@@ -193,6 +214,11 @@ class State(ABC):
         self.optimizer.zero_grad()
         self.num_skipped = (self.num_skipped + 1) * is_skipped
         return {"grad_norm": norm, "skipped": self.num_skipped}
+
+    @property
+    def is_skipped(self) -> Tensor:
+        """Whether the latest step was skipped: ``[]``, bool, on the device."""
+        return self.num_skipped > 0
 
     def to_device(self, batch: Tensor) -> Tensor:
         """Copy a batch to the device without waiting for the work that is queued there."""
@@ -345,7 +371,7 @@ def train(
 
 
 def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
-    """Take one step of UP-ReID.
+    """Take one step of UP-ReID; one that is not finite changes nothing but the step's number.
 
     Args:
         state: State of training, changed in place.
@@ -357,6 +383,7 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
     images = state.to_device(images)
     config = state.config
     draw = StepDraw.at(config, state.step)
+    statistics = StatisticsCopy(state.model)
 
     keys = encode_shuffled_keys(state, images, draw)
     # Only the next step needs the keys of other workers, so they travel during this one.
@@ -376,15 +403,17 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
         warmup_steps=round(config.optimizer.warmup_epochs * state.steps_per_epoch),
     )
     terms |= state.update(lr=lr, clip_norm=config.optimizer.clip_norm)
+    statistics.restore(where=state.is_skipped)
     state.model.update_key_encoder(
         momentum=key_momentum(
             state.step,
             start=config.model.momentum,
             end=config.model.final_momentum,
             num_steps=state.num_steps,
-        )
+        ),
+        is_skipped=state.is_skipped,
     )
-    state.model.queue.enqueue(new_keys())
+    state.model.queue.enqueue(new_keys(), is_skipped=state.is_skipped)
     state.step += 1
     return terms
 
