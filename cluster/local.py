@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import signal
 import socket
 import stat
@@ -127,6 +128,14 @@ class Local:
     def url(self, name: str) -> str:
         """Return the address of a service."""
         return f"http://{HOST}:{self.ports[SERVICES[name][0]]}"
+
+    def check_paths(self) -> None:
+        """Refuse a Python whose path a shell would split, as Ray's own processes do."""
+        if shlex.quote(str(BIN)) != str(BIN):
+            fail(
+                f"Ray's services cannot run from {BIN}; make the environment elsewhere, for "
+                "example with make up VENV=$HOME/upreid-venv"
+            )
 
     def check_ports(self, names: list[str]) -> None:
         """Refuse ports that cannot be had."""
@@ -275,6 +284,7 @@ def up(local: Local, asked: dict[str, int]) -> int:
             local.services.pop(name).stop()
         local.save()
         local.ports = (local.ports if alive else PORTS) | asked
+        local.check_paths()
         local.check_ports([port for name in missing for port in SERVICES[name]])
         ensure_token()
         say(f"Starting {' and '.join(missing)}, which takes about 20 s ...")

@@ -48,9 +48,12 @@ def home(tmp_path) -> Path:
 
 
 def finish(home: Path, job: str, *words: str) -> dict[str, Any]:
-    """Run a job in a folder; return its JSON line."""
+    """Run a job in a folder, with the Python of an environment there; return its JSON line."""
+    environment = home / "meine Umgebung"
+    if not environment.exists():
+        environment.symlink_to(sys.prefix)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *words],
+        [str(environment / "bin/python"), str(ROOT / "jobs" / f"{job}.py"), *words],
         cwd=home,
         env={
             **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},

@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, metadata
@@ -309,10 +310,20 @@ def connect_to_ray(*, show_workers: bool = True) -> None:
     for talkative in ("ray._private.authentication", "ray.data._internal.progress"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS") or "local"
+    environment = {}
     if address == "local":
+        # Ray hands this path to a shell as it is, where a blank would end it: every worker
+        # would fail to start, and the job would wait forever.
+        quoted = shlex.quote(sys.executable)
+        environment = {"py_executable": quoted} if quoted != sys.executable else {}
         # The only node is never preempted, and the watcher costs a process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    ray.init(address, logging_level=logging.WARNING, log_to_driver=show_workers)
+    ray.init(
+        address,
+        logging_level=logging.WARNING,
+        log_to_driver=show_workers,
+        runtime_env=environment,
+    )
     logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 

@@ -168,6 +168,17 @@ def test_a_taken_port_is_refused_before_anything_is_started(flag: str, tmp_path:
     assert list(tmp_path.rglob("*")) == []
 
 
+def test_an_environment_in_a_folder_with_a_blank_is_refused(tmp_path: Path) -> None:
+    """Ray's services would end, or wait forever for workers that cannot start."""
+    environment = tmp_path / "an environment"
+    environment.symlink_to(sys.prefix)
+    python, storage = str(environment / "bin/python"), tmp_path / "storage"
+    done = run(python, "cluster/local.py", "up", "--storage", str(storage))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "make up VENV=" in done.stderr
+    assert not (storage / "local").exists()
+
+
 def test_up_again_says_so_and_prints_the_same(up: Up) -> None:
     """Nothing is started a second time."""
     before = up.pids()
