@@ -272,3 +272,13 @@ def test_a_file_of_something_else_than_a_state_dict_is_refused(tmp_path, content
     torch.save(content, tmp_path / "weights.pth")
 
     refusal(tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(backbone, tmp_path, value):
+    weights = {name: tensor.clone() for name, tensor in backbone.items()}
+    weights["layer2.0.bn1.running_var"][1] = value
+
+    said = refusal(save(weights, tmp_path / "a.pth"))
+
+    assert "1 of its tensors, such as layer2.0.bn1.running_var" in said

@@ -300,6 +300,20 @@ def test_the_best_backbone_is_the_one_with_the_best_map():
     assert taken == [0, 1, 1, 1, 4]
 
 
+def test_a_backbone_that_is_not_finite_is_never_the_best(caplog):
+    state, best = fresh_state(), BestBackbone()
+    best.update(state, {"mAP": 0.2})
+    before = copy.copy(best)
+    state.step = 7
+    state.extractor.layer1[0].bn1.running_var[3] = math.inf
+
+    best.update(state, {"mAP": 0.9})
+
+    assert best == before
+    assert "step 7: the backbone is not taken as the best one" in caplog.text
+    assert "layer1.0.bn1.running_var" in caplog.text
+
+
 def test_the_best_backbone_without_scores_is_the_newest():
     state, best = fresh_state(), BestBackbone()
 

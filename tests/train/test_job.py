@@ -6,12 +6,16 @@ import platform
 import signal
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 from ray.train import ControllerError, WorkerGroupError
 
+from tests.core.tiny import fresh_state
+from upreid_ray.config.errors import RunFailed
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.run import JobConfig
+from upreid_ray.core.checkpoint import BestBackbone, save_checkpoint
 from upreid_ray.core.cpu import KEEP_FREED_MEMORY
 from upreid_ray.tracking import connection, run_log, runs
 from upreid_ray.train.folder import RUN_FILE, SNAPSHOT_FILE, STOP_FILE, RunFolder
@@ -19,6 +23,7 @@ from upreid_ray.train.job import (
     _stopped_by_sigterm,
     deliver_metrics,
     first_cause,
+    register,
 )
 
 NOWHERE = "http://127.0.0.1:9"  # nothing answers there
@@ -42,6 +47,18 @@ thread.join()
 @pytest.fixture
 def run(folder) -> RunFolder:
     return RunFolder(str(folder), "a-run")
+
+
+@pytest.mark.parametrize("has_a_best", [True, False])
+def test_a_run_whose_best_backbone_is_not_finite_registers_nothing(tmp_path, has_a_best):
+    state, best = fresh_state(), BestBackbone()
+    if has_a_best:  # as versions wrote it that did not look at its values
+        best.update(state, {})
+        best.weights["conv1.weight"][0] = float("nan")
+    save_checkpoint(tmp_path, state, best, scores_untrained={}, images_per_second=1.0)
+
+    with pytest.raises(RunFailed, match=r"nothing is registered: .* finite"):
+        register(MagicMock(spec=[]), tmp_path, run_id="an-id", name="a-model", tags={})
 
 
 def test_a_run_that_was_recorded_with_a_relative_path_can_be_continued(run):

@@ -9,6 +9,7 @@ A checkpoint is a folder of five files, none of which can carry code:
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from torch import Tensor
 from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.core.backbone import Description
 from upreid_ray.core.training import State
-from upreid_ray.core.weight_files import read_backbone
+from upreid_ray.core.weight_files import check_finite, not_finite, read_backbone
+
+logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
@@ -50,14 +53,27 @@ class BestBackbone:
     scores: dict[str, float] = field(default_factory=dict)
 
     def update(self, state: State, scores: dict[str, float]) -> None:
-        """Keep the extractor of ``state``, unless the current one has at least its mAP."""
+        """Keep the extractor of ``state``, unless the current one has at least its mAP.
+
+        An extractor with values that are not finite is never kept; the log says so.
+        """
         if self.scores and scores.get("mAP", 0.0) <= self.scores["mAP"]:
             return
-        self.weights = {
+        weights = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
             for name, tensor in state.extractor.state_dict().items()
         }
-        self.step, self.scores = state.step, scores
+        names = not_finite(weights)
+        if names:
+            logger.warning(
+                "step %d: the backbone is not taken as the best one, because %d of its tensors "
+                "hold values that are not finite, such as %s",
+                state.step,
+                len(names),
+                names[0],
+            )
+            return
+        self.weights, self.step, self.scores = weights, state.step, scores
 
 
 class Position(BaseModel):
@@ -152,7 +168,12 @@ def export_backbone(folder: Path, out: Path) -> None:
 
     The files are ``backbone.safetensors`` (torchvision's names without ``fc``),
     ``backbone.json`` and, if the backbone was fine-tuned, ``neck.safetensors``.
+
+    Raises:
+        InputError: The checkpoint has no best backbone, or one that is not finite.
     """
+    if not load_file(folder / BEST_FILE):
+        raise InputError(f"{folder}: none of the backbones up to this checkpoint was finite")
     description = read_position(folder).description
     (out / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=1))
     save_file(read_backbone(folder / BEST_FILE)[1], out / WEIGHTS_FILE)
@@ -169,7 +190,8 @@ def read_exported(folder: Path) -> tuple[Description, dict[str, Tensor], dict[st
         there is none.
 
     Raises:
-        InputError: The folder holds neither, or not a whole backbone.
+        InputError: The folder holds neither, or not a whole backbone, or one that is not
+            finite.
     """
     try:
         if (folder / DESCRIPTION_FILE).is_file():
@@ -208,8 +230,10 @@ def _hash(file: Path) -> str:
 
 def _read_neck(file: Path) -> dict[str, Tensor]:
     """Return the state dict of the neck in a file of a checkpoint or of an export."""
-    return {
+    neck = {
         name.removeprefix(NECK): tensor
         for name, tensor in load_file(file).items()
         if name.startswith(NECK)
     }
+    check_finite(file, neck)
+    return neck

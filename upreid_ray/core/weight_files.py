@@ -84,7 +84,8 @@ def read_backbone(file: str | Path) -> tuple[str, dict[str, Tensor]]:
         names, floating-point tensors in fp32.
 
     Raises:
-        InputError: The file cannot be read, or what it holds is not a whole backbone.
+        InputError: The file cannot be read, or what it holds is not a whole backbone, or not
+            finite.
     """
     path, prefix = _split_prefix(str(file))
     tensors = _without_sequential(dict(_flatten(_read(path))))
@@ -94,7 +95,28 @@ def read_backbone(file: str | Path) -> tuple[str, dict[str, Tensor]]:
         for name, tensor in tensors.items()
         if name.startswith(chosen) and name.removeprefix(chosen).split(".")[0] not in HEADS
     }
-    return _identify(file, weights)
+    identified = _identify(file, weights)
+    check_finite(file, weights)
+    return identified
+
+
+def check_finite(file: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Check that the weights in a file are finite numbers.
+
+    Raises:
+        InputError: Some of them are not.
+    """
+    names = not_finite(weights)
+    if names:
+        raise InputError(
+            f"{file}: holds values that are not finite in {len(names)} of its tensors, such as "
+            f"{', '.join(names[:3])}"
+        )
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that hold values that are not finite."""
+    return [name for name, tensor in weights.items() if not tensor.isfinite().all()]
 
 
 def _split_prefix(file: str) -> tuple[Path, str]:

@@ -367,10 +367,16 @@ def register(
         run_id: ID of the MLflow run that made it.
         name: Name of the registered model.
         tags: Lineage of the version; scores, step and configuration are added.
+
+    Raises:
+        RunFailed: The checkpoint has no best backbone that is finite.
     """
     position = read_position(checkpoint)
     with tempfile.TemporaryDirectory() as exported:
-        export_backbone(checkpoint, Path(exported))
+        try:
+            export_backbone(checkpoint, Path(exported))
+        except InputError as error:
+            raise RunFailed(f"nothing is registered: {error}") from error
         return registry.register_backbone(
             client,
             run_id=run_id,
