@@ -127,7 +127,18 @@ def test_queries_without_a_match_are_not_counted():
 
     assert result.mean_average_precision == 1.0
     assert result.cmc.tolist() == [1, 1, 1]
-    assert result.num_valid_queries == 1
+    assert (result.num_valid_queries, result.num_queries_without_match) == (1, 1)
+
+
+def test_the_log_says_how_many_queries_have_no_match(caplog):
+    pids, camids = torch.tensor([1, 2, 3, 1, 2]), torch.tensor([1, 1, 1, 2, 1])
+    is_query = torch.tensor([True, True, True, False, False])
+
+    result = score_features(torch.eye(5), pids, camids, is_query)
+    result.warn_if_incomplete()
+
+    assert result.num_queries_without_match == 2
+    assert "2 of 3 query images have no match in the gallery" in caplog.text
 
 
 @pytest.mark.parametrize("pid", [1, 9, -1])

@@ -6,6 +6,7 @@ queries without a remaining match (Zheng et al. 2015, Market-1501).
 Dimensions: Q query images, G gallery images, F features.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from upreid_ray.core.augment import Normalization
 
 # Takes the features of queries and gallery images; yields which queries, and their distances.
 DistanceRows = Callable[[Tensor, Tensor], Iterator[tuple[slice, Tensor]]]
+
+logger = logging.getLogger(__name__)
 
 JUNK_PID = -1
 PART_ELEMENTS = 2**24  # of a distance matrix at once; ranking them takes some 250 MB
@@ -47,12 +50,24 @@ class RetrievalScores:
         mean_inverse_negative_penalty: 0..1; the mean share of hits among the images up to the
             last hit (Ye et al. 2021, https://arxiv.org/abs/2001.04193).
         num_valid_queries: Queries with at least one match to be found.
+        num_queries_without_match: Queries that are left out because they have none.
     """
 
     mean_average_precision: float
     cmc: Tensor
     mean_inverse_negative_penalty: float
     num_valid_queries: int
+    num_queries_without_match: int
+
+    def warn_if_incomplete(self) -> None:
+        """Log how many queries have no match, if there are any."""
+        if self.num_queries_without_match:
+            logger.warning(
+                "%d of %d query images have no match in the gallery under another camera; the "
+                "scores leave them out",
+                self.num_queries_without_match,
+                self.num_queries_without_match + self.num_valid_queries,
+            )
 
     def summary(self) -> dict[str, float]:
         """Return the usual scores by their usual names."""
@@ -129,6 +144,7 @@ def score_rows(
         cmc=(first_rank[:, None] <= ranks).double().mean(dim=0).cpu(),
         mean_inverse_negative_penalty=float(inverse_negative_penalty.mean()),
         num_valid_queries=len(average_precision),
+        num_queries_without_match=len(query.pids) - len(average_precision),
     )
 
 

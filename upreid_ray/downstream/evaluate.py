@@ -43,6 +43,8 @@ class EvaluateResult:
         run_id: ID of the MLflow run.
         init: Initialization that was scored; a version in place of an alias.
         scores: Scores, 0..1 by name; names of scores after re-ranking end in ``_reranked``.
+        num_queries_without_match: Query images that the scores leave out, because the gallery
+            does not show their person under another camera.
         images_per_second: Speed of computing the features.
         result_dir: Folder of the run, with ``scores.json``.
     """
@@ -50,6 +52,7 @@ class EvaluateResult:
     run_id: str
     init: str
     scores: dict[str, float]
+    num_queries_without_match: int
     images_per_second: float
     result_dir: str
 
@@ -85,8 +88,9 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
         folder.record(config, run_id)
     with runs.running(client, run_id):
         features = compute_features(images, init, config.scaling)
-        scores = features.scores(rerank=config.rerank)
-        metrics = {f"eval/{name}": value for name, value in scores.items()}
+        scores, num_without_match = features.scores(rerank=config.rerank)
+        counts = {"num_queries_without_match": num_without_match}
+        metrics = {f"eval/{name}": value for name, value in (scores | counts).items()}
         runs.log_metrics(client, run_id, metrics)
         lineage = {
             "init": init.uri,
@@ -95,9 +99,9 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
         }
         runs.set_tags(client, run_id, lineage)
         result = EvaluateResult(
-            run_id, init.uri, scores, features.images_per_second, folder.uri
+            run_id, init.uri, scores, num_without_match, features.images_per_second, folder.uri
         )
-        folder.write(SCORES_FILE, json.dumps({**lineage, "scores": scores}, indent=1))
+        folder.write(SCORES_FILE, json.dumps({**lineage, "scores": scores, **counts}, indent=1))
     return result
 
 
@@ -119,14 +123,16 @@ class Features:
     is_query: Tensor
     images_per_second: float
 
-    def scores(self, *, rerank: bool) -> dict[str, float]:
-        """Return the retrieval scores by name."""
+    def scores(self, *, rerank: bool) -> tuple[dict[str, float], int]:
+        """Return the retrieval scores by name, and the number of queries without a match."""
         images = (self.values, self.pids, self.camids, self.is_query)
-        scores = score_features(*images).summary()
+        found = score_features(*images)
+        found.warn_if_incomplete()
+        scores = found.summary()
         if rerank:
             reranked = score_features(*images, distances=reranked_distances).summary()
             scores |= {f"{name}_reranked": value for name, value in reranked.items()}
-        return scores
+        return scores, found.num_queries_without_match
 
 
 def compute_features(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from upreid_ray.core import distributed
-from upreid_ray.core.retrieval import extract_features, score_features
+from upreid_ray.core.retrieval import RetrievalScores, extract_features, score_features
 from upreid_ray.core.training import State
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.decode import Columns
@@ -39,6 +39,7 @@ class Evaluation:
 
     Attributes:
         scores_untrained: Scores before training at rank 0; empty until they are set.
+        num_queries_without_match: Query images that the latest scores leave out, at rank 0.
     """
 
     def __init__(self, shards: ShardSet | None, state: State) -> None:
@@ -49,6 +50,7 @@ class Evaluation:
                 shards, height=state.description.height, width=state.description.width
             )
         self.scores_untrained: dict[str, float] = {}
+        self.num_queries_without_match = 0
 
     def score(self) -> dict[str, float]:
         """Return the scores by name at rank 0; an empty dictionary elsewhere.
@@ -58,7 +60,13 @@ class Evaluation:
         if self._images is None:
             return {}
         gathered = distributed.gather_at_first(features_of_share(self._state, self._images))
-        return {} if gathered is None else _scores(gathered)
+        if gathered is None:
+            return {}
+        scores = _scores(gathered)
+        if not self.num_queries_without_match:  # the same in each evaluation of a run
+            scores.warn_if_incomplete()
+        self.num_queries_without_match = scores.num_queries_without_match
+        return scores.summary()
 
 
 def features_of_share(state: State, images: DecodedImages) -> tuple[Tensor, list[Columns]]:
@@ -91,7 +99,7 @@ def _decode_share(images: DecodedImages) -> Iterator[Columns]:
             yield ahead.popleft().result()
 
 
-def _scores(gathered: list[tuple[Tensor, list[Columns]]]) -> dict[str, float]:
+def _scores(gathered: list[tuple[Tensor, list[Columns]]]) -> RetrievalScores:
     """Return the retrieval scores of the features and labels of all workers."""
     features = torch.cat([features for features, _ in gathered])
     blocks = [block for _, labels in gathered for block in labels]
@@ -99,4 +107,4 @@ def _scores(gathered: list[tuple[Tensor, list[Columns]]]) -> dict[str, float]:
         torch.cat([torch.from_numpy(block[name]) for block in blocks])
         for name in ("pid", "camid", "is_query")
     )
-    return score_features(features, pids, camids, is_query).summary()
+    return score_features(features, pids, camids, is_query)

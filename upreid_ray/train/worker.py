@@ -298,7 +298,9 @@ class Worker(ABC):
         """Score the backbone and log the scores; rank 0 gets them. All workers must call it."""
         scores = self.evaluation.score()
         if scores:
-            self.log_metrics({f"eval/{name}": value for name, value in scores.items()})
+            counts = {"num_queries_without_match": self.evaluation.num_queries_without_match}
+            values = scores | counts
+            self.log_metrics({f"eval/{name}": value for name, value in values.items()})
             logger.info(
                 "step %d/%d  retrieval  mAP %.4f  rank-1 %.4f",
                 self.state.step,
