@@ -95,7 +95,7 @@ def test_a_trial_trains_what_override_makes_of_its_point(finished, base):
 
 
 def test_the_file_of_the_winner_is_what_pretrain_accepts(finished, base):
-    parser = JobParser("A job.")
+    parser = JobParser("A job.", "")
     add_pretrain_settings(parser)
     file = f"{finished.result.result_dir}/best.json"
 
