@@ -125,7 +125,7 @@ def crop_table() -> Table:
             )
             for num_rows in NUM_ROWS
         )
-        shares = (share_in_same_row(StepDraw.of(each, 0), each) for each in configs)
+        shares = (share_in_same_row(StepDraw.at(each, 0), each) for each in configs)
         table.add_row(name, *(f"{share:.2f}" for share in shares))
     return table
 
