@@ -158,7 +158,7 @@ def draw(portrait: Portrait, *, seed: int, height: int, width: int) -> NDArray[n
     who, where = portrait.identity, portrait.camera
     moment = (who, where, portrait.index, SPLITS.index(portrait.split))
     return render(
-        Appearance.sample(np.random.default_rng((seed, _APPEARANCE, who))),
+        Appearance.of(who, seed=seed),
         Camera.sample(np.random.default_rng((seed, _CAMERA, where))),
         np.random.default_rng((seed, _IMAGE, *moment)),
         height=height,
@@ -192,6 +192,11 @@ class Appearance:
     bag_side: int
     shoes: Colour
     build: float
+
+    @classmethod
+    def of(cls, identity: int, *, seed: int) -> Self:
+        """Return the appearance of an identity in the data set with this seed."""
+        return cls.sample(np.random.default_rng((seed, _APPEARANCE, identity)))
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> Self:
