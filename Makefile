@@ -13,7 +13,7 @@ PEERS := kornia==0.9.0 kornia-rs==0.2.0 lightly==1.6.0 lightly-utils==0.0.2 \
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
 
-.PHONY: help setup pretrain sweep finetune compare check docs format test test-fast test-pythons bench bench-data \
+.PHONY: help setup pretrain sweep finetune compare check docs format test test-fast mutants test-pythons bench bench-data \
   bench-peers chaos audit up down status secrets image lock clean
 
 help:  ## show this list
@@ -68,6 +68,9 @@ test: $(READY)  ## run all tests
 
 test-fast: $(READY)  ## run the tests that start no Ray cluster
 	$(BIN)/python -m pytest -m "not ray"
+
+mutants: $(READY)  ## check that the tests notice deliberate faults in the code
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 test-pythons: $(READY)  ## the tests that need no Ray cluster, on every supported Python
 	for python in $(PYTHONS); do \

@@ -173,6 +173,14 @@ def test_what_was_delivered_is_not_delivered_again(client, run_id, store, tmp_pa
     assert history(client, other, "train/loss") == values(range(3, 5))
 
 
+def test_a_step_that_is_repeated_is_logged_once(client, run_id, store, tmp_path):
+    log(run_id, store, tmp_path, range(4), wait=DELIVERY_SECONDS)
+
+    log(run_id, store, tmp_path, range(2, 6), wait=DELIVERY_SECONDS)
+
+    assert history(client, run_id, "train/loss") == values(range(6))
+
+
 def test_a_line_that_is_delivered_twice_counts_once(client, run_id, store, tmp_path):
     log(run_id, store, tmp_path, range(3), wait=DELIVERY_SECONDS)
     (tmp_path / "metrics.delivered").unlink()

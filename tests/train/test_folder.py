@@ -59,3 +59,14 @@ def test_records_of_older_runs_say_nothing_of_their_lineage(tmp_path):
     folder.write(RUN_FILE, '{"run_id": "1", "config": {}}')
 
     assert folder.recorded_lineage() == {}
+
+
+def test_a_run_is_continued_with_its_own_settings_alone(tmp_path):
+    folder = RunFolder(str(tmp_path), "run")
+    folder.record(CONFIG, "1")
+    changed = CONFIG.override({"optimizer.lr": 1.5})
+
+    with pytest.raises(InputError, match=r"^--optimizer\.lr 1\.5: run run was started with "):
+        folder.recorded_run(changed, free=("run.",))
+
+    assert folder.recorded_run(changed, free=("optimizer.lr",)) == "1"
