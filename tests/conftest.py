@@ -1,41 +1,58 @@
-"""Fixtures that several tests share."""
+"""Fixtures that several tests share.
+
+PyTorch, Ray and MLflow are imported where they are needed, because that takes seconds.
+"""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
-import mlflow
 import pytest
-import ray
 
-from tests.core.pool import RunInPool, gloo_pool
-from upreid_ray.tracking import connection
+if TYPE_CHECKING:
+    from tests.core.pool import RunInPool
 
 # How long an example takes depends on what else runs on the machine.
 hypothesis.settings.register_profile("project", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("project")
 
+# Small batches are computed on one thread, in all processes: threads would mostly wait for each
+# other, and use up the cores meanwhile. PyTorch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a new database of MLflow, of which tests use copies."""
+    from tests.tracking.store import make_database  # noqa: PLC0415
+
+    file = tmp_path_factory.mktemp("database") / "mlflow.db"
+    make_database(file)
+    return file
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory, new_database: Path) -> Iterator[Path]:
     """Make a folder for runs and MLflow, and let all processes of the tests use it."""
+    from tests.tracking.store import tracking_in  # noqa: PLC0415
+
     root = tmp_path_factory.mktemp("work")
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    with pytest.MonkeyPatch.context() as patch, tracking_in(root, new_database):
         # How often Ray Train looks whether its workers have begun, reported or ended.
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        for name, value in connection.HTTP_DEFAULTS.items():
-            patch.setenv(name, value)
+        # As for every local Ray: the only node is never preempted.
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         yield root
-        mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """Start a Ray cluster of this process, whatever else runs on the machine."""
+    import ray  # noqa: PLC0415
+
     ray.init(
         address="local",
         num_cpus=4,
@@ -50,7 +67,9 @@ def ray_cluster() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def run_in_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunInPool]:
+def run_in_pool(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[RunInPool]":
     """Call a module's function in two processes joined by Gloo; a list of the results."""
+    from tests.core.pool import gloo_pool  # noqa: PLC0415
+
     with gloo_pool(tmp_path_factory.mktemp("gloo")) as run:
         yield run

@@ -24,18 +24,6 @@ print(runs.start_run(client, experiment="first", name="a-run", config=PRESETS["d
 """
 
 
-@pytest.fixture(scope="module")
-def new_database(tmp_path_factory) -> Path:
-    """Return a database with MLflow's tables, whose creation takes seconds."""
-    file = tmp_path_factory.mktemp("database") / "mlflow.db"
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
-        connection.connect()
-    mlflow.set_tracking_uri(before)
-    return file
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Iterator[Path]:
     """Stand in a new folder, without a server; return the folder."""

@@ -26,6 +26,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.tracking.store import tracking_in
 from upreid_ray.config.errors import InputError, RunStopped
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.core.backbone import build_backbone
@@ -41,21 +42,14 @@ CONFIG = PRESETS["demo"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory) -> Iterator[str]:
+def store(tmp_path_factory, new_database) -> Iterator[str]:
     """Let MLflow keep everything in a new folder; return the URI of its store."""
     folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", uri)
-        for name, value in connection.HTTP_DEFAULTS.items():
-            patch.setenv(name, value)
+    with pytest.MonkeyPatch.context() as patch, tracking_in(folder, new_database) as uri:
         patch.setattr(run_log, "RETRY_SECONDS", 0.2)
         # It warns of each attempt to reach a server that is down on purpose.
         patch.setattr(logging.getLogger("urllib3.connectionpool"), "disabled", True)
         yield uri
-        mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")

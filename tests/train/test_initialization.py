@@ -10,6 +10,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import save_file
 
 from tests.core.tiny import TINY, fresh_state
+from tests.tracking.store import tracking_in
 from upreid_ray.config.downstream import LabelledDataConfig
 from upreid_ray.config.errors import InputError
 from upreid_ray.core.backbone import build_backbone
@@ -39,12 +40,9 @@ def exported(tmp_path_factory, checkpoint) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def client(tmp_path_factory, new_database):
     """Connect to an MLflow of these tests."""
-    root = tmp_path_factory.mktemp("mlflow")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    with tracking_in(tmp_path_factory.mktemp("mlflow"), new_database):
         yield connection.connect()
 
 
