@@ -235,7 +235,7 @@ def measure(init: Initialization, num_people: int) -> dict[str, dict[str, float]
 
 def tables(lines: list[dict[str, object]]) -> Iterator[Table]:
     """Yield one table for each kind of number, with a column for each backbone."""
-    measured: list[dict[str, dict[str, float]]] = [each["measured"] for each in lines]  # type: ignore[misc]
+    measured: list[dict[str, dict[str, float]]] = [each["measured"] for each in lines]
     for kind in measured[0]:
         table = Table(kind, *(str(each["label"]) for each in lines))
         for row in measured[0][kind]:

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from tests.core.tiny import TINY, float64_state, fresh_state, people, tiny
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.cpu import for_cpu
+from upreid_ray.core.encoder import running_statistics
 from upreid_ray.core.model import Keys, UPReID, Views
 from upreid_ray.core.training import StepDraw, render_views, train_step
 
@@ -100,6 +101,26 @@ def test_the_key_encoder_keeps_the_share_of_its_momentum(model):
 
     for name, weight in model.key_encoder.named_parameters():
         assert_close(weight, before[name] + 0.25)
+
+
+@pytest.mark.parametrize("encoder", ["momentum", "query"])
+def test_the_patches_of_keys_are_encoded_by_the_encoder_asked_for(encoder):
+    model = model_of(tiny({"patches.key_encoder": encoder}))
+    model.update_key_encoder(momentum=0.0)
+    perturbed(model)
+    views = views_of(TINY, for_keys=True)
+    before = buffers(model.query_encoder)
+
+    keys = model.encode_keys(views, statistics_momentum=0.1)
+
+    wanted = {"momentum": model.key_encoder, "query": model.query_encoder}[encoder]
+    with torch.no_grad(), running_statistics(wanted, momentum=0):
+        patches = wanted(views.patches.flatten(0, 1)).view_as(keys.patches)
+    assert torch.equal(keys.patches, patches)
+    assert not keys.patches.requires_grad
+    assert_equal(buffers(model.query_encoder), before)
+    with torch.no_grad(), running_statistics(model.key_encoder, momentum=0):
+        assert torch.equal(keys.view, model.key_encoder(views.view))
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms():

@@ -100,6 +100,9 @@ class PatchesConfig(Section):
     mining: Literal["symmetry", "none"] = "symmetry"
     """How pairs are chosen: the hardest positive of a row against other rows (symmetry), or the
     same cell against all others (none)."""
+    key_encoder: Literal["momentum", "query"] = "momentum"
+    """Encoder of the other view's patches: the key encoder, which follows by its momentum
+    (momentum), or the query encoder without gradient (query), which suits short runs."""
 
 
 class ModelConfig(Section):

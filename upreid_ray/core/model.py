@@ -42,7 +42,8 @@ class Keys:
     Attributes:
         view: ``[B, D]``, embeddings of the augmented views.
         original: ``[B, D]``, embeddings of the images without augmentation, or None.
-        patches: ``[B, P, D]``, embeddings of the patches, or None.
+        patches: ``[B, P, D]``, embeddings of the patches, or None; by the query encoder if
+            ``patches.key_encoder`` says so.
     """
 
     view: Tensor
@@ -145,7 +146,12 @@ class UPReID(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, views: Views, *, statistics_momentum: float) -> Keys:
-        """Encode one group of images with the key encoder.
+        """Encode one group of images as keys.
+
+        The key encoder lags behind: in a run of a few hundred steps its weights stay mostly
+        random, and patches that it encodes carry little information. Patches need no queue of
+        consistent keys, so the query encoder may encode them too (``patches.key_encoder``; the
+        choice is ours).
 
         Args:
             views: The key encoder's views of the images of the group.
@@ -159,7 +165,9 @@ class UPReID(nn.Module):
                 with running_statistics(self.key_encoder, momentum=0):
                     original = self.key_encoder(views.original)
             if views.patches is not None:
-                patches = _encode_patches(self.key_encoder, views.patches)
+                by_query = self.patches.key_encoder == "query"
+                encoder = self.query_encoder if by_query else self.key_encoder
+                patches = _encode_patches(encoder, views.patches)
         return Keys(view, original, patches)
 
     @torch.no_grad()
