@@ -141,7 +141,8 @@ def from_shards(
     loader = DataLoader(
         Blocks(images, blocks), batch_size=None, num_workers=num_cores, collate_fn=_keep
     )
-    yield from islice(images.batches(rounds, iter(loader)), num_steps)
+    for columns in islice(images.batches(rounds, iter(loader)), num_steps):
+        yield columns["image"]
 
 
 def from_stream(images: TrainingImages, num_steps: int) -> Iterator[NDArray[np.uint8]]:
@@ -149,7 +150,8 @@ def from_stream(images: TrainingImages, num_steps: int) -> Iterator[NDArray[np.u
     rounds = list(images.rounds(0, num_steps))
     (iterator,) = stream_blocks(images.read, [each.by_worker(1) for each in rounds])
     decoded = read_stream(iterator, rank=0, num_workers=1)
-    yield from islice(images.batches(rounds, decoded), num_steps)
+    for columns in islice(images.batches(rounds, decoded), num_steps):
+        yield columns["image"]
 
 
 def companions(config: PretrainConfig, num_images: int) -> tuple[float, float]:

@@ -100,7 +100,7 @@ class Consumer:
             if batch is None:
                 return waited
             if self._speed is not None:
-                time.sleep(len(batch) / self._speed)
+                time.sleep(len(batch["image"]) / self._speed)
 
     def _noted(self, blocks: Iterator[Columns]) -> Iterator[Columns]:
         for block in blocks:

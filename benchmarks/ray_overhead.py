@@ -87,7 +87,7 @@ def plain_worker(
     batches = images.batches(rounds, iter(loader), rank=rank, num_workers=num_workers)
     skipped = state.num_steps // 4
     started = 0.0
-    tensors = (torch.from_numpy(batch) for batch in batches)
+    tensors = (torch.from_numpy(batch["image"]) for batch in batches)
     for report in train(state, tensors, train_step):
         if report.step % config.training.log_every_steps == 0:
             report.terms["loss"].item()

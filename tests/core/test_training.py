@@ -26,6 +26,7 @@ from upreid_ray.core.checkpoint import (
     export_backbone,
     find_damage,
     load_checkpoint,
+    load_tensors,
     read_exported,
     read_position,
     save_checkpoint,
@@ -269,6 +270,18 @@ def test_loading_replaces_everything_of_another_state(tmp_path):
 
     assert other.step == 1
     assert_equal(tensors_of(saved), tensors_of(other))
+
+
+def test_a_new_run_takes_over_tensors_but_neither_position_nor_settings(tmp_path):
+    saved, new = fresh_state(), fresh_state(tiny({"optimizer.weight_decay": 0.5}))
+    take_steps(saved, 1)
+    save(saved, tmp_path)
+
+    load_tensors(tmp_path, new)
+
+    assert new.step == 0
+    assert new.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert_equal(tensors_of(saved), tensors_of(new))
 
 
 def test_a_checkpoint_keeps_what_it_says_beside_its_tensors(tmp_path):

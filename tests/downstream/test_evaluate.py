@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from tests.data.stream.test_stream import BROKEN, flat, write_set
 from upreid_ray.config.downstream import EvaluateConfig
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.run import ScalingConfig
@@ -169,7 +170,33 @@ def test_a_set_without_a_match_is_refused(ray_cluster, config, tmp_path):
         person(0, 1).save(tmp_path / part / f"0001_c{camid}s1_000001_00.jpg")
 
     message = refusal(config, {"data.root": str(tmp_path)})
-    assert message.endswith("no query image has a match in the gallery under another camera")
+    assert message.endswith(
+        "under another camera; jobs/evaluate.py scores it with --ignore_cameras true"
+    )
+
+
+def test_a_damaged_set_of_one_camera_is_scored_if_the_user_says_so(
+    ray_cluster, config, tmp_path
+):
+    gallery = [flat(number) for number in range(4)]
+    shards = write_set(tmp_path, {"query": [*gallery[:2], BROKEN], "gallery": gallery})
+    (tmp_path / "manifest.json").write_text(shards.manifest.model_dump_json())
+
+    result = evaluate(
+        config.override(
+            {
+                "data.root": shards.uri,
+                "data.max_undecodable": 0.2,
+                "ignore_cameras": True,
+                "rerank": False,
+            }
+        )
+    )
+
+    assert (result.num_undecodable, result.num_queries_without_match) == (1, 0)
+    assert result.scores["mAP"] == 1
+    metrics = connection.connect().get_run(result.run_id).data.metrics
+    assert metrics["eval/num_undecodable"] == 1
 
 
 def test_a_root_that_does_not_exist_is_refused(ray_cluster, config, tmp_path):

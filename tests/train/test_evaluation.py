@@ -12,11 +12,13 @@ def test_queries_without_a_match_are_counted_and_the_log_says_so_once(monkeypatc
     evaluation = Evaluation(None, fresh_state())
     block = {
         "image": people(4).numpy(),
+        "decoded": np.ones(4, bool),
+        "shard": np.zeros(4, int),
         "pid": np.array([1, 2, 1, 3]),
         "camid": np.array([1, 1, 2, 2]),
         "is_query": np.array([True, True, False, False]),
     }
-    images = SimpleNamespace(num_blocks=1, read=lambda _: dict(block))
+    images = SimpleNamespace(num_blocks=1, row_groups=None, read=lambda _: dict(block))
     monkeypatch.setattr(evaluation, "_images", images)
 
     scores = [evaluation.score() for _ in range(2)]

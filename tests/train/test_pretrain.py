@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -480,6 +481,63 @@ def test_a_run_without_finite_gradients_fails_once_and_names_the_images(finished
         )[0].info.status
         == "FAILED"
     )
+
+
+def test_a_damaged_set_ends_the_run_at_once_with_one_line_that_names_the_shard(
+    finished, tiny, tmp_path
+):
+    shards = tmp_path / "shards"
+    shutil.copytree(finished.tags["shards"], shards)
+    damaged = next(shards.glob("unlabeled-*.parquet"))
+    content = bytearray(damaged.read_bytes())
+    part = slice(len(content) // 4, len(content) // 2)
+    content[part] = bytes(byte ^ 1 for byte in content[part])
+    damaged.write_bytes(content)
+
+    with pytest.raises(
+        RunFailed, match=rf"do not decode, \d+ of them in {damaged}; "
+    ) as failed:
+        fit(tiny.override({"run.name": "damaged", "data.shards": str(shards)}))
+
+    assert "\n" not in str(failed.value)
+
+
+# Training further than planned.
+
+
+def test_a_finished_run_says_how_to_train_further(finished, tiny):
+    with pytest.raises(InputError) as refused:
+        fit(tiny.override({"training.epochs": 4}), resume=True)
+
+    assert str(refused.value) == (
+        "--training.epochs 4: run tiny was started with 3; to train further, begin a new run "
+        f"with --model.continue_from {finished.result.result_dir}"
+    )
+
+
+def test_a_run_with_another_queue_cannot_be_continued_from(finished, tiny):
+    settings = {"model.continue_from": finished.result.result_dir, "model.queue_size": 64}
+
+    with pytest.raises(InputError, match=r"^--model.queue_size 64: \S+/tiny/step-\d+ has 32$"):
+        fit(tiny.override({**settings, "run.name": "other-queue"}))
+
+
+def test_a_new_run_continues_from_the_newest_checkpoint_of_another_one(finished, tiny):
+    further = tiny.override(
+        {
+            "model.continue_from": finished.result.result_dir,
+            "run.name": "further",
+            "training.epochs": 1,
+            "evaluation.shards": finished.tags["shards"],
+        }
+    )
+
+    result = fit(further)
+
+    run = finished.client.get_run(result.run_id)
+    assert run.data.tags["continued_from"] == finished.result.checkpoint
+    first = finished.client.get_metric_history(finished.run.info.run_id, "eval/mAP")[-1]
+    assert result.scores_untrained["mAP"] == pytest.approx(first.value, abs=1e-6)
 
 
 # The storage is full, or read-only.

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
+from upreid_ray.config.errors import RunFailed
 from upreid_ray.config.presets import PRESETS
+from upreid_ray.train.pretrain_worker import PretrainWorker
 from upreid_ray.train.worker import Due
 
 # Imports a module, then prints those of the modules that it must not have imported.
@@ -55,3 +58,36 @@ def test_what_is_due_depends_on_the_step(step, expected):
     )
 
     assert Due.after(state, config) == expected
+
+
+def worker_at(step: int, undecodable: dict[str, int]) -> PretrainWorker:
+    """Make a worker of a run of 10 steps an epoch, which has counted some images."""
+    worker = PretrainWorker.__new__(PretrainWorker)
+    worker.config = PRESETS["demo"].override(
+        {"training.batch_size": 40, "training.group_size": 20, "data.max_undecodable": 0.01}
+    )
+    worker.state = SimpleNamespace(step=step, steps_per_epoch=10, num_steps=30)
+    worker.undecodable, worker.new_undecodable = Counter(undecodable), Counter()
+    return worker
+
+
+def test_images_that_do_not_decode_add_up_over_an_epoch():
+    worker = worker_at(12, {"a": 1})
+
+    for _ in range(3):
+        worker.new_undecodable["a"] += 1
+        worker._check_undecodable()
+    worker.new_undecodable["b"] += 1
+    with pytest.raises(RunFailed, match=r"^5 of 400 images do not decode, 4 of them in a; "):
+        worker._check_undecodable()
+
+
+def test_at_the_end_of_an_epoch_the_log_says_what_was_left_out_and_the_count_begins_anew(
+    caplog,
+):
+    worker = worker_at(20, {"a": 4})
+
+    worker._check_undecodable()
+
+    assert "left out of the last epoch: 4 of 400 images do not decode" in caplog.text
+    assert not worker.undecodable

@@ -50,6 +50,9 @@ class LabelledDataConfig(Section):
     """Mean of each colour channel (0..1). Default: that of the pre-training, or of ImageNet."""
     std: Deviation | None = None
     """Standard deviation of each channel. Default: that of the pre-training, or of ImageNet."""
+    max_undecodable: Probability = 0.01
+    """Largest fraction of images that cannot be decoded or lie in damaged shards; above it the
+    job fails."""
 
 
 class EvaluateConfig(Section):
@@ -64,6 +67,9 @@ class EvaluateConfig(Section):
     """Random seed of the weights if --init is random."""
     rerank: bool = False
     """Whether to score k-reciprocal re-ranking as well."""
+    ignore_cameras: bool = False
+    """Whether a match may be by the query's own camera, as in a set of one camera. The standard
+    protocol ignores such images."""
     data: LabelledDataConfig = LabelledDataConfig()
     """Settings of the images."""
     scaling: ScalingConfig = ScalingConfig(num_workers=1, use_gpu=False)

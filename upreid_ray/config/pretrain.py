@@ -113,6 +113,9 @@ class ModelConfig(Section):
     pretrained: PathOrUri | None = None
     """File of weights to start from: torchvision's, or a checkpoint of MoCo or fast-reid.
     Default: random weights."""
+    continue_from: PathOrUri | None = None
+    """Folder or URI of a run, or of a checkpoint, whose encoders, queue and optimizer this run
+    takes over; the schedules begin anew. Default: a new beginning."""
     embedding_dim: PositiveInt = 128
     """Number of dimensions of the projected embedding."""
     queue_size: PositiveInt = 65536
@@ -121,6 +124,15 @@ class ModelConfig(Section):
     """Momentum of the key encoder at the first training step."""
     final_momentum: Probability = 0.999
     """Momentum of the key encoder at the last training step, reached along a cosine."""
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> Self:
+        if self.pretrained is not None and self.continue_from is not None:
+            raise ValueError(
+                f"--model.continue_from {self.continue_from}: holds the weights already; leave "
+                "out --model.pretrained"
+            )
+        return self
 
 
 class LossConfig(Section):

@@ -10,6 +10,7 @@ A checkpoint is a folder of five files, none of which can carry code:
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ class Position(BaseModel):
         best_step: Number of steps after which the best backbone was kept.
         best_scores: Scores of the best backbone, 0..1 by name.
         scores_untrained: Scores of the backbone before training.
+        num_queries_without_match: Query images that the scores leave out.
+        undecodable: Images of this epoch that do not decode so far, by shard.
         images_per_second: Mean speed of training so far.
         description: Description of the best backbone.
         config: Settings of the run.
@@ -97,6 +100,8 @@ class Position(BaseModel):
     best_step: int
     best_scores: dict[str, float]
     scores_untrained: dict[str, float]
+    num_queries_without_match: int = 0  # Older checkpoints have neither.
+    undecodable: dict[str, int] = {}
     images_per_second: float
     description: Description
     config: dict[str, Any]
@@ -109,6 +114,8 @@ def save_checkpoint(
     *,
     scores_untrained: dict[str, float],
     images_per_second: float,
+    num_queries_without_match: int = 0,
+    undecodable: Mapping[str, int] | None = None,
 ) -> None:
     """Write the state into an existing, empty ``folder``."""
     model = {name: tensor.contiguous() for name, tensor in state.model.state_dict().items()}
@@ -121,6 +128,8 @@ def save_checkpoint(
         best_step=best.step,
         best_scores=best.scores,
         scores_untrained=scores_untrained,
+        num_queries_without_match=num_queries_without_match,
+        undecodable=dict(undecodable or {}),
         images_per_second=images_per_second,
         description=state.description,
         config=state.config.model_dump(mode="json"),
@@ -130,13 +139,21 @@ def save_checkpoint(
     (folder / HASHES_FILE).write_text(json.dumps(hashes, indent=1))
 
 
+def load_tensors(folder: Path, state: State) -> None:
+    """Take over the model and the optimizer of a checkpoint, but not the position.
+
+    The learning rate and other settings of the optimizer stay those of ``state``.
+    """
+    state.model.load_state_dict(load_file(folder / MODEL_FILE))
+    saved = torch.load(folder / OPTIMIZER_FILE, map_location=state.device, weights_only=True)
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
 def load_checkpoint(folder: Path, state: State) -> tuple[BestBackbone, Position]:
     """Restore the state that the checkpoint was written from, in place."""
     position = read_position(folder)
-    state.model.load_state_dict(load_file(folder / MODEL_FILE))
-    state.optimizer.load_state_dict(
-        torch.load(folder / OPTIMIZER_FILE, map_location=state.device, weights_only=True)
-    )
+    load_tensors(folder, state)
     state.step = position.step
     state.num_skipped = torch.full_like(state.num_skipped, position.num_skipped)
     weights = load_file(folder / BEST_FILE)

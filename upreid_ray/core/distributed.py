@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.core.groups import groups_of_workers
 
 T = TypeVar("T")
@@ -131,6 +132,26 @@ def gather_at_first(value: T) -> list[T] | None:
     values = [value] * world_size() if rank() == 0 else None
     dist.gather_object(value, values)
     return values
+
+
+def run_at_first(function: Callable[[], T]) -> T | None:
+    """Return what a function returns at rank 0; None elsewhere, where it is not called.
+
+    Raises:
+        InputError: The function raised it; every process raises it then.
+        RunFailed: As above.
+    """
+    result: T | None = None
+    failure: InputError | RunFailed | None = None
+    if rank() == 0:
+        try:
+            result = function()
+        except (InputError, RunFailed) as error:
+            failure = error
+    failure = share_from_first(failure)
+    if failure is not None:
+        raise failure
+    return result
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import ray
@@ -25,6 +25,7 @@ from upreid_ray.core.reranking import reranked_distances
 from upreid_ray.core.retrieval import extract_features, score_features
 from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
 from upreid_ray.data.shards.requested import labelled_shards
+from upreid_ray.data.stream.damage import without_undecodable
 from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.labelled import LabelledImages
 from upreid_ray.tracking import connection, runs
@@ -45,6 +46,7 @@ class EvaluateResult:
         scores: Scores, 0..1 by name; names of scores after re-ranking end in ``_reranked``.
         num_queries_without_match: Query images that the scores leave out, because the gallery
             does not show their person under another camera.
+        num_undecodable: Images that the scores leave out, because they do not decode.
         images_per_second: Speed of computing the features.
         result_dir: Folder of the run, with ``scores.json``.
     """
@@ -53,6 +55,7 @@ class EvaluateResult:
     init: str
     scores: dict[str, float]
     num_queries_without_match: int
+    num_undecodable: int
     images_per_second: float
     result_dir: str
 
@@ -66,14 +69,17 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
 
     Raises:
         InputError: A setting cannot be used; nothing was started.
+        RunFailed: Too many images do not decode.
     """
     client = connection.connect()
     init = requested(config)
     folder = RunFolder.of(config.run, f"evaluate-{init.description.backbone}")
     if parent_run_id is None:  # a comparison repeats what was interrupted
         folder.require_new()
-    shards = labelled_shards(config.data, folder.storage, scored=True)
-    shards.check_labels()
+    shards = labelled_shards(
+        config.data, folder.storage, scored=True, ignore_cameras=config.ignore_cameras
+    )
+    shards.check_labels(ignore_cameras=config.ignore_cameras)
     size = {"height": init.description.height, "width": init.description.width}
     images = LabelledImages(shards, **size)
 
@@ -87,9 +93,17 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
         )
         folder.record(config, run_id)
     with runs.running(client, run_id):
-        features = compute_features(images, init, config.scaling)
+        features = compute_features(
+            images, init, config.scaling, max_undecodable=config.data.max_undecodable
+        )
+        if config.ignore_cameras:
+            # No query image is by the camera of a gallery image then.
+            features = replace(features, camids=features.is_query.long())
         scores, num_without_match = features.scores(rerank=config.rerank)
-        counts = {"num_queries_without_match": num_without_match}
+        counts = {
+            "num_queries_without_match": num_without_match,
+            "num_undecodable": features.num_undecodable,
+        }
         metrics = {f"eval/{name}": value for name, value in (scores | counts).items()}
         runs.log_metrics(client, run_id, metrics)
         lineage = {
@@ -99,7 +113,12 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
         }
         runs.set_tags(client, run_id, lineage)
         result = EvaluateResult(
-            run_id, init.uri, scores, num_without_match, features.images_per_second, folder.uri
+            run_id=run_id,
+            init=init.uri,
+            scores=scores,
+            **counts,
+            images_per_second=features.images_per_second,
+            result_dir=folder.uri,
         )
         folder.write(SCORES_FILE, json.dumps({**lineage, "scores": scores, **counts}, indent=1))
     return result
@@ -114,6 +133,7 @@ class Features:
         pids: ``[N]``, person of each image.
         camids: ``[N]``, camera of each image.
         is_query: ``[N]``, bool; the other images are the gallery.
+        num_undecodable: Number of images that are left out, because they do not decode.
         images_per_second: Speed of the computation, without the start of the actors.
     """
 
@@ -121,6 +141,7 @@ class Features:
     pids: Tensor
     camids: Tensor
     is_query: Tensor
+    num_undecodable: int
     images_per_second: float
 
     def scores(self, *, rerank: bool) -> tuple[dict[str, float], int]:
@@ -139,8 +160,14 @@ def compute_features(
     images: LabelledImages,
     init: Initialization,
     scaling: ScalingConfig,
+    *,
+    max_undecodable: float,
 ) -> Features:
-    """Compute the features of all images; tasks decode, and actors run the backbone."""
+    """Compute the features of all images; tasks decode, and actors run the backbone.
+
+    Raises:
+        RunFailed: A larger fraction of the images than ``max_undecodable`` does not decode.
+    """
 
     def read_one(ids: Columns) -> Columns:
         return images.read(int(ids["id"][0]))
@@ -164,12 +191,15 @@ def compute_features(
     dataset.context.enable_progress_bars = False
     blocks, seconds = _collect(dataset.iter_batches(batch_size=None), images.num_blocks)
     columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    num_timed = len(columns["pid"]) - (len(blocks[0]["pid"]) if len(blocks) > 1 else 0)
+    num_images = len(columns["pid"])
+    num_timed = num_images - (len(blocks[0]["pid"]) if len(blocks) > 1 else 0)
+    columns = without_undecodable(columns, images.row_groups, max_undecodable)
     return Features(
         values=torch.from_numpy(columns["features"]),
         pids=torch.from_numpy(columns["pid"]),
         camids=torch.from_numpy(columns["camid"]),
         is_query=torch.from_numpy(columns["is_query"]),
+        num_undecodable=num_images - len(columns["pid"]),
         images_per_second=num_timed / seconds,
     )
 

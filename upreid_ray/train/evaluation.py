@@ -3,20 +3,26 @@
 Dimensions: N images, n of them on this worker, F features.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from upreid_ray.core import distributed
-from upreid_ray.core.retrieval import RetrievalScores, extract_features, score_features
+from upreid_ray.core.retrieval import extract_features, score_features
 from upreid_ray.core.training import State
+from upreid_ray.data.shards.row_groups import RowGroups
 from upreid_ray.data.shards.shard_set import ShardSet
+from upreid_ray.data.stream.damage import without_undecodable
 from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.labelled import LabelledImages
+
+logger = logging.getLogger(__name__)
 
 NUM_THREADS = 4
 
@@ -25,6 +31,7 @@ class DecodedImages(Protocol):
     """Images that are read in blocks, such as `LabelledImages`."""
 
     num_blocks: int
+    row_groups: RowGroups
 
     def read(self, number: int) -> Columns:
         """Return ``image``, uint8 ``[n, 3, H, W]``, and other columns of ``n`` rows."""
@@ -56,34 +63,57 @@ class Evaluation:
         """Return the scores by name at rank 0; an empty dictionary elsewhere.
 
         Every worker must call this. Without evaluation images it is empty at rank 0 too.
+
+        Raises:
+            RunFailed: Too many images do not decode; every worker raises it.
         """
         if self._images is None:
             return {}
-        gathered = distributed.gather_at_first(features_of_share(self._state, self._images))
-        if gathered is None:
+        columns = decoded_features(self._state, self._images)
+        if columns is None:
             return {}
-        scores = _scores(gathered)
+        scores = score_features(
+            *(torch.from_numpy(columns[n]) for n in ("features", "pid", "camid", "is_query"))
+        )
         if not self.num_queries_without_match:  # the same in each evaluation of a run
             scores.warn_if_incomplete()
         self.num_queries_without_match = scores.num_queries_without_match
         return scores.summary()
 
 
-def features_of_share(state: State, images: DecodedImages) -> tuple[Tensor, list[Columns]]:
-    """Compute the features of this worker's share of some images.
+def decoded_features(state: State, images: DecodedImages) -> Columns | None:
+    """Compute the features of images; those that do not decode are left out.
+
+    Every worker must call this, and computes its share.
 
     Returns:
-        The features ``[n, F]``, unit length, on the CPU; and the other columns of each block.
+        At rank 0 ``features``, float32 ``[N, F]``, unit length, and the other columns of the
+        images; None elsewhere.
+
+    Raises:
+        RunFailed: Too many images do not decode; every worker raises it.
     """
-    others: list[Columns] = []
+    shares: list[Columns] = []
 
     def batches() -> Iterator[Tensor]:
         for block in _decode_share(images):
             yield torch.from_numpy(block.pop("image"))
-            others.append(block)
+            shares.append(block)
 
     normalization = state.description.normalization
-    return extract_features(state.extractor, batches(), normalization).cpu(), others
+    features = extract_features(state.extractor, batches(), normalization).cpu().numpy()
+    stops = np.cumsum([len(block["decoded"]) for block in shares])
+    for block, part in zip(shares, np.split(features, stops[:-1]), strict=False):
+        block["features"] = part
+    gathered = distributed.gather_at_first(shares) or []
+
+    def join() -> Columns:
+        every = [block for share in gathered for block in share]
+        columns = {name: np.concatenate([block[name] for block in every]) for name in every[0]}
+        limit = state.config.data.max_undecodable
+        return without_undecodable(columns, images.row_groups, limit)
+
+    return distributed.run_at_first(join)
 
 
 def _decode_share(images: DecodedImages) -> Iterator[Columns]:
@@ -97,14 +127,3 @@ def _decode_share(images: DecodedImages) -> Iterator[Columns]:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-
-
-def _scores(gathered: list[tuple[Tensor, list[Columns]]]) -> RetrievalScores:
-    """Return the retrieval scores of the features and labels of all workers."""
-    features = torch.cat([features for features, _ in gathered])
-    blocks = [block for _, labels in gathered for block in labels]
-    pids, camids, is_query = (
-        torch.cat([torch.from_numpy(block[name]) for block in blocks])
-        for name in ("pid", "camid", "is_query")
-    )
-    return score_features(features, pids, camids, is_query)

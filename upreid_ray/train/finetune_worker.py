@@ -11,7 +11,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.data import DataIterator
-from torch import nn
+from torch import Tensor, nn
 
 from upreid_ray.config.downstream import ClusterContrastConfig, DownstreamConfig, FinetuneConfig
 from upreid_ray.config.errors import InputError, RunFailed
@@ -40,14 +40,14 @@ from upreid_ray.data.stream.persons import (
     PersonImages,
 )
 from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS, read_stream, stream_blocks
-from upreid_ray.train.evaluation import features_of_share
+from upreid_ray.train.evaluation import decoded_features
 from upreid_ray.train.initialization import Initialization
 from upreid_ray.train.worker import Worker, WorkerSettings, logger, prepare_process
 
 
 def finetune_worker(
     settings: WorkerSettings[FinetuneConfig], *, init: Initialization
-) -> RunFailed | None:
+) -> RunFailed | InputError | None:
     """Train from the newest checkpoint, if any; return why training ended early."""
     device = prepare_process(settings.config.scaling)
     return FinetuneWorker(settings, init, device).train()
@@ -58,10 +58,7 @@ def cluster_contrast_worker(
 ) -> RunFailed | InputError | None:
     """Train from the newest checkpoint, if any; return why training ended early."""
     device = prepare_process(settings.config.scaling)
-    try:
-        return ClusterContrastWorker(settings, init, device).train()
-    except InputError as error:  # Ray Train would retry what cannot succeed.
-        return error
+    return ClusterContrastWorker(settings, init, device).train()
 
 
 def initial_backbone(config: DownstreamConfig, init: Initialization) -> nn.Module:
@@ -73,11 +70,27 @@ def initial_backbone(config: DownstreamConfig, init: Initialization) -> nn.Modul
     return backbone
 
 
-class FinetuneWorker(Worker):
+class PersonWorker(Worker):
+    """One process of a run that trains on images of persons."""
+
+    config: DownstreamConfig
+    state: DownstreamState
+
+    def person_batches(self, batches: Iterator[Columns]) -> Iterator[PersonBatch]:
+        """Yield the batches as tensors, and count the images that do not decode."""
+        for columns in batches:
+            self.count_undecodable(columns)
+            yield PersonBatch(
+                torch.from_numpy(columns["image"]), torch.from_numpy(columns["label"])
+            )
+
+
+class FinetuneWorker(PersonWorker):
     """One process of a supervised fine-tuning run."""
 
     config: FinetuneConfig
     state: FinetuneState
+    images: PersonImages
 
     def __init__(
         self,
@@ -104,21 +117,21 @@ class FinetuneWorker(Worker):
 
     def steps(self) -> Iterator[StepReport]:
         """Train from ``state.step`` to the end, and report each step."""
-        batches = stream_batches(
-            self.images.batches, _put_encoded(self.images), self.state, self.state.num_steps
-        )
-        return train(self.state, batches, finetune_step)
+        encoded, stop = _put_encoded(self.images), self.state.num_steps
+        columns = stream_batches(self.images.batches, encoded, self.state, stop)
+        return train(self.state, self.person_batches(columns), finetune_step)
 
     def keys(self, step: int) -> list[str]:
         """Return the names of the images of the batch that step ``step`` (from 0 on) takes."""
         return self.images.keys(self.images.batches.indices(step))
 
 
-class ClusterContrastWorker(Worker):
+class ClusterContrastWorker(PersonWorker):
     """One process of an unsupervised fine-tuning run."""
 
     config: ClusterContrastConfig
     state: ClusterContrastState
+    images: ClusterImages
 
     def __init__(
         self,
@@ -149,7 +162,8 @@ class ClusterContrastWorker(Worker):
                     self._cluster()
             stop = state.step - step_of_epoch + state.steps_per_epoch
             labels = state.model.memory.labels.cpu().numpy()
-            batches = stream_batches(self.images.batches(labels), encoded, state, stop)
+            columns = stream_batches(self.images.batches(labels), encoded, state, stop)
+            batches = self.person_batches(columns)
             yield from train(state, batches, cluster_contrast_step, stop_step=stop)
 
     def keys(self, step: int) -> list[str]:
@@ -168,27 +182,25 @@ class ClusterContrastWorker(Worker):
 
         Raises:
             InputError: There are too few clusters; every worker raises it.
+            RunFailed: Too many images do not decode; every worker raises it.
         """
         state = self.state
         state.average_running_statistics()
-        gathered = distributed.gather_at_first(features_of_share(state, self.images))
-        found: Any = None
-        if gathered is not None:
-            rows = np.concatenate([block["row"] for _, blocks in gathered for block in blocks])
-            features = torch.cat([features for features, _ in gathered if len(features)])
-            features = features[torch.from_numpy(rows).argsort()].to(state.device)
-            try:
-                labels = pseudo_labels(features, self.config.clustering)
-            except InputError as error:
-                found = error
-            else:
-                found = torch.from_numpy(labels), centroids(features, labels).cpu()
-                self._log_clusters(labels)
+        columns = decoded_features(state, self.images) or {}  # as it is at rank 0
+
+        def find() -> tuple[Tensor, Tensor]:
+            order = columns["row"].argsort()
+            features = torch.from_numpy(columns["features"][order]).to(state.device)
+            clusters = pseudo_labels(features, self.config.clustering)
+            # Images that do not decode are in no cluster, and thus in no batch.
+            labels = np.full(self.images.num_images, OUTLIER)
+            labels[columns["row"][order]] = clusters
+            self._log_clusters(labels)
+            return torch.from_numpy(labels), centroids(features, clusters).cpu()
+
         # Other workers wait for rank 0 as long as torch's process group allows (30 minutes).
-        shared = distributed.share_from_first(found)
-        if isinstance(shared, InputError):
-            raise shared
-        pids, clusters = shared
+        found: Any = distributed.run_at_first(find)
+        pids, clusters = distributed.share_from_first(found)
         state.model.memory.begin(pids, clusters.to(state.device))
 
     def _log_clusters(self, labels: NDArray[np.int64]) -> None:
@@ -214,7 +226,7 @@ def stream_batches(
     encoded: "ray.ObjectRef | None",
     state: DownstreamState,
     stop_step: int,
-) -> Iterator[PersonBatch]:
+) -> Iterator[Columns]:
     """Yield this worker's batches from the next step to ``stop_step``, decoded on Ray Data.
 
     Args:
@@ -237,9 +249,4 @@ def stream_batches(
             iterators = stream_blocks(read, batches.rounds(start, stop, num_workers))
         mine = distributed.share_from_first(iterators)[rank]
         decoded = read_stream(mine, rank=rank, num_workers=num_workers)
-        for columns in batches.batches(
-            start, stop, decoded, rank=rank, num_workers=num_workers
-        ):
-            yield PersonBatch(
-                torch.from_numpy(columns["image"]), torch.from_numpy(columns["label"])
-            )
+        yield from batches.batches(start, stop, decoded, rank=rank, num_workers=num_workers)

@@ -170,14 +170,29 @@ class RunFolder:
         Raises:
             InputError: No run was started here, or a setting that is not free differs.
         """
+        further = {"training.epochs": self._how_to_train_further(config)}
         run_id, recorded = self.recorded()
         before = dict(type(config).parse(recorded).flatten())
         for setting, value in config.flatten():
             if not setting.startswith(tuple(free)) and value != before[setting]:
                 raise InputError(
                     f"--{setting} {value}: run {self.name} was started with {before[setting]}"
+                    f"{further.get(setting, '')}"
                 )
         return run_id
+
+    def _how_to_train_further(self, config: Section) -> str:
+        """Return the end of a sentence on how a finished run is trained for more epochs."""
+        checkpoints = self.checkpoints()
+        if not checkpoints:
+            return ""
+        is_pretraining = "model.continue_from" in dict(config.flatten())
+        start = (
+            f"--model.continue_from {self.uri}"
+            if is_pretraining
+            else f"--init {self.uri}/{checkpoints[-1]}"
+        )
+        return f"; to train further, begin a new run with {start}"
 
     def recorded(self) -> tuple[str, dict[str, Any]]:
         """Return the ID of the MLflow run that was started here, and its settings.

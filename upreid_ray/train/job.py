@@ -67,6 +67,8 @@ class TrainResult:
         scores_untrained: Scores of the backbone before training.
         images_per_second: Speed of all workers together, without start-up and evaluations.
         result_dir: Folder of the run, with its checkpoints.
+        num_queries_without_match: Query images that the scores leave out, because the gallery
+            does not show their person under another camera.
     """
 
     run_id: str
@@ -76,6 +78,7 @@ class TrainResult:
     scores_untrained: dict[str, float]
     images_per_second: float
     result_dir: str
+    num_queries_without_match: int = 0  # Results of older runs do not have it.
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,7 @@ class TrainJob:
             scores_untrained=position.scores_untrained,
             images_per_second=position.images_per_second,
             result_dir=self.folder.uri,
+            num_queries_without_match=position.num_queries_without_match,
         )
 
 
@@ -386,6 +390,7 @@ def register(
                 **runs.environment(),
                 **tags,
                 **{f"score.{name}": str(score) for name, score in position.best_scores.items()},
+                "num_queries_without_match": str(position.num_queries_without_match),
                 "step": str(position.best_step),
                 "config": json.dumps(position.config),
             },

@@ -5,6 +5,7 @@ This module runs on the driver; what the workers run is in `pretrain_worker`.
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 from ray.train import UserCallback
 
@@ -12,11 +13,14 @@ from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.encoder import Encoder
 from upreid_ray.data.shards.requested import training_shards
 from upreid_ray.data.stream.training import TrainingImages
+from upreid_ray.train.continuation import find_start
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.job import Task, TrainJob, TrainResult
 from upreid_ray.train.pretrain_worker import pretrain_worker
 
 logger = logging.getLogger(__name__)
+
+CONTINUED_FROM = "continued_from"  # tag of runs and versions
 
 
 def fit(
@@ -56,5 +60,11 @@ def fit(
             config.model.queue_size,
             images.num_images,
         )
-    task = Task(pretrain_worker, shards, images, config.model_name)
+    start, lineage = None, {}
+    if config.model.continue_from is not None:
+        begun = job.folder.recorded_lineage() if resume else {}
+        start = begun.get(CONTINUED_FROM) or find_start(config.model)
+        lineage = {CONTINUED_FROM: start}
+    worker = partial(pretrain_worker, start=start)
+    task = Task(worker, shards, images, config.model_name, lineage)
     return job.run(task, callbacks)

@@ -10,20 +10,28 @@ import torch
 from ray.data import DataIterator
 from torch import Tensor
 
-from upreid_ray.config.errors import RunFailed
+from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.sheet import view_sheet
 from upreid_ray.core.training import StepDraw, StepReport, TrainState, train, train_step
 from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS, read_stream, stream_blocks
 from upreid_ray.data.stream.training import TrainingImages
+from upreid_ray.train.continuation import begin_from
 from upreid_ray.train.worker import Worker, WorkerSettings, prepare_process
 
 
-def pretrain_worker(settings: WorkerSettings[PretrainConfig]) -> RunFailed | None:
-    """Train from the newest checkpoint, if any; return why training ended early."""
+def pretrain_worker(
+    settings: WorkerSettings[PretrainConfig], *, start: str | None = None
+) -> RunFailed | InputError | None:
+    """Train from the newest checkpoint, if any; return why training ended early.
+
+    Args:
+        settings: Settings from the driver.
+        start: Folder or URI of the checkpoint of another run, from which a new run continues.
+    """
     device = prepare_process(settings.config.scaling)
-    return PretrainWorker(settings, device).train()
+    return PretrainWorker(settings, device, start=start).train()
 
 
 class PretrainWorker(Worker):
@@ -31,12 +39,26 @@ class PretrainWorker(Worker):
 
     config: PretrainConfig
     state: TrainState
+    images: TrainingImages
 
-    def __init__(self, settings: WorkerSettings[PretrainConfig], device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings[PretrainConfig],
+        device: torch.device,
+        *,
+        start: str | None,
+    ) -> None:
         config = settings.config
+        self.start = start
         self.images = TrainingImages(settings.shards, config)
         state = TrainState(config, steps_per_epoch=self.images.steps_per_epoch, device=device)
         super().__init__(settings, state)
+
+    def begin(self) -> dict[str, float]:
+        """Begin a new run, from a checkpoint of another one if that was named."""
+        if self.start is not None:
+            begin_from(self.start, self.state)
+        return super().begin()
 
     def steps(self) -> Iterator[StepReport]:
         """Train from ``state.step`` to the end, and report each step."""
@@ -60,10 +82,11 @@ class PretrainWorker(Worker):
                 iterators = stream_blocks(self.images.read, blocks)
             mine = distributed.share_from_first(iterators)[rank]
             decoded = read_stream(mine, rank=rank, num_workers=num_workers)
-            for images in self.images.batches(
+            for columns in self.images.batches(
                 rounds, decoded, rank=rank, num_workers=num_workers
             ):
-                batch = torch.from_numpy(images)
+                self.count_undecodable(columns)
+                batch = torch.from_numpy(columns["image"])
                 if self.state.step == 0:
                     self._log_views(batch)
                 yield batch.pin_memory() if self.state.device.type == "cuda" else batch

@@ -9,6 +9,7 @@ import math
 import os
 import tempfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from upreid_ray.config.downstream import DownstreamConfig
-from upreid_ray.config.errors import RunFailed, RunStopped, first_line
+from upreid_ray.config.errors import InputError, RunFailed, RunStopped, first_line
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core import distributed
@@ -33,6 +34,10 @@ from upreid_ray.core.checkpoint import (
 )
 from upreid_ray.core.training import State, StepReport
 from upreid_ray.data.shards.shard_set import ShardSet
+from upreid_ray.data.stream.damage import check_undecodable, count_undecodable
+from upreid_ray.data.stream.decode import Columns
+from upreid_ray.data.stream.persons import ClusterImages, PersonImages
+from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking.run_log import RunLog
 from upreid_ray.train import stop_signal
 from upreid_ray.train.evaluation import Evaluation
@@ -138,6 +143,7 @@ class Worker(ABC):
     """
 
     config: PretrainConfig | DownstreamConfig
+    images: TrainingImages | PersonImages | ClusterImages
 
     def __init__(self, settings: WorkerSettings[Any], state: State) -> None:
         self.config = settings.config
@@ -145,6 +151,10 @@ class Worker(ABC):
         self.state = state
         self.evaluation = Evaluation(settings.evaluation_shards, state)
         self.best = BestBackbone()
+        # Images of this epoch that do not decode, by shard: those of this worker since the last
+        # sum over the workers, and the sums at rank 0.
+        self.new_undecodable: Counter[str] = Counter()
+        self.undecodable: Counter[str] = Counter()
         self.known_checkpoints: set[str] = set()
         self.is_preempted = False
         self.meter = Meter(self.config.training.batch_size)
@@ -163,14 +173,22 @@ class Worker(ABC):
     def keys(self, step: int) -> list[str]:
         """Return the names of the images of the batch that step ``step`` (from 0 on) takes."""
 
-    def train(self) -> RunFailed | None:
+    def begin(self) -> dict[str, float]:
+        """Begin a new run; return the scores of the backbone before training."""
+        return self._evaluate()
+
+    def train(self) -> RunFailed | InputError | None:
         """Train from the newest intact checkpoint, if there is one, to the end.
 
         Returns:
             The reason if training ended early. Any other fault, such as the loss of a worker,
             is raised, so that Ray Train starts again from the last checkpoint.
         """
-        failure = self._restore() or self._train()
+        failure: RunFailed | InputError | None
+        try:
+            failure = self._restore() or self._train()
+        except (RunFailed, InputError) as error:  # every worker raised it
+            failure = error
         if self.log is not None:
             self.log.close(DELIVERY_SECONDS)
         return failure
@@ -184,7 +202,7 @@ class Worker(ABC):
             return None
         if reported:
             return RunFailed(f"{self.folder.uri}: every checkpoint is damaged; begin a new run")
-        self.evaluation.scores_untrained = self._evaluate()
+        self.evaluation.scores_untrained = self.begin()
         return None
 
     def _train(self) -> RunFailed | None:
@@ -195,6 +213,8 @@ class Worker(ABC):
             due = Due.after(self.state, self.config)
             save = due.checkpoint
             stopped: RunStopped | None = None
+            if due.log or due.checkpoint or self._has_ended_epoch():
+                self._check_undecodable()
             if due.log:
                 # If the run ends here, it resumes with the same statistics as if it had not.
                 self.state.average_running_statistics()
@@ -222,13 +242,15 @@ class Worker(ABC):
     def _load_newest(self, checkpoints: Sequence[Checkpoint]) -> bool:
         """Load the newest intact checkpoint; return whether there is one."""
         found = distributed.share_from_first(
-            _newest_intact(checkpoints) if distributed.rank() == 0 else None
+            newest_intact(checkpoints) if distributed.rank() == 0 else None
         )
         if found is None:
             return False
         with checkpoints[found].as_directory() as folder:
             self.best, position = load_checkpoint(Path(folder), self.state)
         self.evaluation.scores_untrained = position.scores_untrained
+        self.evaluation.num_queries_without_match = position.num_queries_without_match
+        self.undecodable = Counter(position.undecodable)
         return True
 
     def _stop_request(self) -> RunStopped | None:
@@ -248,6 +270,33 @@ class Worker(ABC):
         before = self.is_preempted
         self.is_preempted = ray.train.get_preemption_info() is not None
         return self.is_preempted and not before
+
+    def count_undecodable(self, columns: Columns) -> None:
+        """Count the images of this worker's next batch that do not decode."""
+        self.new_undecodable += count_undecodable(columns, self.images.row_groups)
+
+    def _has_ended_epoch(self) -> bool:
+        return self.state.step % self.state.steps_per_epoch == 0
+
+    def _check_undecodable(self) -> None:
+        """Add up the images of this epoch that do not decode. Every worker must call this.
+
+        Raises:
+            RunFailed: There are too many; every worker raises it.
+        """
+        gathered = distributed.gather_at_first(self.new_undecodable)
+        self.new_undecodable = Counter()
+        num_images = self.state.steps_per_epoch * self.config.training.batch_size
+
+        def check() -> None:
+            self.undecodable += sum(gathered or [], Counter())
+            limit = self.config.data.max_undecodable
+            told = check_undecodable(self.undecodable, num_images, limit)
+            if told and self._has_ended_epoch():
+                logger.warning("left out of the last epoch: %s", told)
+                self.undecodable.clear()
+
+        distributed.run_at_first(check)
 
     def _has_skipped_too_many(self) -> bool:
         """Return whether too many steps in a row, or the last step, had no finite gradient."""
@@ -323,6 +372,8 @@ class Worker(ABC):
                 self.best,
                 scores_untrained=self.evaluation.scores_untrained,
                 images_per_second=self.meter.mean_images_per_second,
+                num_queries_without_match=self.evaluation.num_queries_without_match,
+                undecodable=self.undecodable,
             )
             checkpoint = Checkpoint.from_directory(folder)
         name = f"{CHECKPOINT}{self.state.step:08d}"
@@ -342,7 +393,7 @@ class Worker(ABC):
         )
 
 
-def _newest_intact(checkpoints: Sequence[Checkpoint]) -> int | None:
+def newest_intact(checkpoints: Sequence[Checkpoint]) -> int | None:
     """Return the index of the last checkpoint whose files match their hashes."""
     for index, checkpoint in reversed(list(enumerate(checkpoints))):
         try:

@@ -6,9 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.data.stream.test_stream import flat, write_set
-from upreid_ray.config.downstream import ClusterContrastConfig, PersonTrainingConfig
-from upreid_ray.data.stream.persons import ClusterImages, PersonBatches, PersonSampler, subset
+from tests.data.stream.test_stream import BROKEN, damage, flat, numbers, write_set
+from upreid_ray.config.downstream import (
+    ClusterContrastConfig,
+    FinetuneConfig,
+    PersonTrainingConfig,
+)
+from upreid_ray.data.stream.damage import count_undecodable
+from upreid_ray.data.stream.persons import (
+    ClusterImages,
+    PersonBatches,
+    PersonImages,
+    PersonSampler,
+    subset,
+)
 
 PIDS = st.lists(st.integers(0, 9), min_size=2, max_size=60).filter(lambda p: len(set(p)) > 1)
 SEEDS = st.integers(0, 2**32 - 1)
@@ -136,3 +147,29 @@ def test_encoded_images_may_have_more_than_two_gib_together(tmp_path):
     column = chosen.encoded().column("image")
 
     assert (column.type, column.to_pylist()) == (pa.large_binary(), images)
+
+
+def test_a_person_image_that_does_not_decode_is_replaced_with_its_label_and_counted(tmp_path):
+    """The images are their persons: person 3 has a broken one."""
+    train = [BROKEN if i == 3 else flat(i) for i in range(12)]
+    config = FinetuneConfig().override({"training.num_persons": 4, "training.num_images": 2})
+    images = PersonImages(write_set(tmp_path, {"train": train}), config, height=32, width=32)
+
+    (((block,),),) = images.batches.rounds(0, 3, num_workers=1)
+    columns = images.batches.read(images.encoded(), block)
+
+    assert columns["label"].tolist() == numbers(columns["image"])
+    counts = count_undecodable(columns, images.row_groups)
+    assert counts == {str(tmp_path / "train-0.parquet"): 2}
+
+
+def test_images_of_a_damaged_shard_are_counted_before_they_are_clustered(tmp_path):
+    shards = write_set(tmp_path, {"unlabeled": [flat(i) for i in range(12)]})
+    name = damage(tmp_path, "one bit")
+    images = ClusterImages(shards, ClusterContrastConfig(), height=32, width=32)
+
+    columns = images.read(0)
+
+    decoded = columns["decoded"]
+    assert columns["row"][decoded].tolist() == numbers(columns["image"][decoded])
+    assert set(count_undecodable(columns, images.row_groups)) == {str(tmp_path / name)}

@@ -9,7 +9,7 @@ import io
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from upreid_ray.config.errors import InputError
+from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.data.shards import manifest
@@ -28,6 +28,11 @@ from upreid_ray.data.shards.manifest import Manifest, Shard
 from upreid_ray.data.shards.row_groups import MAX_OPEN_SHARDS
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream import ray_data, training
+from upreid_ray.data.stream.damage import (
+    check_undecodable,
+    count_undecodable,
+    without_undecodable,
+)
 from upreid_ray.data.stream.decode import Columns, decode_images
 from upreid_ray.data.stream.labelled import LabelledImages
 from upreid_ray.data.stream.ray_data import read_stream, stream_blocks
@@ -134,9 +139,18 @@ def batches(
     rounds = list(images.rounds(start, stop))
     blocks = [block for each in rounds for block in each.by_worker(num_workers)[rank]]
     mine = map(images.read, blocks)
-    return list(images.batches(rounds, mine, rank=rank, num_workers=num_workers))[
-        : stop - start
-    ]
+    columns = images.batches(rounds, mine, rank=rank, num_workers=num_workers)
+    return [each["image"] for each in islice(columns, stop - start)]
+
+
+def undecodable(images: TrainingImages, **worker: int) -> Counter[str]:
+    """Count the images of one worker's batches of an epoch that do not decode, by shard."""
+    rounds = list(images.rounds(0, images.steps_per_epoch))
+    num_workers, rank = worker.get("num_workers", 1), worker.get("rank", 0)
+    blocks = [block for each in rounds for block in each.by_worker(num_workers)[rank]]
+    columns = images.batches(rounds, map(images.read, blocks), **worker)
+    counts = (count_undecodable(each, images.row_groups) for each in columns)
+    return sum(counts, Counter())
 
 
 def order(images: TrainingImages, start: int, stop: int, **worker: int) -> list[list[int]]:
@@ -297,7 +311,7 @@ def test_the_keys_of_a_step_are_those_of_its_images(tmp_path, step):
 
     named = [split_number(key) for key in images.keys(step)]
 
-    assert named == numbers(batch)
+    assert named == numbers(batch["image"])
 
 
 def split_number(key: str) -> int:
@@ -390,19 +404,33 @@ def test_damaged_images_never_stop_the_reading(kind, place, damage, cut):
     assert columns["decoded"][0]
 
 
-def test_too_many_images_that_do_not_decode_stop_the_run(tmp_path):
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_each_image_of_an_epoch_that_does_not_decode_is_counted_once(tmp_path, num_workers):
     broken = [BROKEN if i % 4 == 0 else flat(i) for i in range(80)]
-    images = training_images(tmp_path, broken, config(undecodable=0.2))
+    images = training_images(tmp_path, broken, config())
 
-    with pytest.raises(InputError, match=r"^[^\n]+ --data\.max_undecodable 0\.2 [^\n]+$"):
-        batches(images, 0, images.steps_per_epoch)
+    counts = [
+        undecodable(images, rank=rank, num_workers=num_workers) for rank in range(num_workers)
+    ]
+
+    assert sum(counts, Counter()).total() == 20
 
 
-def test_as_many_images_as_allowed_may_fail_to_decode(tmp_path):
-    broken = [BROKEN if i % 4 == 0 else flat(i) for i in range(80)]
-    images = training_images(tmp_path, broken, config(undecodable=0.25))
+def test_too_many_images_that_do_not_decode_fail_the_run_and_their_shard_is_named():
+    counts = Counter({"set/a.parquet": 3, "set/b.parquet": 5})
 
-    assert len(batches(images, 0, images.steps_per_epoch)) == images.steps_per_epoch
+    with pytest.raises(RunFailed, match=r"^8 of 80 images do not [^\n]+ 5 of them in set/b\."):
+        check_undecodable(counts, 80, 0.09)
+
+
+def test_as_many_images_as_allowed_may_fail_to_decode():
+    assert check_undecodable(Counter({"a": 8}), 80, 0.1).startswith("8 of 80 images")
+    assert check_undecodable(Counter(), 80, 0.1) == ""
+
+
+def test_a_run_fails_where_no_image_decodes_whatever_the_limit():
+    with pytest.raises(RunFailed, match="80 of 80 images do not decode"):
+        check_undecodable(Counter({"a": 80}), 80, 1.0)
 
 
 def damage(folder: Path, kind: str, split: str = "unlabeled") -> str:
@@ -440,31 +468,35 @@ def test_images_of_a_damaged_shard_leave_the_others_in_their_places(tmp_path, ki
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_shard_beyond_the_limit_is_named(tmp_path, kind):
-    images = training_images(tmp_path, [flat(i) for i in range(80)], config(undecodable=0.04))
+def test_the_images_of_a_damaged_shard_are_counted_for_it(tmp_path, kind):
+    images = training_images(tmp_path, [flat(i) for i in range(80)], config())
+    folder = sorted(tmp_path.iterdir())[-1]
 
-    name = damage(sorted(tmp_path.iterdir())[-1], kind)
+    name = damage(folder, kind)
 
-    with pytest.raises(InputError, match=rf"max_undecodable 0\.04 [^\n]+ in {name}$"):
-        batches(images, 0, images.steps_per_epoch)
+    (shard,) = undecodable(images)
+    assert shard == str(folder / name)
 
 
-def test_a_block_of_which_nothing_can_be_read_is_an_error_and_no_black_images(tmp_path):
-    images = training_images(tmp_path, [BROKEN] * 80, config(undecodable=1))
+def test_images_of_which_none_decodes_are_all_counted(tmp_path):
+    images = training_images(tmp_path, [BROKEN] * 80, config())
 
-    with pytest.raises(InputError, match=r"^\S+\.parquet: its images do not decode"):
-        batches(images, 0, 1)
+    assert undecodable(images).total() == 80
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_labelled_images_of_a_damaged_shard_are_an_error_that_names_it(tmp_path, kind):
+def test_labelled_images_of_a_damaged_shard_are_counted_for_it(tmp_path, kind, caplog):
     shards = write_set(tmp_path, {"query": [flat(i) for i in range(9)]})
     labelled = LabelledImages(shards, **SIZE)
 
     damage(tmp_path, kind, "query")
+    block = labelled.read(0)
 
-    with pytest.raises(InputError, match=r"^\S+/query-1\.parquet: is damaged \([^\n]+\)$"):
-        labelled.read(0)
+    counts = count_undecodable(block, labelled.row_groups)
+    assert set(counts) == {str(tmp_path / "query-1.parquet")}
+    left = without_undecodable(block, labelled.row_groups, 0.9)
+    assert left["pid"].tolist() == numbers(left["image"])
+    assert f"left out: {counts.total()} of 9 images do not decode" in caplog.text
 
 
 @small
@@ -536,7 +568,7 @@ def test_labelled_images_that_do_not_decode_are_left_out(tmp_path):
     splits = {"query": [flat(0), BROKEN, flat(2)], "gallery": [flat(3), flat(4), flat(5)]}
     labelled = LabelledImages(write_set(tmp_path, splits), **SIZE)
 
-    block = labelled.read(0)
+    block = without_undecodable(labelled.read(0), labelled.row_groups, 0.2)
 
     labels = list(zip(numbers(block["image"]), block["pid"].tolist(), strict=True))
     assert labels == [(0, 0), (2, 2), (3, 0), (4, 1), (5, 2)]

@@ -33,7 +33,9 @@ def training_shards(data: DataConfig, storage: str) -> ShardSet:
     )
 
 
-def labelled_shards(data: LabelledDataConfig, storage: str, *, scored: bool) -> ShardSet:
+def labelled_shards(
+    data: LabelledDataConfig, storage: str, *, scored: bool, ignore_cameras: bool = False
+) -> ShardSet:
     """Return the shards of a labelled set, made first if they are not there.
 
     Args:
@@ -41,6 +43,7 @@ def labelled_shards(data: LabelledDataConfig, storage: str, *, scored: bool) -> 
         storage: Folder or URI for the shards that are made.
         scored: Whether the set must have query and gallery images that can be scored. This is
             checked before shards are made.
+        ignore_cameras: Whether a match may be by the query's own camera.
 
     Raises:
         InputError: The source cannot be used.
@@ -51,7 +54,7 @@ def labelled_shards(data: LabelledDataConfig, storage: str, *, scored: bool) -> 
         return ShardSet.open(data.root)
     records = source_records(data.root, {})
     if scored:
-        check_labels(data.root, records.table)
+        check_labels(data.root, records.table, ignore_cameras=ignore_cameras)
     return _shards(records, storage, Path(data.root).absolute().name, data.root, seed=0)
 
 

@@ -1,5 +1,6 @@
 """Rows of a set of shards: where they lie, and how they are read."""
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,8 +12,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from upreid_ray.config.errors import InputError, first_line
-from upreid_ray.data.shards.manifest import Manifest
+from upreid_ray.data.shards.manifest import SCHEMA, Manifest
 from upreid_ray.storage import Location
+
+logger = logging.getLogger(__name__)
 
 # Limit of each process that reads.
 MAX_OPEN_SHARDS = 64
@@ -114,6 +117,27 @@ class RowGroups:
                 ) from error
             tables.append(group.slice(part.start, part.stop - part.start))
         return pa.concat_tables(tables).combine_chunks()
+
+    def read_intact(
+        self, ranges: Sequence[RowRange], columns: list[str]
+    ) -> tuple[pa.Table, NDArray[np.int64]]:
+        """Read as `read` does, with nulls for all rows of a range that cannot be read.
+
+        Returns:
+            The columns, and the place of each row's shard in the manifest.
+        """
+        tables = []
+        for part in ranges:
+            try:
+                tables.append(self.read([part], columns))
+            except InputError as error:
+                logger.warning("left out: %s", error)
+                num_rows = part.stop - part.start
+                nulls = {name: pa.nulls(num_rows, SCHEMA.field(name).type) for name in columns}
+                tables.append(pa.table(nulls))
+        shards = np.repeat([p.shard for p in ranges], [p.stop - p.start for p in ranges])
+        # Columns without nulls are not nullable in a shard.
+        return pa.concat_tables(tables, promote_options="default").combine_chunks(), shards
 
     def read_all(self, columns: list[str]) -> pa.Table:
         """Read some columns of all rows, in the manifest's order.

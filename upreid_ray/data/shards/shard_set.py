@@ -84,8 +84,11 @@ class ShardSet:
         """Return whether there are query or gallery images."""
         return not self.manifest.counts().keys().isdisjoint(EVALUATION_SPLITS)
 
-    def check_labels(self) -> None:
+    def check_labels(self, *, ignore_cameras: bool = False) -> None:
         """Check that the query and gallery images can be scored.
+
+        Args:
+            ignore_cameras: Whether a match may be by the query's own camera.
 
         Raises:
             InputError: There are none, persons or cameras are unknown, or no query has a match.
@@ -93,36 +96,42 @@ class ShardSet:
         groups = self.row_groups(EVALUATION_SPLITS)
         if groups.num_images == 0:
             raise InputError(f"{self.uri}: has no query images")
-        check_labels(self.uri, groups.read_all(["split", "pid", "camid"]))
+        labels = groups.read_all(["split", "pid", "camid"])
+        check_labels(self.uri, labels, ignore_cameras=ignore_cameras)
 
 
-def check_labels(name: str, table: pa.Table) -> None:
+def check_labels(name: str, table: pa.Table, *, ignore_cameras: bool = False) -> None:
     """Check that the query and gallery images of a set can be scored.
 
     Args:
         name: Name of the set in errors.
         table: ``split``, ``pid`` and ``camid`` of each image.
+        ignore_cameras: Whether a match may be by the query's own camera.
 
     Raises:
         InputError: There are none, persons or cameras are unknown, or no query has a match.
     """
-    cameras: dict[str, dict[int, set[int]]] = {split: {} for split in EVALUATION_SPLITS}
+    meanings = {"pid": "person"} if ignore_cameras else {"pid": "person", "camid": "camera"}
+    cameras: dict[str, dict[int, set[int | None]]] = {split: {} for split in EVALUATION_SPLITS}
     for split, cameras_of_person in cameras.items():
         members = table.filter(pc.equal(table.column("split"), split))
         if not len(members):
             raise InputError(f"{name}: has no {split} images")
         labels = members.select(["pid", "camid"])
-        for column, meaning in (("pid", "person"), ("camid", "camera")):
+        for column, meaning in meanings.items():
             missing = labels.column(column).null_count
             if missing:
                 raise InputError(f"{name}: {missing} {split} images have no {meaning}")
         for pid, camid in zip(*(column.to_pylist() for column in labels), strict=True):
             cameras_of_person.setdefault(pid, set()).add(camid)
     if not any(
-        cameras["gallery"].get(pid, set()) - {camid}
+        cameras["gallery"].get(pid, set()) - (set() if ignore_cameras else {camid})
         for pid, camids in cameras["query"].items()
         for camid in camids
     ):
-        raise InputError(
-            f"{name}: no query image has a match in the gallery under another camera"
+        where = (
+            ""
+            if ignore_cameras
+            else " under another camera; jobs/evaluate.py scores it with --ignore_cameras true"
         )
+        raise InputError(f"{name}: no query image has a match in the gallery{where}")

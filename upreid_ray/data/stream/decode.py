@@ -43,9 +43,14 @@ def decode_images(encoded: pa.Array | pa.ChunkedArray, height: int, width: int) 
         else:
             images[row] = np.asarray(pixels).transpose(2, 0, 1)
             decoded[row] = True
-    if decoded.any():
-        # The nearest decoded image before, or the first one where there is none before.
-        source = np.maximum.accumulate(np.where(decoded, np.arange(len(decoded)), -1))
-        source[source < 0] = decoded.argmax()
-        images[~decoded] = images[source[~decoded]]
+    images[~decoded] = images[replacements(decoded)[~decoded]]
     return {"image": images, "decoded": decoded}
+
+
+def replacements(decoded: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return for each image the decoded one that takes its place, itself if it is decoded.
+
+    That is the nearest one before, or the first one where there is none before.
+    """
+    source = np.maximum.accumulate(np.where(decoded, np.arange(len(decoded)), -1))
+    return np.where(source < 0, decoded.argmax(), source)

@@ -15,26 +15,33 @@ class LabelledImages:
     """The query and gallery images of a set of shards, in the manifest's order.
 
     Attributes:
+        row_groups: Row groups of the images.
+        num_images: Number of images.
         num_blocks: Number of blocks that `read` can return.
     """
 
     def __init__(self, shards: ShardSet, *, height: int, width: int) -> None:
         self._size = (height, width)
-        self._groups = shards.row_groups(EVALUATION_SPLITS)
-        self.num_blocks = -(-self._groups.num_images // MIN_BLOCK_IMAGES)
+        self.row_groups = shards.row_groups(EVALUATION_SPLITS)
+        self.num_images = self.row_groups.num_images
+        self.num_blocks = -(-self.num_images // MIN_BLOCK_IMAGES)
 
     def read(self, number: int) -> Columns:
-        """Read and decode block ``number``; images that do not decode are left out.
+        """Read and decode block ``number``.
 
         Returns:
-            ``image``, uint8 ``[n, 3, H, W]``, and ``pid``, ``camid`` and ``is_query`` ``[n]``.
+            ``image``, uint8 ``[n, 3, H, W]``; ``decoded``, bool ``[n]``; ``shard`` ``[n]``, the
+            place of the shard in the manifest; and ``pid``, ``camid`` and ``is_query`` ``[n]``,
+            which mean nothing where an image could not be read.
         """
         start = number * MIN_BLOCK_IMAGES
-        ranges = self._groups.ranges(start, start + MIN_BLOCK_IMAGES)
-        table = self._groups.read(ranges, ["image", "pid", "camid", "split"])
+        ranges = self.row_groups.ranges(start, start + MIN_BLOCK_IMAGES)
+        names = ["image", "pid", "camid", "split"]
+        table, shards = self.row_groups.read_intact(ranges, names)
         columns = decode_images(table.column("image"), *self._size)
-        decoded = columns.pop("decoded")
-        columns["pid"] = table.column("pid").to_numpy()
-        columns["camid"] = table.column("camid").to_numpy()
-        columns["is_query"] = pc.equal(table.column("split"), "query").to_numpy()
-        return {name: column[decoded] for name, column in columns.items()}
+        columns["shard"] = shards
+        for name in ("pid", "camid"):
+            columns[name] = pc.fill_null(table.column(name), -1).to_numpy()
+        is_query = pc.equal(table.column("split"), "query")
+        columns["is_query"] = pc.fill_null(is_query, fill_value=False).to_numpy()
+        return columns

@@ -23,7 +23,7 @@ from upreid_ray.config.errors import InputError
 from upreid_ray.core.groups import groups_of_workers
 from upreid_ray.data.shards.manifest import TRAIN_SPLITS
 from upreid_ray.data.shards.shard_set import ShardSet
-from upreid_ray.data.stream.decode import Columns, decode_images
+from upreid_ray.data.stream.decode import Columns, decode_images, replacements
 from upreid_ray.data.stream.ray_data import MIN_BLOCK_IMAGES
 
 Indices = NDArray[np.int64]
@@ -168,17 +168,19 @@ class PersonBatches:
             block: Block, from `rounds`.
 
         Returns:
-            ``image``, uint8 ``[n, 3, H, W]``, and ``label`` ``[n]``.
-
-        Raises:
-            ValueError: An image does not decode.
+            ``image``, uint8 ``[n, 3, H, W]``, ``label`` ``[n]``, ``decoded``, bool ``[n]``, and
+            ``shard`` ``[n]``, the place of the shard in the manifest. An image that does not
+            decode is replaced, with its label, by another one of the block.
         """
         group = slice(block.group * self._group_size, (block.group + 1) * self._group_size)
         rows = np.concatenate(
             [self.indices(block.first_step + i)[group] for i in range(block.num_steps)]
         )
-        images = _decode_whole(encoded.take(pa.array(rows)), self._size)
-        return {"image": images, "label": self._labels[rows]}
+        chosen = encoded.take(pa.array(rows))
+        columns = decode_images(chosen.column("image"), *self._size)
+        columns["label"] = self._labels[rows][replacements(columns["decoded"])]
+        columns["shard"] = chosen.column("shard").to_numpy()
+        return columns
 
     def batches(
         self,
@@ -189,14 +191,14 @@ class PersonBatches:
         rank: int = 0,
         num_workers: int = 1,
     ) -> Iterator[Columns]:
-        """Yield ``image`` and ``label`` of one worker for each step, from its blocks."""
+        """Yield the columns that `read` returns, of one worker's part of each step's batch."""
         groups, size = groups_of_workers(self._num_groups, num_workers)[rank], self._group_size
         for _, num_steps in self._cuts(start_step, stop_step):
             mine = [next(blocks) for _ in groups]
             for start in range(0, num_steps * size, size):
                 yield {
                     name: np.concatenate([block[name][start : start + size] for block in mine])
-                    for name in ("image", "label")
+                    for name in ("image", "label", "decoded", "shard")
                 }
 
     def _cuts(self, start_step: int, stop_step: int) -> Iterator[tuple[int, int]]:
@@ -209,6 +211,7 @@ class ChosenImages:
     """The training images of a set that a run uses.
 
     Attributes:
+        row_groups: Row groups of all training images.
         num_images: Number of these images.
         num_blocks: Number of blocks that `read` can return.
 
@@ -226,10 +229,10 @@ class ChosenImages:
         width: int,
     ) -> None:
         self._size = (height, width)
-        self._groups = shards.row_groups(splits)
-        if self._groups.num_images == 0:
+        self.row_groups = shards.row_groups(splits)
+        if self.row_groups.num_images == 0:
             raise InputError(f"{shards.uri}: has no {' or '.join(splits)} images")
-        column = self._groups.read_all(["pid"]).column("pid")
+        column = self.row_groups.read_all(["pid"]).column("pid")
         fractions = config.subset
         if not column.null_count:
             pids = column.to_numpy().astype(np.int64)
@@ -249,14 +252,16 @@ class ChosenImages:
         self.num_blocks = -(-self.num_images // MIN_BLOCK_IMAGES)
 
     def encoded(self) -> pa.Table:
-        """Read the encoded images, for `PersonBatches.read`."""
-        table = self._groups.read_all(["image"])
+        """Read the encoded images and the places of their shards, for `PersonBatches.read`."""
+        ranges = self.row_groups.ranges(0, self.row_groups.num_images)
+        table, shards = self.row_groups.read_intact(ranges, ["image"])
         # Rows of more than 2 GiB cannot be taken from Arrow's small binary columns.
-        return table.cast(pa.schema({"image": pa.large_binary()})).take(pa.array(self._chosen))
+        table = table.cast(pa.schema({"image": pa.large_binary()}))
+        return table.append_column("shard", pa.array(shards)).take(pa.array(self._chosen))
 
     def keys(self, images: Indices) -> list[str]:
         """Return the keys of the images with these indices."""
-        names = self._groups.read_all(["key"]).column("key")
+        names = self.row_groups.read_all(["key"]).column("key")
         keys: list[str] = names.take(pa.array(self._chosen[images])).to_pylist()
         return keys
 
@@ -264,17 +269,19 @@ class ChosenImages:
         """Read and decode block ``number`` of the images, in their order.
 
         Returns:
-            ``image``, uint8 ``[n, 3, H, W]``, and ``row`` ``[n]``, 0 to ``num_images - 1``.
-
-        Raises:
-            ValueError: An image does not decode.
+            ``image``, uint8 ``[n, 3, H, W]``; ``row`` ``[n]``, 0 to ``num_images - 1``;
+            ``decoded``, bool ``[n]``; and ``shard`` ``[n]``, the place of the shard in the
+            manifest. An image that does not decode is replaced by another one of the block.
         """
         first = number * MIN_BLOCK_IMAGES
         chosen = self._chosen[first : first + MIN_BLOCK_IMAGES]
-        ranges = self._groups.ranges(chosen[0], chosen[-1] + 1)
-        table = self._groups.read(ranges, ["image"])
-        images = _decode_whole(table.take(pa.array(chosen - chosen[0])), self._size)
-        return {"image": images, "row": np.arange(first, first + len(images))}
+        ranges = self.row_groups.ranges(chosen[0], chosen[-1] + 1)
+        table, shards = self.row_groups.read_intact(ranges, ["image"])
+        rows = chosen - chosen[0]
+        columns = decode_images(table.column("image").take(pa.array(rows)), *self._size)
+        columns["row"] = np.arange(first, first + len(rows))
+        columns["shard"] = shards[rows]
+        return columns
 
 
 class PersonImages(ChosenImages):
@@ -335,15 +342,3 @@ class ClusterImages(ChosenImages):
         return PersonBatches(
             labels, self._config.training, size=self._size, seed=self._config.seed
         )
-
-
-def _decode_whole(encoded: pa.Table, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Decode images that must all be whole, ``[n, 3, H, W]``.
-
-    Raises:
-        ValueError: An image does not decode.
-    """
-    columns = decode_images(encoded.column("image"), *size)
-    if not columns["decoded"].all():
-        raise ValueError("an image that was whole when it was prepared does not decode")
-    return columns["image"]

@@ -10,8 +10,6 @@ This module does not import torch, which would add seconds to the start of each 
 Dimensions: B images of a batch, W workers, b = B / W images of a worker's batch, H x W pixels.
 """
 
-import logging
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -29,8 +27,6 @@ from upreid_ray.data.shards.row_groups import RowRange
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.decode import Columns, decode_images
 from upreid_ray.data.stream.ray_data import BLOCK_BYTES, MAX_BLOCK_IMAGES, MIN_BLOCK_IMAGES
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,7 +121,7 @@ class TrainingImages:
         size = self._config.training.group_size
         names: list[str] = []
         for block in this.blocks:
-            keys, _ = self._shuffled(block, "key", pa.string())
+            keys, _ = self._shuffled(block, "key")
             names += pc.fill_null(keys.slice(block.skip, size), "(damaged)").to_pylist()
         return names
 
@@ -145,46 +141,28 @@ class TrainingImages:
         Returns:
             ``image``, uint8 ``[n, 3, H, W]``, ``decoded``, bool ``[n]``, and ``shard``, int
             ``[n]``, the place of the shard in the manifest. An image that cannot be read or
-            decoded is replaced by another one, so that all others keep their place.
-
-        Raises:
-            InputError: No image can be decoded.
+            decoded is replaced by another one, so that all others keep their place; it is black
+            if no other one can be found.
         """
-        encoded, shards = self._shuffled(block, "image", pa.binary())
+        encoded, shards = self._shuffled(block, "image")
         columns = decode_images(encoded, self._config.data.height, self._config.data.width)
         columns["shard"] = shards
-        if not columns["decoded"].any():
-            columns["image"] = self._others(block, int(shards[0]))
+        if not columns["decoded"].any() and block.start > 0:
+            # Replace them by images from the beginning of the epoch.
+            first = Block(block.epoch, 0, min(block.start, MIN_BLOCK_IMAGES), 0)
+            begin = self.read(first)["image"]
+            columns["image"] = begin[np.arange(block.stop - block.start) % len(begin)]
         # Images that were seen are decoded too, since one of them may replace a later image.
         return {name: column[block.skip :] for name, column in columns.items()}
 
-    def _shuffled(
-        self, block: Block, column: str, kind: pa.DataType
-    ) -> tuple[pa.Array, NDArray[np.int64]]:
+    def _shuffled(self, block: Block, column: str) -> tuple[pa.Array, NDArray[np.int64]]:
         """Return a column of the rows of one block and their shards, in the order of training.
 
         A value that cannot be read is null.
         """
         ranges, order = self.rows(block)
-        values = []
-        for part in ranges:
-            try:
-                values += self.row_groups.read([part], [column]).column(column).chunks
-            except InputError as error:
-                logger.warning("left out: %s", error)
-                values.append(pa.nulls(part.stop - part.start, kind))
-        shards = np.repeat([p.shard for p in ranges], [p.stop - p.start for p in ranges])
-        return pa.concat_arrays(values).take(pa.array(order)), shards[order]
-
-    def _others(self, block: Block, shard: int) -> NDArray[np.uint8]:
-        """Return images from the beginning of the epoch, to replace those of a block."""
-        if block.start == 0:
-            raise InputError(
-                f"{self.row_groups.folder / self.row_groups.shard_names[shard]}: "
-                "its images do not decode, nor others of the set"
-            )
-        begin = self.read(Block(block.epoch, 0, min(block.start, MIN_BLOCK_IMAGES), 0))["image"]
-        return begin[np.arange(block.stop - block.start) % len(begin)]
+        table, shards = self.row_groups.read_intact(ranges, [column])
+        return table.column(column).combine_chunks().take(pa.array(order)), shards[order]
 
     def batches(
         self,
@@ -193,8 +171,8 @@ class TrainingImages:
         *,
         rank: int = 0,
         num_workers: int = 1,
-    ) -> Iterator[NDArray[np.uint8]]:
-        """Yield one worker's batch of each step of the rounds.
+    ) -> Iterator[Columns]:
+        """Yield one worker's part of each step's batch.
 
         Args:
             rounds: Rounds, from the method `rounds`.
@@ -203,26 +181,13 @@ class TrainingImages:
             num_workers: Number of workers W.
 
         Yields:
-            Images, uint8 ``[b, 3, H, W]``.
-
-        Raises:
-            InputError: More images fail to decode than --data.max_undecodable allows.
+            The columns that `read` returns, of ``b`` images.
         """
-        group_size, limit = self._config.training.group_size, self._config.data.max_undecodable
-        num_seen = 0
-        undecodable: Counter[int] = Counter()  # by shard
+        group_size = self._config.training.group_size
         for this in rounds:
             mine = list(islice(blocks, len(this.by_worker(num_workers)[rank])))
-            num_seen += sum(len(block["decoded"]) for block in mine)
-            for block in mine:
-                undecodable.update(block["shard"][~block["decoded"]].tolist())
-            if undecodable.total() > limit * max(num_seen, self.num_images / num_workers):
-                (shard, count), *_ = undecodable.most_common(1)
-                raise InputError(
-                    f"{self.row_groups.folder}: {undecodable.total()} of {num_seen} images do "
-                    f"not decode, more than --data.max_undecodable {limit} allows; {count} of "
-                    f"them in {self.row_groups.shard_names[shard]}"
-                )
             for start in range(0, this.num_steps * group_size, group_size):
-                groups = [block["image"][start : start + group_size] for block in mine]
-                yield np.concatenate(groups)
+                yield {
+                    name: np.concatenate([b[name][start : start + group_size] for b in mine])
+                    for name in ("image", "decoded", "shard")
+                }
