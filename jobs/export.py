@@ -14,8 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from upreid_ray.command_line import JobParser, existing_init, run_job
-from upreid_ray.config.section import absolute
+from upreid_ray.command_line import JobParser, existing_init, path_or_uri, run_job
 from upreid_ray.downstream.consumers import CONSUMERS
 
 
@@ -27,7 +26,7 @@ def main() -> dict[str, Any]:
         "--to", required=True, choices=CONSUMERS, help="tool that loads the file"
     )
     parser.add_argument(
-        "--out", required=True, type=absolute, metavar="FILE", help="file to write"
+        "--out", required=True, type=path_or_uri, metavar="FILE", help="file to write"
     )
     arguments = parser.parse(sys.argv[1:])
     # Imported late: it takes seconds, which a mistake or --help should not cost.

@@ -34,10 +34,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from upreid_ray.command_line import JobParser, connect_to_ray, run_job
+from upreid_ray.command_line import JobParser, connect_to_ray, path_or_uri, run_job
 from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.run import SyntheticConfig
-from upreid_ray.config.section import absolute
 
 if TYPE_CHECKING:
     from upreid_ray.data.shards.manifest import Manifest
@@ -82,7 +81,7 @@ def _parser() -> JobParser:
     )
     add = parser.add_argument
     add("source", type=_source, metavar="SOURCE", nargs="?", help="images to read, see above")
-    add("--out", type=absolute, metavar="DIR", help="folder or URI to write the shards to")
+    add("--out", type=path_or_uri, metavar="DIR", help="folder or URI to write the shards to")
     add(
         "--seed",
         type=_at_least(0),
@@ -117,7 +116,7 @@ def _parser() -> JobParser:
     check = parser.add_argument_group("check")
     check.add_argument(
         "--check",
-        type=absolute,
+        type=path_or_uri,
         metavar="DIR",
         help="verify existing shards against their manifest; exit with 1 if one is damaged",
     )
@@ -208,7 +207,7 @@ def _at_least(least: NumberT) -> Callable[[str], NumberT]:
 
 
 def _source(text: str) -> str:
-    return text if text == SYNTHETIC else absolute(text)
+    return text if text == SYNTHETIC else path_or_uri(text)
 
 
 def _columns(text: str) -> dict[str, str]:

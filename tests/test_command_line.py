@@ -253,6 +253,20 @@ def test_a_value_that_looks_like_a_flag_of_prepare_is_none():
     assert (arguments.source, arguments.check) == (absolute("recheck"), None)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a", "--out="], "--out: a path must not be empty"),
+        (["\udc80", "--out", "x"], "SOURCE: a path must be text (UTF-8), but it is '\\udc80'"),
+    ],
+)
+def test_a_path_that_is_none_is_refused_with_the_reason(words, message):
+    with pytest.raises(InputError) as refused:
+        prepare_job._parser().parse(words)
+
+    assert str(refused.value) == message
+
+
 def test_prepare_names_the_default_distance_of_near_duplicates():
     assert f"(default: {ImageRules.max_distance};" in prepare_job._parser().format_help()
 

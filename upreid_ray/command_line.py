@@ -19,7 +19,7 @@ from upreid_ray.config.errors import InputError, RunFailed, RunStopped
 from upreid_ray.config.presets import AUGMENTATIONS, METHOD_PRESETS, PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.run import JobConfig
-from upreid_ray.config.section import Section, absolute_init, value_form
+from upreid_ray.config.section import RANDOM, Section, absolute, value_form
 
 logger = logging.getLogger("upreid_ray")
 
@@ -186,15 +186,26 @@ def add_finetune_settings(
     return presets
 
 
+def path_or_uri(text: str) -> str:
+    """Return a path as an absolute path, and a URI as it is.
+
+    Raises:
+        argparse.ArgumentTypeError: It is empty, or no text.
+    """
+    try:
+        return absolute(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def existing_init(text: str) -> str:
     """Return an initialization as it was typed.
 
     Raises:
-        argparse.ArgumentTypeError: It is empty, or the path of nothing.
+        argparse.ArgumentTypeError: It is empty, no text, or the path of nothing.
     """
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    init = absolute_init(text)
+    is_path = text != RANDOM and not text.startswith("models:")
+    init = path_or_uri(text) if is_path else text
     places = (init, init.rpartition("#")[0])  # FILE#PREFIX chooses a network of a file
     if init.startswith("/") and not any(place and Path(place).exists() for place in places):
         raise argparse.ArgumentTypeError(f"{text}: no such file or folder")

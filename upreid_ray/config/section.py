@@ -63,10 +63,14 @@ def absolute(place: str) -> str:
     processes of a cluster have other working folders.
 
     Raises:
-        ValueError: The path is empty.
+        InputError: The path is empty, or no text.
     """
     if not place:
-        raise ValueError("a path must not be empty")
+        raise InputError("a path must not be empty")
+    try:
+        place.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"a path must be text (UTF-8), but it is {place!a}") from None
     return place if "://" in place else str(Path(place).absolute())
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -168,8 +168,8 @@ def read_position(folder: Path) -> Position:
 def find_damage(folder: Path) -> str | None:
     """Return what is wrong with the files of a checkpoint, or None if they are intact."""
     try:
-        hashes = json.loads((folder / HASHES_FILE).read_text())
-    except (OSError, ValueError):
+        hashes = dict(json.loads((folder / HASHES_FILE).read_text()))
+    except (OSError, TypeError, ValueError):
         return f"{HASHES_FILE} cannot be read"
     for name in (MODEL_FILE, OPTIMIZER_FILE, BEST_FILE, POSITION_FILE):
         try:
@@ -230,7 +230,9 @@ def read_exported(folder: Path) -> tuple[Description, dict[str, Tensor], dict[st
                 f"{folder}: neither {DESCRIPTION_FILE} nor {POSITION_FILE} in it{hint}"
             )
         neck = _read_neck(neck_file) if description.has_neck else {}
-    except (OSError, ValidationError, SafetensorError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(
             f"{folder}: its description cannot be read ({first_line(error)})"
         ) from error

@@ -194,6 +194,8 @@ def _layout(folder: Location) -> tuple[Layout, dict[str, str]] | None:
     The entries are the names in the folder by their lower-case names.
     """
     entries: dict[str, str] = {}
+    if not_text(folder.below):
+        return None
     for name in folder.names():
         lower = name.lower()
         if lower not in LAYOUT_NAMES or (folder / name).is_folder() == (lower in MSMT17_LISTS):
