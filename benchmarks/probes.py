@@ -243,6 +243,12 @@ def tables(lines: list[dict[str, object]]) -> Iterator[Table]:
         yield table
 
 
+def parse_init(text: str) -> tuple[str, str]:
+    """Read ``LABEL=INIT``, or an initialization that is its own label."""
+    label, equals, init = text.partition("=")
+    return (label, init) if equals and not Path(text).exists() else (text, text)
+
+
 def main() -> None:
     """Measure each backbone, append a line for each to a file if asked to, and print tables."""
     parser = argparse.ArgumentParser(
@@ -263,7 +269,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lines: list[dict[str, object]] = []
     for text in arguments.init:
-        label, _, name = text.rpartition("=")
+        label, name = parse_init(text)
         if name == RANDOM:
             init = initialization.random(arguments.backbone, seed=0)
             size = dict(zip(("height", "width"), arguments.size, strict=True))
@@ -272,7 +278,7 @@ def main() -> None:
             init = initialization.resolve(name)
         lines.append(
             {
-                "label": label or name,
+                "label": label,
                 "people": arguments.people,
                 "measured": measure(init, arguments.people),
                 "about": provenance(torch.device("cpu")),

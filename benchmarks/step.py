@@ -329,21 +329,26 @@ def main() -> None:
     )
 
 
-def provenance(device: torch.device) -> str:
-    """Return when, on what and from which commit something was measured."""
-    commit = run(
+def commit() -> str:
+    """Return the commit of the code; without a repository it is ``UPREID_RAY_COMMIT``."""
+    described = run(
         ["git", "describe", "--always", "--dirty", "--abbrev=10"],
         capture_output=True,
         check=False,
         text=True,
     ).stdout.strip()
+    return described or os.environ.get("UPREID_RAY_COMMIT", "unknown")
+
+
+def provenance(device: torch.device) -> str:
+    """Return when, on what and from which commit something was measured."""
     hardware = (
         torch.cuda.get_device_name()
         if device.type == "cuda"
         else f"{os.cpu_count()} cores ({torch.backends.cpu.get_cpu_capability()})"
     )
     today = f"{datetime.now(UTC):%Y-%m-%d}"
-    return f"{today}, commit {commit or 'unknown'}, {hardware}, torch {torch.__version__}"
+    return f"{today}, commit {commit()}, {hardware}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from rich.table import Table
 from scipy import stats
 from torch import Tensor
 
+from benchmarks.step import commit
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.run import SyntheticConfig
@@ -54,7 +55,6 @@ from upreid_ray.core.retrieval import Labels, cosine_distances, extract_features
 from upreid_ray.core.training import TrainState, train, train_step
 from upreid_ray.data.sources.source import source_records, synthetic_records
 from upreid_ray.data.stream.decode import decode_images
-from upreid_ray.tracking.runs import environment
 
 RESULTS = Path(__file__).parent / "results" / "i2_study.jsonl"
 METHODS: dict[str, dict[str, Any]] = {
@@ -67,6 +67,7 @@ BASELINE = "MoCo v2"
 TRAIN_SHARE = 0.8  # of the train persons; 600 of the 751 of Market-1501
 CONFIDENCE = 0.95
 SCORING_BATCH_SIZE = 256
+CPU = torch.device("cpu")
 
 Line = dict[str, Any]
 
@@ -187,10 +188,16 @@ def score(state: TrainState, data: StudyData) -> dict[str, float]:
         extract_features(state.extractor, each.images.split(SCORING_BATCH_SIZE), normalization)
         for each in (data.query, data.gallery)
     )
-    scores = score_rows(
-        cosine_distances(query, gallery), data.query.labels, data.gallery.labels
-    )
-    return scores.summary()
+    labels = (each.labels.to(state.device) for each in (data.query, data.gallery))
+    return score_rows(cosine_distances(query, gallery), *labels).summary()
+
+
+def clock(device: torch.device) -> float:
+    """Return processor seconds, or on a GPU seconds at which all its work is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Run:
@@ -198,15 +205,17 @@ class Run:
 
     Attributes:
         state: State of training.
-        seconds: Processor seconds of the training steps so far.
+        seconds: Seconds of the training steps so far: of the processor, or of the GPU.
     """
 
-    def __init__(self, config: PretrainConfig, data: StudyData, folder: Path) -> None:
+    def __init__(
+        self, config: PretrainConfig, data: StudyData, folder: Path, device: torch.device = CPU
+    ) -> None:
         self._data, self._folder = data, folder
         self.state = TrainState(
             config,
             steps_per_epoch=len(data.train) // config.training.batch_size,
-            device=torch.device("cpu"),
+            device=device,
         )
         self.seconds = 0.0
 
@@ -227,9 +236,9 @@ class Run:
         reports = train(state, batches(self._data.train, state), train_step)
         every_steps = state.config.checkpoint.every_steps
         while state.step < state.num_steps:
-            began = time.process_time()
+            began = clock(state.device)
             some = list(islice(reports, every_steps - state.step % every_steps))
-            self.seconds += time.process_time() - began
+            self.seconds += clock(state.device) - began
             yield self._line(
                 {
                     name: statistics.fmean(float(each.terms[name]) for each in some)
@@ -290,6 +299,7 @@ def study(
     about: Mapping[str, Any],
     out: Path,
     results: Path,
+    device: torch.device = CPU,
 ) -> None:
     """Run all rows with one seed, then all with the next; skip runs that have a final line.
 
@@ -302,6 +312,7 @@ def study(
         about: Further entries of each line.
         out: Folder of the checkpoints.
         results: File to which the lines are appended.
+        device: Device to train on.
     """
     results.parent.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
@@ -309,7 +320,7 @@ def study(
             config = PRESETS[preset].override(common | parse_row(row) | {"seed": seed})
             run_about = {**about, "preset": preset, "common": common, "row": row, "seed": seed}
             name = re.sub(r"[^\w.=]+", "_", f"{preset} {common} {row} {seed}")
-            run = Run(config, data, out / name)
+            run = Run(config, data, out / name, device)
             num_steps = run.state.num_steps
             known = [each for each in read_lines(results) if run_about.items() <= each.items()]
             if any(each["step"] == num_steps for each in known):
@@ -317,7 +328,7 @@ def study(
             for line in run.lines():
                 when = {
                     "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
-                    "commit": environment()["mlflow.source.git.commit"][:10],
+                    "commit": commit(),
                 }
                 with results.open("a") as file:
                     file.write(

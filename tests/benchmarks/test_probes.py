@@ -12,6 +12,7 @@ from benchmarks.probes import (
     People,
     draw_people,
     drifts,
+    parse_init,
     probe,
     retrieval,
 )
@@ -85,3 +86,8 @@ def test_drift_is_that_of_what_a_backbone_sees(
     assert found.keys() == AUGMENTATIONS.keys()
     assert found["flip"] == pytest.approx(0, abs=1e-5)
     assert found["grayscale"] > found["blur"] > -1e-5
+
+
+def test_an_initialization_may_have_a_label() -> None:
+    assert parse_init("moco=runs/a=1/480") == ("moco", "runs/a=1/480")
+    assert parse_init("random") == ("random", "random")

@@ -9,6 +9,7 @@ Dimensions: Q query images, G gallery images, F features.
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -37,6 +38,10 @@ class Labels:
 
     pids: Tensor
     camids: Tensor
+
+    def to(self, device: torch.device) -> Self:
+        """Copy to ``device``."""
+        return type(self)(self.pids.to(device), self.camids.to(device))
 
 
 @dataclass(frozen=True)
@@ -180,8 +185,7 @@ def score_features(
         ValueError: No query has a match to be found.
     """
     query, gallery = (
-        Labels(pids[part].to(features.device), camids[part].to(features.device))
-        for part in (is_query, ~is_query)
+        Labels(pids[part], camids[part]).to(features.device) for part in (is_query, ~is_query)
     )
     rows = distances(features[is_query], features[~is_query])
     return score_rows(rows, query, gallery)

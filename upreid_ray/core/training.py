@@ -222,7 +222,7 @@ class State(ABC):
 
     def to_device(self, batch: Tensor) -> Tensor:
         """Copy a batch to the device without waiting for the work that is queued there."""
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and batch.device.type == "cpu":
             batch = batch.pin_memory()  # a copy from pageable memory would wait
         return batch.to(self.device, non_blocking=True)
 
