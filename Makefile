@@ -11,6 +11,9 @@ PEERS := kornia==0.9.0 kornia-rs==0.2.0 lightly==1.6.0 lightly-utils==0.0.2 \
   lightning-utilities==0.15.3
 # The allocator settings of workers on CPUs, as in upreid_ray/core/cpu.py; a test compares them.
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
+# Two processes share the tests, a file at a time; JOBS=1 runs one test after the other.
+JOBS ?= 2
+SHARED := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
 
 .PHONY: help setup pretrain sweep finetune compare check docs format test test-fast mutants test-pythons bench bench-data \
@@ -64,10 +67,10 @@ format: $(READY)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 test: $(READY)  ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
-test-fast: $(READY)  ## run the tests that start no Ray cluster
-	$(BIN)/python -m pytest -m "not ray"
+test-fast: $(READY)  ## run the tests that start no Ray cluster and are not slow
+	$(BIN)/python -m pytest $(SHARED) -m "not ray and not slow"
 
 mutants: $(READY)  ## check that the tests notice deliberate faults in the code
 	$(BIN)/python -m tests.mutants $(ARGS)
@@ -77,7 +80,7 @@ test-pythons: $(READY)  ## the tests that need no Ray cluster, on every supporte
 	  $(BIN)/uv venv --quiet --clear --seed --python $$python $(VENV)/$$python \
 	  && $(BIN)/uv pip install --quiet --python $(VENV)/$$python --require-hashes \
 	    -r requirements.lock \
-	  && PYTHONPATH=$(CURDIR) $(VENV)/$$python/bin/python -m pytest -m "not ray" || exit; \
+	  && PYTHONPATH=$(CURDIR) $(VENV)/$$python/bin/python -m pytest $(SHARED) -m "not ray" || exit; \
 	done
 
 bench: $(READY)  ## measure the numbers of docs/benchmarks.md
