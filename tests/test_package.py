@@ -62,6 +62,7 @@ def upreid(installed: Path, *words: str) -> SimpleNamespace:
     return finish(installed.parent, str(installed / "bin/upreid"), *words, path=installed)
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package_and_the_jobs(installed):
     expected = {
         file.relative_to(ROOT)
@@ -74,6 +75,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_jobs(installed):
     assert not (installed / "jobs").exists()
 
 
+@pytest.mark.slow
 def test_the_command_lists_the_jobs_with_a_line_each(installed):
     shown = upreid(installed, "--help")
 
@@ -82,10 +84,12 @@ def test_the_command_lists_the_jobs_with_a_line_each(installed):
     assert lines >= JOBS
 
 
+@pytest.mark.slow
 def test_the_command_knows_its_version(installed):
     assert upreid(installed, "--version").output == f"upreid {upreid_ray.__version__}\n"
 
 
+@pytest.mark.slow
 def test_the_help_of_an_installed_job_is_fast_and_begins_with_what_the_job_does(installed):
     shown = upreid(installed, "pretrain", "--help")
 
@@ -105,6 +109,7 @@ def test_the_help_of_an_installed_job_is_fast_and_begins_with_what_the_job_does(
     ],
     ids=["flag", "job", "nothing"],
 )
+@pytest.mark.slow
 def test_the_command_refuses_wrong_input_with_one_line_and_status_2(installed, words, refusal):
     shown = upreid(installed, *words)
 
@@ -122,6 +127,7 @@ def test_the_help_of_a_job_is_fast_and_has_a_short_usage(tmp_path, job):
     assert shown.seconds < MAX_HELP_SECONDS
 
 
+@pytest.mark.slow
 def test_the_import_is_light_and_the_names_are_there_when_they_are_asked_for(tmp_path):
     script = """
 import sys, time

@@ -63,6 +63,7 @@ def test_differences_are_those_of_equal_seeds() -> None:
     assert paired_difference({0: 3.0}, {0: 1.0}) == (2, float("inf"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
     whole = list(Run(CONFIG, data(), tmp_path / "whole").lines())
     assert [line["step"] for line in whole] == [0, 2, 4, 6]
@@ -76,6 +77,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path: Path) -> None:
     assert of_runs(early) == of_runs(whole[1:])
 
 
+@pytest.mark.slow
 def test_a_study_appends_what_is_missing_and_shows_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

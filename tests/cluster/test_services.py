@@ -37,7 +37,7 @@ from upreid_ray.train.folder import RunFolder
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 MANIFEST = ROOT / "cluster" / "kubernetes" / "base" / "mlflow.yaml"
 KEYS = {"AWS_ACCESS_KEY_ID": "an-id", "AWS_SECRET_ACCESS_KEY": "a-secret"}

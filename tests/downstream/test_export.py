@@ -135,6 +135,7 @@ def test_the_usage_of_fastreid_describes_backbone_and_images(tmp_path, init):
     }
 
 
+@pytest.mark.slow
 def test_the_job_prints_the_usage_in_one_line(tmp_path, init):
     weights = tmp_path / "weights.safetensors"
     save_file(init.weights, weights)

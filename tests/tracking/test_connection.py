@@ -73,6 +73,7 @@ def refusal(action, *arguments) -> str:
     return str(refused.value)
 
 
+@pytest.mark.slow
 def test_jobs_that_start_at_the_same_moment_share_a_new_database(folder):
     command = [sys.executable, "-c", FIRST_CONTACT]
     environment = {**os.environ, "PYTHONPATH": str(Path(runs.__file__).parents[2])}
@@ -120,6 +121,7 @@ def test_a_file_store_names_what_replaces_it(store, monkeypatch):
     assert "use sqlite:///mlflow.db" in refusal(connection.connect)
 
 
+@pytest.mark.slow
 def test_a_database_of_another_version_names_the_upgrade(store):
     connection.connect()
     with sqlite3.connect("mlflow.db") as database:

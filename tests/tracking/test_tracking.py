@@ -323,19 +323,23 @@ def slowed(port: int) -> Iterator[tuple[int, list[str]]]:
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_a_slow_server_gets_all_that_waits_at_once(client, outage):
     assert len(outage.calls) <= 3
     assert history(client, outage.slow_run_id, "train/loss") == values(range(20))
 
 
+@pytest.mark.slow
 def test_logging_does_not_wait_for_a_server_that_is_down(outage):
     assert outage.seconds < 0.9
 
 
+@pytest.mark.slow
 def test_metrics_arrive_when_the_server_is_up_again(client, outage):
     assert history(client, outage.run_id, "train/loss") == values(range(20))
 
 
+@pytest.mark.slow
 def test_pictures_arrive_when_the_server_is_up_again(outage):
     assert [path.name for path in outage.artifacts.rglob("*.png")] == ["views.png"]
 

@@ -119,6 +119,7 @@ def test_a_list_of_checkpoints_is_removed_if_it_is_torn(tmp_path, text):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+@pytest.mark.slow
 def test_a_worker_keeps_the_memory_that_a_step_frees(monkeypatch):
     for name in KEEP_FREED_MEMORY:
         monkeypatch.delenv(name, raising=False)

@@ -21,6 +21,7 @@ print(*sorted(sys.modules.keys() & set(sys.argv[2:])))
 
 
 @pytest.mark.parametrize("name", ["pretrain_worker", "finetune_worker"])
+@pytest.mark.slow
 def test_a_worker_imports_nothing_that_only_the_driver_needs(name):
     unwanted = ["mlflow", "upreid_ray.train.job", "upreid_ray.train.resources"]
 

@@ -292,6 +292,7 @@ def test_the_score_of_a_trial_is_that_of_its_best_backbone():
     assert outcome.best.candidate.number == 0
 
 
+@pytest.mark.slow
 def test_the_report_is_one_page_with_its_pictures():
     made = plan({LR: "choice(0.1,0.2,0.3,0.4,0.5)"})
     drawn = draw_figures(made, RECORDS)
