@@ -85,6 +85,7 @@ def test_torchvision_loads_the_weights_of_a_backbone(name):
 @pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("has_neck", [False, True])
 @pytest.mark.parametrize("last_stride", [1, 2])
+@pytest.mark.slow
 def test_an_extractor_is_plain_torchvision_and_can_be_scripted_and_traced(
     backbone, last_stride, has_neck
 ):

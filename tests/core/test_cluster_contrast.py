@@ -251,6 +251,7 @@ def steps_of_this_process(settings: dict[str, Any]) -> tuple[list[Tensor], dict[
     return losses, model.state_dict()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(run_in_pool):
     pair = run_in_pool(steps_of_this_process, {"scaling.num_workers": 2})
 
@@ -264,6 +265,7 @@ def test_two_processes_equal_one(run_in_pool):
         assert_close((pair[0][0][step] + pair[1][0][step]) / 2, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_clusters_of_persons_come_out_of_noise():
     persons = torch.arange(6).repeat_interleave(8)
     colors = people(6, seed=3).float().mean(dim=(2, 3), keepdim=True)[persons]

@@ -293,6 +293,7 @@ def steps_of_this_process(settings: dict[str, Any]) -> tuple[list[dict], dict]:
     return losses, state.model.state_dict()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(run_in_pool):
     pair = run_in_pool(steps_of_this_process, {"scaling.num_workers": 2})
 

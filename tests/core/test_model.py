@@ -304,6 +304,7 @@ def test_auto_is_bf16_where_the_device_multiplies_it(monkeypatch, can):
     assert first.equal(second)
 
 
+@pytest.mark.slow
 def test_small_patches_have_a_sound_gradient_under_bf16():
     # oneDNN's bf16 weight gradient of a strided convolution over one pixel holds whatever was
     # in its memory (torch 2.15 on CPUs), which patches of 16 pixels would reach.

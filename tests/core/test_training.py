@@ -446,6 +446,7 @@ def test_a_step_that_is_not_finite_changes_nothing(disturbance):
 
 
 @pytest.mark.parametrize("disturbance", ["query", "keys of patches", "key statistics"])
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_at_one_process_changes_nothing_at_any(
     run_in_pool, disturbance
 ):
@@ -647,21 +648,25 @@ def statistics(tensors: dict[str, Tensor], encoder: str) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_the_mean_losses_of_two_processes_are_those_of_one(alone, pair):
     for expected, first, second in zip(alone[0], pair[0][0], pair[1][0], strict=True):
         assert_close({name: (first[name] + second[name]) / 2 for name in expected}, expected)
 
 
+@pytest.mark.slow
 def test_the_queue_of_two_processes_is_that_of_one(alone, pair):
     for process in pair:
         assert_close(process[2]["queue.keys"], alone[2]["queue.keys"])
 
 
+@pytest.mark.slow
 def test_the_weights_of_two_processes_are_those_of_one(alone, pair):
     for process in pair:
         assert_close(without_statistics(process[2]), without_statistics(alone[2]))
 
 
+@pytest.mark.slow
 def test_two_processes_have_equal_weights_and_queues(pair):
     first, second = (without_statistics(process[1]) for process in pair)
 
@@ -669,17 +674,20 @@ def test_two_processes_have_equal_weights_and_queues(pair):
 
 
 @pytest.mark.parametrize("encoder", ["query_encoder", "key_encoder"])
+@pytest.mark.slow
 def test_averaged_running_statistics_of_two_processes_are_those_of_one(alone, pair, encoder):
     for process in pair:
         assert_close(statistics(process[2], encoder), statistics(alone[2], encoder))
 
 
+@pytest.mark.slow
 def test_running_statistics_differ_before_they_are_averaged(pair):
     first, second = (statistics(process[1], "query_encoder") for process in pair)
 
     assert not any(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_two_processes_train_with_the_first_term_alone(run_in_pool):
     settings = {**PAIRS[0], "loss.consistency_weight": 0, "loss.intrinsic_weight": 0}
 

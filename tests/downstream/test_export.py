@@ -21,7 +21,9 @@ from upreid_ray.train.initialization import Initialization
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=["resnet18", "resnet50"])
+@pytest.fixture(
+    scope="module", params=["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)]
+)
 def init(request) -> Initialization:
     return initialization.random(request.param, seed=0)
 
