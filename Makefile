@@ -67,7 +67,7 @@ format: $(READY)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 test: $(READY)  ## run all tests
-	$(BIN)/python -m pytest $(SHARED)
+	$(BIN)/python -m pytest
 
 test-fast: $(READY)  ## run the tests that start no Ray cluster and are not slow
 	$(BIN)/python -m pytest $(SHARED) -m "not ray and not slow"
