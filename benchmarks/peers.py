@@ -36,7 +36,7 @@ from torchvision.transforms import v2
 from benchmarks.step import METHODS, Case, clock, new_state, provenance, spread
 from upreid_ray.config.pretrain import AugmentationConfig, PretrainConfig
 from upreid_ray.core.augment import draw_view_parameters, render_view
-from upreid_ray.core.backbone import build_backbone, num_features
+from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.cpu import for_cpu
 from upreid_ray.core.losses import global_consistency, info_nce, intrinsic_contrastive
 from upreid_ray.core.patches import cut_patches
@@ -97,7 +97,7 @@ class Lightly:
         self, config: PretrainConfig, device: torch.device, *, tuned: bool, precision: str
     ) -> None:
         backbone = build_backbone(config.model.backbone)
-        self.model = LightlyMoCo(backbone, num_features(backbone)).to(device)
+        self.model = LightlyMoCo(backbone, backbone.num_features).to(device)
         if tuned:
             self.model.to(memory_format=torch.channels_last)
             if device.type == "cpu":

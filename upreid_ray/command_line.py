@@ -273,7 +273,12 @@ def read_pretrain_settings(
         config = PretrainConfig.parse(tree)
     if arguments.augmentation is not None:
         config = config.override({"augmentation": AUGMENTATIONS[arguments.augmentation]})
-    return override(config, arguments)
+    config = override(config, arguments)
+    # Imported late: it brings PyTorch, which --help and other mistakes should not cost.
+    from upreid_ray.core.backbone import check_settings  # noqa: PLC0415
+
+    check_settings(config)
+    return config
 
 
 def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:

@@ -161,7 +161,7 @@ def test_a_path_unlike_any_points_to_the_help(path):
         ("seed", -1),
         ("scaling.use_gpu", "perhaps"),
         ("patches.mining", "hard"),
-        ("model.backbone", "resnet51"),
+        ("model.backbone", "res net"),
         ("model.momentum", 1.5),
         ("data.height", 16),
         ("data.synthetic.num_cameras", 1),

@@ -16,7 +16,7 @@ from upreid_ray.core.backbone import Description, build_backbone
 from upreid_ray.core.model import UPReID
 from upreid_ray.core.weight_files import read_backbone
 
-NAMES = ["resnet18", "resnet34", "resnet50"]
+NAMES = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 Weights = dict[str, Tensor]
 
 
@@ -227,10 +227,10 @@ def test_tensors_that_the_architecture_does_not_have_are_named(tmp_path, backbon
     assert refusal(save(weights, tmp_path / "w.pth")).endswith("such as NL_2.0.g.weight")
 
 
-def test_weights_of_no_resnet_are_refused_with_their_first_names(tmp_path):
+def test_weights_of_no_backbone_are_refused_with_their_first_names(tmp_path):
     file = save({"stem.weight": torch.zeros(2)}, tmp_path / "net.safetensors")
 
-    assert refusal(file).endswith("holds no ResNet; its first tensors are stem.weight")
+    assert refusal(file).endswith("holds no known backbone; its first tensors are stem.weight")
 
 
 def test_several_networks_in_one_file_are_refused_with_their_prefixes(tmp_path, backbone):

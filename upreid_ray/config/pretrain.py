@@ -109,7 +109,7 @@ class ModelConfig(Section):
     """The backbone, the momentum encoder and the queue of keys."""
 
     backbone: BackboneName = "resnet50"
-    """Architecture of the backbone, one of torchvision's ResNets."""
+    """Architecture of the backbone, such as resnet50; docs/guide.md lists all names."""
     pretrained: PathOrUri | None = None
     """File of weights to start from: torchvision's, or a checkpoint of MoCo or fast-reid.
     Default: random weights."""
@@ -233,7 +233,7 @@ class PretrainConfig(Section):
     @property
     def model_name(self) -> str:
         """Name under which the backbone is registered."""
-        return self.run.register_as or f"upreid-{self.model.backbone}"
+        return self.run.register_as or f"upreid-{self.model.backbone.replace('/', '-')}"
 
     @model_validator(mode="after")
     def _groups_fill_the_batch(self) -> Self:

@@ -1,12 +1,13 @@
 """Settings that all jobs share: synthetic data, workers, checkpoints, storage."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from upreid_ray.config.section import Name, PathOrUri, Pixels, Section, Share
 
-BackboneName = Literal["resnet18", "resnet34", "resnet50"]
+# Which names there are is known in `core.backbones`, which needs PyTorch.
+BackboneName = Annotated[str, Field(pattern=r"^(timm/)?[a-z0-9][A-Za-z0-9._]*$", max_length=80)]
 
 
 class SyntheticConfig(Section):

@@ -1,34 +1,72 @@
-"""The backbone: a torchvision ResNet without its classifier."""
+"""The backbone that maps images to features, alone or with a neck, and its description."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-import torchvision
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from upreid_ray.config.run import BackboneName
+from upreid_ray.config.errors import InputError
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.core import backbones
 from upreid_ray.core.augment import Normalization
+from upreid_ray.core.backbones import DEFAULT_SIZE, Backbone, Size
 
 
-def build_backbone(name: str, *, last_stride: int = 2) -> nn.Module:
-    """Return a randomly initialized torchvision ResNet that outputs its features ``[B, F]``.
+def build_backbone(
+    name: str, *, size: Size = DEFAULT_SIZE, last_stride: int = 2, drop_path: float = 0.0
+) -> Backbone:
+    """Return a randomly initialized backbone that outputs features ``[B, num_features]``.
 
-    Its state dict has torchvision's names without the classifier (``fc``). With last stride 1
-    the last stage keeps the resolution of the one before.
+    Its state dict has the names of the library that makes it, without the classifier.
+
+    Args:
+        name: Name of the backbone.
+        size: Size of the images that it is trained on.
+        last_stride: With 1, the last stage of a ResNet keeps the resolution of the one before.
+        drop_path: Largest probability with which stochastic depth leaves out a block.
+
+    Raises:
+        InputError: There is no such backbone.
     """
-    backbone = getattr(torchvision.models, name)(weights=None)
-    backbone.fc = nn.Identity()
-    if last_stride == 1:
-        for module in backbone.layer4.modules():
-            if isinstance(module, nn.Conv2d):
-                module.stride = (1, 1)
-    return backbone
+    family = backbones.find(name)
+    return family.build(name, size=size, last_stride=last_stride, drop_path=drop_path)
 
 
-def num_features(backbone: nn.Module) -> int:
-    """Return the length F of a backbone's features."""
-    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
-    return norms[-1].num_features
+def check_settings(config: PretrainConfig) -> None:
+    """Check that there is such a backbone, and that it takes the images and the patches.
+
+    Raises:
+        InputError: One of them is refused.
+    """
+    name, data, patches = config.model.backbone, config.data, config.patches
+    try:
+        backbones.find(name)
+    except InputError as error:
+        raise InputError(f"--model.backbone {error}") from None
+    check_size(name, (data.height, data.width))
+    if config.loss.needs_patches:
+        size = (data.height // patches.rows, data.width // patches.columns)
+        grid = f"--patches.rows {patches.rows} --patches.columns {patches.columns}"
+        check_size(name, size, flags=f"{grid} of images of {data.height}x{data.width}")
+
+
+def check_size(name: str, size: Size, *, flags: str | None = None) -> None:
+    """Check that a backbone takes images of this size.
+
+    Args:
+        name: Name of the backbone.
+        size: Height and width of the images, in pixels.
+        flags: Flags that decide the size, for the message.
+
+    Raises:
+        InputError: It does not.
+    """
+    height, width = size
+    try:
+        backbones.find(name).check_size(name, size)
+    except ValueError as error:
+        flags = flags or f"--data.height {height} --data.width {width}"
+        raise InputError(f"{flags}: {name} {error}, not {height}x{width}") from error
 
 
 class NeckedBackbone(nn.Module):
@@ -37,10 +75,10 @@ class NeckedBackbone(nn.Module):
     This is the BNNeck of Luo et al. 2019, https://arxiv.org/abs/1903.07071.
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
-        self.neck = nn.BatchNorm1d(num_features(backbone))
+        self.neck = nn.BatchNorm1d(backbone.num_features)
         self.neck.bias.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -48,11 +86,16 @@ class NeckedBackbone(nn.Module):
         return self.neck(self.backbone(images))
 
 
+def _known(name: str) -> str:
+    backbones.find(name)
+    return name
+
+
 class Description(BaseModel):
     """Description of a backbone for those who load it (``backbone.json``).
 
     Attributes:
-        backbone: Torchvision's name of the architecture.
+        backbone: Name of the architecture.
         height: Height of the images that it was trained on, in pixels.
         width: Width of the images that it was trained on, in pixels.
         mean: Mean of each colour channel (0..1), which is subtracted first.
@@ -63,13 +106,18 @@ class Description(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    backbone: BackboneName
+    backbone: Annotated[str, AfterValidator(_known)]
     height: int
     width: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     last_stride: Literal[1, 2] = 2
     has_neck: bool = False
+
+    @property
+    def size(self) -> Size:
+        """Height and width of the images."""
+        return self.height, self.width
 
     @property
     def normalization(self) -> Normalization:
@@ -80,10 +128,10 @@ class Description(BaseModel):
         """Return the module that computes features ``[B, F]`` of images ``[B, 3, H, W]``.
 
         Args:
-            weights: State dict of the backbone, with torchvision's names.
+            weights: State dict of the backbone.
             neck: State dict of the neck; empty if there is none.
         """
-        backbone = build_backbone(self.backbone, last_stride=self.last_stride)
+        backbone = build_backbone(self.backbone, size=self.size, last_stride=self.last_stride)
         backbone.load_state_dict(weights)
         if not self.has_neck:
             return backbone

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder of five files, none of which can carry code:
 ``model.safetensors`` (encoders and queue), ``optimizer.pt`` (tensors only),
-``best_backbone.safetensors`` (the backbone with the best score so far, torchvision's names),
+``best_backbone.safetensors`` (the backbone with the best score so far, its library's names),
 ``state.json`` (configuration, position, scores, description of the backbone) and
 ``sha256.json`` (hashes of the others, which tell a damaged one).
 """
@@ -183,7 +183,7 @@ def find_damage(folder: Path) -> str | None:
 def export_backbone(folder: Path, out: Path) -> None:
     """Export the best backbone of the checkpoint in ``folder``.
 
-    The files are ``backbone.safetensors`` (torchvision's names without ``fc``),
+    The files are ``backbone.safetensors`` (its library's names without the classifier),
     ``backbone.json`` and, if the backbone was fine-tuned, ``neck.safetensors``.
 
     Raises:
@@ -193,7 +193,10 @@ def export_backbone(folder: Path, out: Path) -> None:
         raise InputError(f"{folder}: none of the backbones up to this checkpoint was finite")
     description = read_position(folder).description
     (out / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=1))
-    save_file(read_backbone(folder / BEST_FILE)[1], out / WEIGHTS_FILE)
+    _, weights = read_backbone(
+        folder / BEST_FILE, expected=description.backbone, size=description.size
+    )
+    save_file(weights, out / WEIGHTS_FILE)
     if description.has_neck:
         neck = _read_neck(folder / BEST_FILE)
         save_file({f"{NECK}{name}": tensor for name, tensor in neck.items()}, out / NECK_FILE)
@@ -236,7 +239,7 @@ def read_exported(folder: Path) -> tuple[Description, dict[str, Tensor], dict[st
         raise InputError(
             f"{folder}: its description cannot be read ({first_line(error)})"
         ) from error
-    name, weights = read_backbone(file)
+    name, weights = read_backbone(file, expected=description.backbone, size=description.size)
     if name != description.backbone:
         raise InputError(f"{folder}: describes a {description.backbone}, but holds a {name}")
     return description, weights, neck

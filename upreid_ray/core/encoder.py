@@ -1,9 +1,9 @@
-"""The encoder: a torchvision ResNet and a projection head.
+"""The encoder: a backbone and a projection head.
 
 Dimensions: B images, F features of the backbone, D embedding size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.pretrain import ModelConfig
-from upreid_ray.core.backbone import build_backbone, num_features
+from upreid_ray.core.backbone import build_backbone
+from upreid_ray.core.backbones import DEFAULT_SIZE, Size
 from upreid_ray.core.weight_files import read_backbone
 
 # Ends of the names of BatchNorm's buffers.
@@ -31,18 +31,21 @@ class Encoder(nn.Module):
     https://arxiv.org/abs/2003.04297).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, size: Size = DEFAULT_SIZE) -> None:
+        """Make an encoder for images of this size."""
         super().__init__()
-        self.backbone = build_backbone(config.backbone)
+        self.backbone = build_backbone(config.backbone, size=size)
         if config.pretrained is not None:
-            name, weights = read_backbone(config.pretrained)
+            name, weights = read_backbone(
+                config.pretrained, expected=config.backbone, size=size
+            )
             if name != config.backbone:
                 raise InputError(
                     f"--model.backbone {config.backbone}: --model.pretrained "
                     f"{config.pretrained} is a {name}"
                 )
             self.backbone.load_state_dict(weights)
-        width = num_features(self.backbone)
+        width = self.backbone.num_features
         self.projection_head = nn.Sequential(
             nn.Linear(width, width),
             nn.ReLU(inplace=True),
@@ -75,7 +78,7 @@ def running_statistics(encoder: nn.Module, *, momentum: float) -> Iterator[None]
         norm.running_var = torch.zeros_like(norm.running_var)
     try:
         yield
-        if momentum > 0:
+        if momentum > 0 and norms:
             seen = [each for norm in norms for each in (norm.running_mean, norm.running_var)]
             average = get_ema_multi_avg_fn(1 - momentum)  # type: ignore[no-untyped-call]
             average([each for pair in running for each in pair], seen, None)
@@ -118,20 +121,19 @@ def _flatten(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def checkpoint_activations(backbone: nn.Module) -> None:
-    """Let residual blocks keep only their input, and compute the rest again in backward.
+def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
+    """Let blocks of a backbone keep only their input, and compute the rest again in backward.
 
     The result is the same (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
     """
-    for block in backbone.modules():
-        if isinstance(block, (BasicBlock, Bottleneck)):
-            block.forward = partial(
-                checkpoint,
-                block.forward,
-                use_reentrant=False,
-                preserve_rng_state=False,  # nothing in a block is random
-                context_fn=partial(_contexts, block),
-            )
+    for block in blocks:
+        block.forward = partial(
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in a block is random
+            context_fn=partial(_contexts, block),
+        )
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], ...]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from upreid_ray.config.downstream import DownstreamConfig, FinetuneConfig
 from upreid_ray.config.pretrain import AugmentationConfig
+from upreid_ray.core import backbones
 from upreid_ray.core.augment import (
     ViewParameters,
     draw_view_parameters,
@@ -113,7 +114,9 @@ class DownstreamState(State):
     @property
     def description(self) -> Description:
         """Description of backbone and neck, for those who load them."""
-        update = {"last_stride": self.config.training.last_stride, "has_neck": True}
+        update: dict[str, Any] = {"has_neck": True}
+        if backbones.find(self._images.backbone).has_last_stride:
+            update["last_stride"] = self.config.training.last_stride
         return self._images.model_copy(update=update)
 
     @property

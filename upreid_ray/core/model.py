@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from upreid_ray.config.pretrain import LossConfig, PretrainConfig
+from upreid_ray.core import backbones
 from upreid_ray.core.encoder import Encoder, checkpoint_activations, running_statistics
 from upreid_ray.core.key_queue import KeyQueue
 from upreid_ray.core.losses import global_consistency, info_nce, intrinsic_contrastive
@@ -91,10 +92,12 @@ class UPReID(nn.Module):
         self.loss = config.loss
         self.patches = config.patches
         self.precision = config.training.precision
-        self.query_encoder = Encoder(config.model)
+        size = (config.data.height, config.data.width)
+        self.query_encoder = Encoder(config.model, size=size)
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
         if config.training.activation_checkpointing:
-            checkpoint_activations(self.query_encoder.backbone)
+            family = backbones.find(config.model.backbone)
+            checkpoint_activations(family.blocks(self.query_encoder.backbone))
         self.queue = KeyQueue(config.model.queue_size, config.model.embedding_dim)
 
     def forward(

@@ -1,9 +1,9 @@
 """Files of weights in the formats of the field's tools -> the backbone that they hold.
 
 Only tensors and harmless values are read from a pickle (`torch.load` with ``weights_only``).
-Nested dictionaries are flattened to dotted names, and a backbone is found by the names of its
-first tensors, wherever it stands: that covers containers (``state_dict``, ``model``,
-``teacher``, ...) and prefixes (``module.``, ``backbone.``, ...) of any depth.
+Nested dictionaries are flattened to dotted names, and a backbone is found by the landmarks of
+its family, wherever it stands: that covers containers (``state_dict``, ``model``, ``teacher``,
+...) and prefixes (``module.``, ``backbone.``, ...) of any depth.
 
 The layouts were read from the loaders and savers of these tools: torchvision and timm (plain),
 torchreid, fast-reid, MoCo v1 to v3, LUPerson, CION, DINO, solo-learn, lightly, BYOL, VISSL and
@@ -14,8 +14,9 @@ import argparse
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from upreid_ray.config.errors import InputError
-from upreid_ray.config.run import BackboneName
+from upreid_ray.core import backbones
 from upreid_ray.core.backbone import build_backbone
+from upreid_ray.core.backbones import DEFAULT_SIZE, Family, Size
 
-# Every ResNet has these two, and no other part of a model of the field has both.
-LANDMARKS = ("conv1.weight", "layer1.0.conv1.weight")
 # The second network of methods that train one and let another follow; the first is taken. Of
 # DINO's two it is the teacher that is taken, as its authors do.
 COMPANIONS = {
@@ -41,19 +41,6 @@ COMPANIONS = {
     "student",  # DINO
     "state_dict_ema",  # timm
     "model_ema",
-}
-# What stands behind the features, in torchvision, torchreid, fast-reid and BoT.
-HEADS = ("fc", "classifier", "head", "heads", "bottleneck")
-# Names of a ResNet's parts where it was made a torch.nn.Sequential, as lightly's examples do.
-SEQUENTIAL = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3"} | {
-    "7": "layer4"
-}
-# Residual blocks of each stage.
-DEPTHS: dict[tuple[int, ...], str] = {
-    (2, 2, 2, 2): "resnet18",
-    (3, 4, 6, 3): "resnet34 or resnet50",
-    (3, 4, 23, 3): "resnet101",
-    (3, 8, 36, 3): "resnet152",
 }
 # Harmless values that tools keep beside the weights: torchreid a numpy scalar, DINO and MoCo v3
 # the parsed command line. Calling or filling any of them runs no code of the file.
@@ -69,7 +56,9 @@ SAFE_GLOBALS = [
 ]
 
 
-def read_backbone(file: str | Path) -> tuple[str, dict[str, Tensor]]:
+def read_backbone(
+    file: str | Path, *, expected: str | None = None, size: Size = DEFAULT_SIZE
+) -> tuple[str, dict[str, Tensor]]:
     """Read the weights of a backbone from a file of any of the field's tools.
 
     Classifiers and everything outside the backbone are left out. Of several networks in one
@@ -78,25 +67,29 @@ def read_backbone(file: str | Path) -> tuple[str, dict[str, Tensor]]:
 
     Args:
         file: A safetensors or PyTorch file, told apart by content, optionally with ``#PREFIX``.
+        expected: Name of the backbone that the file is thought to hold; another one is found
+            too if it can be told by its tensors.
+        size: Size of the images that the weights shall be for.
 
     Returns:
-        The name of the architecture, and its whole state dict on the CPU with torchvision's
-        names, floating-point tensors in fp32.
+        The name of the architecture, and its whole state dict on the CPU with the names of
+        `build_backbone`, floating-point tensors in fp32.
 
     Raises:
         InputError: The file cannot be read, or what it holds is not a whole backbone, or not
             finite.
     """
     path, prefix = _split_prefix(str(file))
-    tensors = _without_sequential(dict(_flatten(_read(path))))
-    chosen = _choose(file, tensors, prefix)
+    tensors = dict(_flatten(_read(path)))
+    family, tensors, found = _recognize(file, tensors, expected)
+    chosen = _choose(file, found, prefix)
     weights = {
         name.removeprefix(chosen): tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
-        if name.startswith(chosen) and name.removeprefix(chosen).split(".")[0] not in HEADS
+        if name.startswith(chosen)
     }
-    identified = _identify(file, weights)
-    check_finite(file, weights)
+    identified = _identify(file, family, weights, expected=expected, size=size)
+    check_finite(file, identified[1])
     return identified
 
 
@@ -188,39 +181,45 @@ def _flatten(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:  #
             yield from _flatten(value, f"{prefix}{name}.")
 
 
-def _without_sequential(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the parts of ResNets that were made a ``torch.nn.Sequential`` their names back."""
-    first, block = "0.weight", "4.0.conv1.weight"
-    prefixes = [
-        name.removesuffix(block)
-        for name in tensors
-        if re.search(rf"(^|\.){re.escape(block)}$", name)
-        and name.removesuffix(block) + first in tensors
-    ]
-    for prefix in prefixes:
-        named = {}
-        for name, tensor in tensors.items():
-            number, _, rest = name.removeprefix(prefix).partition(".")
-            is_part = name.startswith(prefix) and number in SEQUENTIAL
-            named[f"{prefix}{SEQUENTIAL[number]}.{rest}" if is_part else name] = tensor
-        tensors = named
-    return tensors
+def _recognize(
+    file: str | Path, tensors: dict[str, Tensor], expected: str | None
+) -> tuple[Family, dict[str, Tensor], list[str]]:
+    """Return the family of the backbones in a file, the tensors under its names, and prefixes.
+
+    Raises:
+        InputError: There are no backbones in it.
+    """
+    likely = iter(()) if expected is None else iter([backbones.find(expected)])
+    for family in chain(likely, backbones.families()):
+        name = expected if expected is not None and family.has(expected) else None
+        translated = family.translate(tensors)
+        first, *others = family.landmarks(name)
+        found = [
+            tensor.removesuffix(first)
+            for tensor in translated
+            if tensor == first or tensor.endswith(f".{first}")
+        ]
+        found = [
+            prefix
+            for prefix in found
+            if all(f"{prefix}{other}" in translated for other in others)
+        ]
+        if found:
+            return family, translated, found
+    if not tensors:
+        raise InputError(f"{file}: holds no tensors under names")
+    raise InputError(
+        f"{file}: holds no known backbone; its first tensors are "
+        f"{', '.join(sorted(tensors)[:3])}"
+    )
 
 
-def _choose(file: str | Path, tensors: Mapping[str, Tensor], wanted: str) -> str:
+def _choose(file: str | Path, found: list[str], wanted: str) -> str:
     """Return the prefix of the backbone that is meant.
 
     Raises:
-        InputError: There is none, or it is not clear which.
+        InputError: It is not clear which.
     """
-    found = [
-        name.removesuffix(LANDMARKS[1])
-        for name in tensors
-        if re.search(rf"(^|\.){re.escape(LANDMARKS[1])}$", name)
-        and name.removesuffix(LANDMARKS[1]) + LANDMARKS[0] in tensors
-    ]
-    if not found:
-        raise InputError(f"{file}: {_describe_other(tensors)}")
     if wanted:
         chosen = [prefix for prefix in found if f".{wanted.strip('.')}." in f".{prefix}"]
     else:
@@ -233,59 +232,49 @@ def _choose(file: str | Path, tensors: Mapping[str, Tensor], wanted: str) -> str
     return chosen[0]
 
 
-def _describe_other(tensors: Mapping[str, Tensor]) -> str:
-    """Say what a file without a ResNet holds."""
-    if not tensors:
-        return "holds no tensors under names"
-    names = sorted(tensors)
-    first = ", ".join(names[:3])
-    if any(re.search(r"patch_embed|\.attn\.|self_attention", name) for name in names):
-        return f"holds a Vision Transformer, not a ResNet; its first tensors are {first}"
-    return f"holds no ResNet; its first tensors are {first}"
-
-
-def _identify(file: str | Path, weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+def _identify(
+    file: str | Path,
+    family: Family,
+    found: dict[str, Tensor],
+    *,
+    expected: str | None,
+    size: Size,
+) -> tuple[str, dict[str, Tensor]]:
     """Return the architecture that these tensors are, all of them.
 
     Raises:
-        InputError: They are none that ``--model.backbone`` knows.
+        InputError: They are no member of the family.
     """
-    architectures = get_args(BackboneName)
+    is_open = expected is not None and family.has(expected)
+    names = [expected] if is_open and expected is not None else []
+    names += [name for name in family.names if name not in names]
     differing: dict[str, list[str]] = {}
-    for architecture in architectures:
+    for architecture in names:
         with torch.device("meta"):
-            expected = build_backbone(architecture).state_dict()
+            wanted = build_backbone(architecture, size=size).state_dict()
         # Files of before PyTorch 0.4.1 have no counters, and nothing reads them.
         counters = {
-            name: torch.tensor(0) for name in expected if name.endswith("num_batches_tracked")
+            name: torch.tensor(0) for name in wanted if name.endswith("num_batches_tracked")
         }
-        whole = counters | weights
+        heads = family.heads(architecture)
+        without_heads = {
+            name: tensor
+            for name, tensor in found.items()
+            if not any(f"{name}.".startswith(f"{head}.") for head in heads)
+        }
+        whole = counters | family.fit(architecture, without_heads, size)
         differing[architecture] = sorted(
             name
-            for name in whole.keys() | expected.keys()
+            for name in whole.keys() | wanted.keys()
             if name not in whole
-            or name not in expected
-            or whole[name].shape != expected[name].shape
+            or name not in wanted
+            or whole[name].shape != wanted[name].shape
         )
         if not differing[architecture]:
             return architecture, whole
-    known = ", ".join(architectures)
-    if any(re.search(r"(^|\.)IN\.", name) for name in weights):
-        raise InputError(
-            f"{file}: is a ResNet with instance normalization (IBN), of which --model.backbone "
-            f"has none; it has {known}"
-        )
-    depth = DEPTHS.get(tuple(_num_blocks(weights, stage) for stage in range(1, 5)), "")
-    if depth and not any(name in depth for name in architectures):
-        raise InputError(f"{file}: is a {depth}; --model.backbone has {known}")
     nearest = min(differing, key=lambda name: len(differing[name]))
-    names = differing[nearest]
+    different = differing[nearest]
     raise InputError(
-        f"{file}: is most like a {nearest}, but {len(names)} of its tensors are missing or "
-        f"different, such as {', '.join(names[:3])}"
+        f"{file}: is most like a {nearest}, but {len(different)} of its tensors are missing or "
+        f"different, such as {', '.join(different[:3])}"
     )
-
-
-def _num_blocks(weights: Mapping[str, Tensor], stage: int) -> int:
-    """Count the residual blocks of a stage."""
-    return len({name.split(".")[1] for name in weights if name.startswith(f"layer{stage}.")})

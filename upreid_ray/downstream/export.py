@@ -1,7 +1,7 @@
 """Backbone weights as files that other tools load.
 
-All of them use torchvision's names of the tensors. They differ in the container of the state
-dict, and in the names of the classifier that they train themselves.
+All of them use the same names of the tensors. They differ in the container of the state dict,
+and in the names of the classifier that they train themselves.
 """
 
 import shlex
@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from upreid_ray.config.errors import InputError, first_line
-from upreid_ray.core.backbone import Description, build_backbone, num_features
+from upreid_ray.core import backbones
+from upreid_ray.core.backbone import Description, build_backbone
+from upreid_ray.core.backbones import Constructor
 from upreid_ray.core.weight_files import read_backbone
 from upreid_ray.downstream.consumers import CONSUMERS, Consumer
 from upreid_ray.train.initialization import Initialization
@@ -47,10 +49,20 @@ def export(init: Initialization, to: str, out: Path) -> ExportReport:
         out: File to write; it never exists in part.
 
     Raises:
-        InputError: The file cannot be written, or the consumer does not read safetensors.
+        InputError: The file cannot be written, or the consumer reads no safetensors, or has no
+            such backbone.
         RuntimeError: The file lacks tensors of the backbone.
     """
-    consumer = CONSUMERS[to]
+    consumer, description = CONSUMERS[to], init.description
+    constructors = backbones.find(description.backbone).constructors(
+        description.backbone, description.size
+    )
+    if to not in constructors:
+        raise InputError(
+            f"--to {to}: cannot load a {description.backbone}; take one of "
+            f"{', '.join(constructors)}"
+        )
+    constructor = constructors[to]
     is_safetensors = out.suffix == ".safetensors"
     if is_safetensors and consumer.safetensors_usage is None:
         raise InputError(f"--out {out}: {to} reads no safetensors; end the name in .pth")
@@ -58,32 +70,34 @@ def export(init: Initialization, to: str, out: Path) -> ExportReport:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _write(init.weights, part, consumer, is_safetensors=is_safetensors)
-        _check(init.weights, part)
+        _check(init, part)
         part.replace(out)
     except OSError as error:
         with suppress(OSError):
             part.unlink()
         raise InputError(f"--out {out}: cannot be written ({first_line(error)})") from error
-    expected = {*build_backbone(init.description.backbone).state_dict(), *consumer.head}
+    expected = {*init.weights, *constructor.head}
     return ExportReport(
         matched=tuple(sorted(init.weights.keys() & expected)),
         missing=tuple(sorted(expected - init.weights.keys())),
         unexpected=tuple(sorted(init.weights.keys() - expected)),
-        usage=usage(init.description, consumer, out),
+        usage=usage(description, consumer, constructor, out),
     )
 
 
-def usage(description: Description, consumer: Consumer, file: Path) -> str:
+def usage(
+    description: Description, consumer: Consumer, constructor: Constructor, file: Path
+) -> str:
     """Return one line with which a consumer loads the file of a backbone."""
     is_safetensors = file.suffix == ".safetensors"
     line = consumer.safetensors_usage if is_safetensors else consumer.usage
     assert line is not None  # noqa: S101, `export` refuses such a file
     return line.format(
-        **description.model_dump(include={"backbone", "height", "width", "last_stride"}),
+        **description.model_dump(include={"height", "width", "last_stride"}),
+        constructor=constructor.text,
         file=str(file),
         quoted_file=shlex.quote(str(file)),
-        depth=description.backbone.removeprefix("resnet"),
-        num_features=num_features(build_backbone(description.backbone)),
+        num_features=build_backbone(description.backbone).num_features,
         mean_255=[round(255 * value, 3) for value in description.mean],
         std_255=[round(255 * value, 3) for value in description.std],
     )
@@ -99,14 +113,15 @@ def _write(
     torch.save(content, file)
 
 
-def _check(weights: dict[str, Tensor], file: Path) -> None:
+def _check(init: Initialization, file: Path) -> None:
     """Compare the tensors of the file with those of the backbone.
 
     Raises:
         RuntimeError: They differ.
     """
-    _, written = read_backbone(file)
-    differing = [name for name, tensor in weights.items() if not written[name].equal(tensor)]
+    images = init.description
+    _, written = read_backbone(file, expected=images.backbone, size=images.size)
+    differing = [n for n, tensor in init.weights.items() if not written[n].equal(tensor)]
     if differing:
         raise RuntimeError(
             f"{file} differs from the backbone in {len(differing)} tensors: {differing[:3]}"

@@ -57,7 +57,7 @@ def finetune(
         worker=partial(WORKERS[type(config)], init=init),
         shards=shards,
         images=IMAGES[type(config)](shards, config, **size),
-        model_name=config.run.register_as or f"upreid-{backbone}-finetuned",
+        model_name=config.run.register_as or f"upreid-{backbone.replace('/', '-')}-finetuned",
         lineage={"init": init.uri},
     )
     result = job.run(task)

@@ -63,9 +63,9 @@ def cluster_contrast_worker(
 
 def initial_backbone(config: DownstreamConfig, init: Initialization) -> nn.Module:
     """Return the backbone with which fine-tuning begins."""
-    backbone = build_backbone(
-        init.description.backbone, last_stride=config.training.last_stride
-    )
+    images = init.description
+    last_stride = config.training.last_stride
+    backbone = build_backbone(images.backbone, size=images.size, last_stride=last_stride)
     backbone.load_state_dict(init.weights)
     return backbone
 

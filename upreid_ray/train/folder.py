@@ -47,7 +47,7 @@ class RunFolder:
         """Return the folder of ``run``; if it has no name, one that begins with ``kind``."""
         storage = absolute(run.storage_path or os.environ.get("UPREID_RAY_STORAGE") or "runs")
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-        return cls(storage, run.name or f"{kind}-{stamp}")
+        return cls(storage, run.name or f"{kind.replace('/', '-')}-{stamp}")
 
     @property
     def location(self) -> Location:

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from upreid_ray.config.downstream import DownstreamConfig, EvaluateConfig, LabelledDataConfig
+from upreid_ray.config.errors import InputError
 from upreid_ray.config.presets import IMAGENET
 from upreid_ray.config.section import RANDOM
-from upreid_ray.core.backbone import Description, build_backbone
+from upreid_ray.core import backbones
+from upreid_ray.core.backbone import Description, build_backbone, check_size
+from upreid_ray.core.backbones import DEFAULT_SIZE
 from upreid_ray.core.checkpoint import read_exported
 from upreid_ray.core.weight_files import read_backbone
-
-DEFAULT_SIZE = {"height": 256, "width": 128}
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,21 @@ def random(backbone: str, *, seed: int) -> Initialization:
     """Return a random initialization of an architecture."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        weights = build_backbone(backbone).state_dict()
+        try:
+            weights = build_backbone(backbone).state_dict()
+        except InputError as error:
+            raise InputError(f"--backbone {error}") from None
     return Initialization(RANDOM, _default_description(backbone), weights)
 
 
-def resolve(init: str) -> Initialization:
+def resolve(init: str, *, backbone: str | None = None) -> Initialization:
     """Return the initialization that the user asks for.
 
     Args:
         init: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, a checkpoint folder, or a file
             of weights in a format of `read_backbone`.
+        backbone: Backbone that a file of weights may hold whose architecture its tensors do not
+            tell.
 
     Raises:
         InputError: The initialization does not exist, or lacks weights of the backbone.
@@ -70,7 +76,7 @@ def resolve(init: str) -> Initialization:
     path = Path(init)
     if path.is_dir():
         return Initialization(init, *read_exported(path))
-    name, weights = read_backbone(path)
+    name, weights = read_backbone(path, expected=backbone)
     return Initialization(init, _default_description(name), weights)
 
 
@@ -82,7 +88,7 @@ def requested(config: DownstreamConfig | EvaluateConfig) -> Initialization:
     """
     if config.init == RANDOM:
         return for_images(random(config.backbone, seed=config.seed), config.data)
-    return for_images(resolve(config.init), config.data)
+    return for_images(resolve(config.init, backbone=config.backbone), config.data)
 
 
 def for_images(init: Initialization, data: LabelledDataConfig) -> Initialization:
@@ -92,9 +98,14 @@ def for_images(init: Initialization, data: LabelledDataConfig) -> Initialization
     """
     names = ("height", "width", "mean", "std")
     given = {n: getattr(data, n) for n in names if getattr(data, n) is not None}
-    return replace(init, description=init.description.model_copy(update=given))
+    old, new = init.description, init.description.model_copy(update=given)
+    check_size(new.backbone, new.size)
+    family = backbones.find(new.backbone)
+    weights = family.fit(new.backbone, init.weights, new.size, old_size=old.size)
+    return replace(init, description=new, weights=weights)
 
 
 def _default_description(backbone: str) -> Description:
     """Return the description of a backbone of which only the architecture is known."""
-    return Description.model_validate({"backbone": backbone, **DEFAULT_SIZE, **IMAGENET})
+    height, width = DEFAULT_SIZE
+    return Description(backbone=backbone, height=height, width=width, **IMAGENET)

@@ -10,6 +10,7 @@ from functools import partial
 from ray.train import UserCallback
 
 from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.core.backbone import check_settings
 from upreid_ray.core.encoder import Encoder
 from upreid_ray.data.shards.requested import training_shards
 from upreid_ray.data.stream.training import TrainingImages
@@ -43,6 +44,7 @@ def fit(
         InputError: A setting cannot be used; nothing was started.
         ray.train.TrainingFailedError: Training failed more often than allowed.
     """
+    check_settings(config)
     job = TrainJob.prepare(
         config,
         RunFolder.of(config.run, config.model.backbone),
@@ -50,7 +52,8 @@ def fit(
         parent_run_id=parent_run_id,
     )
     if config.model.pretrained is not None and not resume:
-        Encoder(config.model)  # Refuse unusable weights before any worker starts.
+        # Refuse unusable weights before any worker starts.
+        Encoder(config.model, size=(config.data.height, config.data.width))
     shards = training_shards(config.data, job.folder.storage)
     images = TrainingImages(shards, config)
     if config.model.queue_size > images.num_images / 2:
