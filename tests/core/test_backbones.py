@@ -57,6 +57,38 @@ def test_a_name_that_no_family_has_is_refused_with_the_names_there_are():
         check_settings(tiny({"model.backbone": "resnet51"}))
 
 
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        (
+            {"model.backbone": "vit_tiny_patch16", "data.height": 60},
+            "--data.height 60 --data.width 32: vit_tiny_patch16 takes images whose height and "
+            "width are multiples of 16, not 60x32",
+        ),
+        (
+            {"model.backbone": "vit_tiny_patch16", "patches.rows": 8},
+            "--patches.rows 8 --patches.columns 2 of images of 64x32: vit_tiny_patch16 takes "
+            "images whose height and width are multiples of 16, not 8x16",
+        ),
+        (
+            {"model.backbone": "timm/convnet_tiny"},
+            "--model.backbone timm/convnet_tiny: timm has no such model; did you mean "
+            "timm/convnext_tiny?",
+        ),
+        (
+            {"model.backbone": "timm/swin_tiny_patch4_window7_224"},
+            "--data.height 64 --data.width 32: timm/swin_tiny_patch4_window7_224 cannot take "
+            "images of 64x32 (Input height (64) doesn't match model (224).)",
+        ),
+    ],
+)
+def test_what_a_backbone_does_not_take_is_refused_in_one_line(settings, refusal):
+    with pytest.raises(InputError) as refused:
+        check_settings(tiny(settings))
+
+    assert str(refused.value) == refusal
+
+
 def test_ibn_is_instance_normalization_beside_batch_normalization():
     maps = torch.randn(4, 6, 3, 2, generator=torch.Generator().manual_seed(0)) * 2 + 1
     ibn = IBN(6)

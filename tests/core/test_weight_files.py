@@ -5,6 +5,7 @@ import string
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.core.test_backbone import assert_holds, backbone, prefixed, refusal, save  # noqa: F401
 from upreid_ray.config.errors import InputError
+from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.weight_files import read_backbone
 
 Weights = dict[str, Tensor]
@@ -165,13 +167,124 @@ def test_a_resnet_of_another_kind_names_what_differs(tmp_path, backbone, kind): 
     assert ("resnet18_ibn_a" if kind == "a" else "such as layer1.1.IN.weight") in message
 
 
-def test_a_vision_transformer_is_called_by_its_name(tmp_path):
-    weights = {
-        "patch_embed.proj.weight": torch.zeros(2),
-        "blocks.0.attn.qkv.weight": torch.zeros(2),
-    }
+@pytest.fixture(scope="module")
+def vit() -> Weights:
+    return build_backbone("vit_tiny_patch16", size=(64, 32)).state_dict()
 
-    assert "holds a Vision Transformer" in refusal(save(weights, tmp_path / "w.pth"))
+
+def in_chunks(weights: Weights) -> Weights:
+    """Name blocks as a chunked DINOv2 does: all of them in the first chunk."""
+    return {name.replace("blocks.", "blocks.0."): tensor for name, tensor in weights.items()}
+
+
+# Containers and prefixes of the tools' own savers and loaders: main_dino.py of TransReID-SSL,
+# PersonViT and CION, whose vit_pytorch.py reads "teacher"; main_moco.py of MoCo v3; the
+# checkpointer of DINOv2; vit_pytorch.py of TransReID; solo-learn's Trainer.
+VIT_FORMATS = {
+    "timm": lambda weights: (
+        weights | {"head.weight": torch.zeros(2), "head.bias": torch.zeros(2)}
+    ),
+    "TransReID-SSL, DINO": lambda weights: {
+        "student": prefixed("module.backbone.", other(weights)),
+        "teacher": prefixed("backbone.", weights) | {"head.mlp.0.weight": torch.zeros(2)},
+        "args": argparse.Namespace(arch="vit_small"),
+    },
+    "PersonViT, CION": lambda weights: {
+        "teacher": prefixed("module.backbone.", weights | {"mask_token": torch.zeros(1, 192)})
+    },
+    "MoCo v3": lambda weights: {
+        "state_dict": prefixed(
+            "module.base_encoder.", weights | {"head.0.weight": torch.zeros(2)}
+        )
+        | prefixed("module.momentum_encoder.", other(weights))
+    },
+    "DINOv2": lambda weights: {
+        "teacher": prefixed(
+            "backbone.", in_chunks(weights | {"mask_token": torch.zeros(1, 192)})
+        )
+        | {"dino_head.mlp.0.weight": torch.zeros(2)}
+    },
+    "TransReID": lambda weights: (
+        prefixed("base.", weights)
+        | {"classifier.weight": torch.zeros(2), "bottleneck.weight": torch.zeros(2)}
+    ),
+    "solo-learn": lambda weights: {
+        "state_dict": prefixed("backbone.", weights)
+        | prefixed("momentum_backbone.", other(weights))
+    },
+}
+
+
+@pytest.mark.parametrize("make", VIT_FORMATS.values(), ids=VIT_FORMATS.keys())
+def test_vision_transformers_of_the_fields_tools_are_read(tmp_path, vit, make):
+    name, found = read_backbone(save(make(vit), tmp_path / "vit.pth"), size=(64, 32))
+
+    assert name == "vit_tiny_patch16"
+    assert found.keys() == vit.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in vit.items())
+
+
+def test_a_vision_transformer_with_a_part_missing_is_refused_with_its_name(tmp_path, vit):
+    weights = {name: tensor for name, tensor in vit.items() if name != "blocks.3.norm1.bias"}
+
+    message = refusal(save(weights, tmp_path / "w.pth"))
+
+    assert message.endswith(
+        "is most like a vit_tiny_patch16, but 1 of its tensors are missing or different, "
+        "such as blocks.3.norm1.bias"
+    )
+
+
+@pytest.mark.parametrize("old", [(224, 224), (256, 128), (384, 128)])
+def test_positions_are_interpolated_to_the_size_of_the_images(tmp_path, vit, old):
+    # A plane of positions stays a plane under bicubic interpolation, but for its margins.
+    rows, columns = old[0] // 16, old[1] // 16
+    height = (torch.arange(rows) + 0.5) / rows
+    plane = height[:, None, None].expand(rows, columns, 192).reshape(1, -1, 192)
+    weights = vit | {"pos_embed": torch.cat([torch.full((1, 1, 192), 7.0), plane], dim=1)}
+
+    _, found = read_backbone(save(weights, tmp_path / "w.pth"), size=(128, 64))
+
+    positions = found["pos_embed"]
+    assert torch.equal(positions[:, 0], torch.full((1, 192), 7.0))
+    grid = positions[0, 1:].view(8, 4, 192)
+    assert torch.allclose(grid, grid[:, :1, :1].expand_as(grid), atol=1e-5)
+    assert torch.allclose(grid[2:6, 0, 0], (torch.arange(2, 6) + 0.5) / 8, atol=0.01)
+
+
+def test_the_parts_of_pass_become_tokens_that_hold_their_positions(tmp_path):
+    ours = build_backbone("vit_tiny_patch16_pass", size=(64, 32)).eval()
+    weights, generator = dict(ours.state_dict()), torch.Generator().manual_seed(0)
+    whole = {"cls_token": weights["cls_token"]} | {
+        f"part_token{part}": weights["reg_token"][:, part - 1 : part] for part in (1, 2, 3)
+    }
+    places = {name: torch.randn(1, 1, 192, generator=generator) for name in whole}
+    del weights["reg_token"], weights["cls_token"]
+    for name, place in places.items():
+        weights[name] = whole[name] - place
+        # Names of vit_pytorch.py of https://github.com/CASIA-IVA-Lab/PASS-reID.
+        position = "cls_pos" if name == "cls_token" else f"part{name[-1]}_pos"
+        weights[position] = place
+    file = save({"teacher": prefixed("backbone.", weights)}, tmp_path / "pass.pth")
+
+    name, found = read_backbone(file, size=(64, 32))
+
+    assert name == "vit_tiny_patch16_pass"
+    for key, tensor in ours.state_dict().items():
+        torch.testing.assert_close(found[key], tensor)
+
+
+def test_a_model_of_timm_is_found_if_it_is_expected(tmp_path):
+    model = timm.create_model("test_convnext")
+    weights = model.state_dict()
+    file = save({"state_dict": prefixed("module.", weights)}, tmp_path / "t.pth")
+
+    name, found = read_backbone(file, expected="timm/test_convnext")
+
+    model.reset_classifier(0)
+    assert name == "timm/test_convnext"
+    assert found.keys() == model.state_dict().keys()
+    assert "holds no known backbone" in refusal(file)
 
 
 NAMES = st.sampled_from(

@@ -66,7 +66,7 @@ def check_size(name: str, size: Size, *, flags: str | None = None) -> None:
         backbones.find(name).check_size(name, size)
     except ValueError as error:
         flags = flags or f"--data.height {height} --data.width {width}"
-        raise InputError(f"{flags}: {name} {error}, not {height}x{width}") from error
+        raise InputError(f"{flags}: {name} {error}") from error
 
 
 class NeckedBackbone(nn.Module):

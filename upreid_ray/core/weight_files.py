@@ -189,11 +189,13 @@ def _recognize(
     Raises:
         InputError: There are no backbones in it.
     """
-    likely = iter(()) if expected is None else iter([backbones.find(expected)])
+    likely = [] if expected is None else [backbones.find(expected)]
     for family in chain(likely, backbones.families()):
         name = expected if expected is not None and family.has(expected) else None
+        if not (landmarks := family.landmarks(name)):
+            continue
         translated = family.translate(tensors)
-        first, *others = family.landmarks(name)
+        first, *others = landmarks
         found = [
             tensor.removesuffix(first)
             for tensor in translated
@@ -245,9 +247,8 @@ def _identify(
     Raises:
         InputError: They are no member of the family.
     """
-    is_open = expected is not None and family.has(expected)
-    names = [expected] if is_open and expected is not None else []
-    names += [name for name in family.names if name not in names]
+    names = [expected] if expected is not None and family.has(expected) else []
+    names += [name for name in family.names if name not in names and family.has(name)]
     differing: dict[str, list[str]] = {}
     for architecture in names:
         with torch.device("meta"):

@@ -53,7 +53,11 @@ class Family(ABC):
     has_last_stride = False
 
     def has(self, name: str) -> bool:
-        """Return whether ``name`` is a member of the family."""
+        """Return whether ``name`` is a member of the family.
+
+        Raises:
+            InputError: It can be no member of any family.
+        """
         return name in self.names
 
     @abstractmethod
@@ -79,7 +83,8 @@ class Family(ABC):
     def landmarks(self, name: str | None = None) -> tuple[str, ...]:
         """Return names of tensors that a file of weights of the family holds.
 
-        No other part of a model has all of them under one prefix.
+        No other part of a model has all of them under one prefix. There are none if members
+        differ in all names and ``name`` is not given.
 
         Args:
             name: Name of the member, if it is known.
@@ -89,8 +94,7 @@ class Family(ABC):
         """Check that the member takes images of this size.
 
         Raises:
-            ValueError: It does not; the message says which sizes it takes, such as "takes
-                multiples of 16 pixels".
+            ValueError: It does not; the message says what it takes, after its name.
         """
         del name, size  # most families take any size
 
