@@ -257,8 +257,8 @@ def read_pretrain_settings(
     if arguments.config is None:
         new = PRESETS[arguments.preset or "demo"]
         config = new if arguments.preset or recorded is None else recorded
-        if arguments.preset == "luperson" and "data.shards" not in arguments:
-            raise InputError("--data.shards: required with the preset luperson")
+        if (arguments.preset or "").startswith("luperson") and "data.shards" not in arguments:
+            raise InputError(f"--data.shards: required with the preset {arguments.preset}")
     elif arguments.preset is not None:
         raise InputError(f"--config {arguments.config}: give either a preset or a file")
     else:
@@ -275,9 +275,18 @@ def read_pretrain_settings(
         config = config.override({"augmentation": AUGMENTATIONS[arguments.augmentation]})
     config = override(config, arguments)
     # Imported late: it brings PyTorch, which --help and other mistakes should not cost.
-    from upreid_ray.core.backbone import check_settings  # noqa: PLC0415
+    from upreid_ray.core.backbone import check_settings, choose_optimizer  # noqa: PLC0415
 
     check_settings(config)
+    chosen = choose_optimizer(config)
+    of_other = "optimizer.adamw." if chosen == "sgd" else "optimizer."
+    for path in vars(arguments):
+        section, _, name = path.rpartition(".")
+        if f"{section}." == of_other and name != "algorithm":
+            raise InputError(
+                f"--{path}: has no effect, because {config.model.backbone} is trained by "
+                f"{chosen}; see --optimizer.algorithm"
+            )
     return config
 
 

@@ -6,14 +6,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
+from tests.core.tiny import TINY, tiny
 from upreid_ray.config.errors import InputError
-from upreid_ray.config.pretrain import ModelConfig
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.encoder import Encoder, group_momentum, running_statistics
 
 
 def test_embeddings_have_unit_length():
-    encoder = Encoder(ModelConfig(backbone="resnet18", embedding_dim=16))
+    encoder = Encoder(TINY)
 
     embeddings = encoder(torch.randn(4, 3, 64, 32, generator=torch.Generator().manual_seed(0)))
 
@@ -22,7 +22,7 @@ def test_embeddings_have_unit_length():
 
 
 def test_embeddings_are_fp32_under_autocast():
-    encoder = Encoder(ModelConfig(backbone="resnet18", embedding_dim=16))
+    encoder = Encoder(TINY)
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         embeddings = encoder(torch.ones(2, 3, 64, 32))
@@ -35,7 +35,7 @@ def test_an_encoder_starts_from_pretrained_weights(tmp_path):
     file = tmp_path / "weights.safetensors"
     save_file(pretrained.state_dict(), file)
 
-    encoder = Encoder(ModelConfig(backbone="resnet18", pretrained=str(file)))
+    encoder = Encoder(tiny({"model.pretrained": str(file)}))
 
     for name, tensor in encoder.backbone.state_dict().items():
         assert torch.equal(tensor, pretrained.state_dict()[name]), name
@@ -48,7 +48,7 @@ def test_an_encoder_of_another_architecture_than_its_weights_is_refused(tmp_path
     with pytest.raises(
         InputError, match=rf"^--model.backbone resnet18: .*{file} is a resnet34$"
     ):
-        Encoder(ModelConfig(backbone="resnet18", pretrained=str(file)))
+        Encoder(tiny({"model.pretrained": str(file)}))
 
 
 def test_without_momentum_running_statistics_stay_bit_for_bit():
@@ -111,7 +111,7 @@ def test_groups_in_turn_leave_the_statistics_of_groups_at_once(num_groups):
 
 
 def test_an_encoder_gives_what_its_backbone_in_torchvision_gives():
-    encoder = Encoder(ModelConfig(backbone="resnet18")).eval()
+    encoder = Encoder(TINY).eval()
     images = torch.randn(2, 3, 16, 32)
     plain = build_backbone("resnet18").eval()
     plain.load_state_dict(encoder.backbone.state_dict())

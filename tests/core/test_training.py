@@ -51,7 +51,7 @@ STILL = {
 
 
 def batch(step: int, config: PretrainConfig = TINY) -> Tensor:
-    return people(config.training.batch_size, seed=step)
+    return people(config.training.batch_size, seed=step, config=config)
 
 
 def take_steps(state: TrainState, number: int) -> list[dict[str, Tensor]]:

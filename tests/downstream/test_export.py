@@ -13,7 +13,6 @@ import torchvision
 from safetensors.torch import load_file, save_file
 
 from upreid_ray.config.errors import InputError
-from upreid_ray.downstream.consumers import CONSUMERS
 from upreid_ray.downstream.export import export
 from upreid_ray.train import initialization
 from upreid_ray.train.initialization import Initialization
@@ -64,6 +63,28 @@ def test_timm_loads_every_tensor_and_computes_the_same(tmp_path, init, suffix):
     torch.testing.assert_close(theirs.double()(images), ours.double()(images))
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16", "timm/test_efficientnet"])
+def test_timm_loads_its_own_models_again(tmp_path, name):
+    init = initialization.random(name, seed=0)
+
+    report = export(init, "timm", tmp_path / "weights.safetensors")
+
+    libraries = {"timm": timm}
+    exec(report.usage, libraries)
+    theirs, ours = libraries["model"].eval(), init.extractor().eval()
+    images = torch.randn(2, 3, 64, 32)
+    assert (report.missing, report.unexpected) == ((), ())
+    torch.testing.assert_close(theirs(images), ours(images))
+
+
+def test_fastreid_is_told_of_instance_normalization(tmp_path):
+    init = initialization.random("resnet18_ibn_a", seed=0)
+
+    report = export(init, "fastreid", tmp_path / "weights.pth")
+
+    assert "MODEL.BACKBONE.DEPTH 18x MODEL.BACKBONE.WITH_IBN True" in report.usage
+
+
 def test_fastreid_finds_a_plain_state_dict(tmp_path, init):
     report = export(init, "fastreid", tmp_path / "weights.pth")
 
@@ -86,12 +107,17 @@ def test_who_reads_no_safetensors_gets_none(tmp_path, init, to):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("to", CONSUMERS)
+@pytest.mark.parametrize("to", ["torchvision", "timm", "fastreid", "torchreid"])
 def test_a_place_that_cannot_be_written_is_refused_in_one_line(tmp_path, init, to):
     (tmp_path / "file").touch()
 
     with pytest.raises(InputError, match=r"^--out [^\n]+: cannot be written [^\n]+$"):
         export(init, to, tmp_path / "file" / "weights.pth")
+
+
+def test_a_tool_that_has_no_such_backbone_is_refused_with_those_that_have_it(tmp_path, init):
+    with pytest.raises(InputError, match=r"^--to ibn-net: cannot load a resnet\d+; .* timm, "):
+        export(init, "ibn-net", tmp_path / "weights.pth")
 
 
 def test_nothing_is_left_beside_the_file(tmp_path, init):

@@ -13,8 +13,10 @@ from upreid_ray.config.downstream import (
     LabelledDataConfig,
 )
 from upreid_ray.config.pretrain import (
+    AdamWConfig,
     AugmentationConfig,
     DataConfig,
+    LossConfig,
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -50,6 +52,7 @@ AUGMENTATIONS = {
 }
 
 _ONE_MACHINE = ScalingConfig(num_workers=1, use_gpu=False, cpus_per_worker=1.0)
+_SHORT_ADAMW = AdamWConfig(lr=5e-4, warmup_epochs=1)
 # For thousands of images instead of millions: a shorter queue and a lower momentum.
 _SMALL_MODEL = ModelConfig(
     backbone="resnet18", queue_size=1024, momentum=0.99, final_momentum=1.0
@@ -62,7 +65,7 @@ PRESETS = {
         augmentation=AUGMENTATIONS["mild"],
         # With a lower momentum, such a short run learns less or collapses (docs/benchmarks.md).
         model=_SMALL_MODEL.override({"momentum": 0.999}),
-        optimizer=OptimizerConfig(lr=0.06, warmup_epochs=1),
+        optimizer=OptimizerConfig(lr=0.06, warmup_epochs=1, adamw=_SHORT_ADAMW),
         training=TrainingConfig(epochs=3, batch_size=64, group_size=32, log_every_steps=10),
         evaluation=EvaluationConfig(every_epochs=1),
         checkpoint=CheckpointConfig(every_steps=50),
@@ -74,15 +77,21 @@ PRESETS = {
         augmentation=AUGMENTATIONS["mild"],
         # The queue must not hold most of the images of a set, which may be a thousand.
         model=_SMALL_MODEL.override({"queue_size": 256}),
-        optimizer=OptimizerConfig(lr=0.02, warmup_epochs=1),
+        optimizer=OptimizerConfig(lr=0.02, warmup_epochs=1, adamw=_SHORT_ADAMW),
         training=TrainingConfig(epochs=10, batch_size=64, group_size=32, log_every_steps=10),
         evaluation=EvaluationConfig(every_epochs=5),
         checkpoint=CheckpointConfig(every_steps=50),
         scaling=_ONE_MACHINE,
     ),
     # The recipe of LUPerson's MoCo v2 with the I2 terms, on 8 GPUs. The defaults are these.
-    # The command line requires --data.shards with it.
+    # The command line requires --data.shards with it and with the next one.
     "luperson": PretrainConfig(),
+    # The same with ViT-S/16, trained as in MoCo v3 (Chen et al. 2021,
+    # https://arxiv.org/abs/2104.02057): its temperature, key momentum and AdamW.
+    "luperson-vit-small": PretrainConfig(
+        model=ModelConfig(backbone="vit_small_patch16", momentum=0.99, final_momentum=1.0),
+        loss=LossConfig(temperature=0.2),
+    ),
 }
 
 # Settings for the small images of the synthetic people, on two cores.

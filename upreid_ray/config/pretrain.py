@@ -111,11 +111,17 @@ class ModelConfig(Section):
     backbone: BackboneName = "resnet50"
     """Architecture of the backbone, such as resnet50; docs/guide.md lists all names."""
     pretrained: PathOrUri | None = None
-    """File of weights to start from: torchvision's, or a checkpoint of MoCo or fast-reid.
+    """File of weights to start from; docs/guide.md lists the tools whose files are read.
     Default: random weights."""
     continue_from: PathOrUri | None = None
     """Folder or URI of a run, or of a checkpoint, whose encoders, queue and optimizer this run
     takes over; the schedules begin anew. Default: a new beginning."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Largest probability with which stochastic depth leaves out a block of the query encoder.
+    Default: 0.1 for Vision Transformers, otherwise 0."""
+    freeze_patch_projection: bool = True
+    """Whether the patch projection of a Vision Transformer without a convolutional stem keeps
+    its initial weights."""
     embedding_dim: PositiveInt = 128
     """Number of dimensions of the projected embedding."""
     queue_size: PositiveInt = 65536
@@ -162,9 +168,25 @@ class LossConfig(Section):
         return self.intrinsic_weight > 0
 
 
+class AdamWConfig(Section):
+    """AdamW, with the schedule of SGD; norms, biases, tokens and positions do not decay."""
+
+    lr: PositiveFloat = 1.5e-3
+    """Peak learning rate; it does not depend on the batch size or the number of workers."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Weight decay of AdamW."""
+    warmup_epochs: NonNegativeFloat = 20.0
+    """Number of epochs of linear warm-up of the learning rate."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest norm of the gradient; larger gradients are scaled down. None: no clipping."""
+
+
 class OptimizerConfig(Section):
     """SGD, with a linear warm-up and a cosine decay of the learning rate to zero."""
 
+    algorithm: Literal["auto", "sgd", "adamw"] = "auto"
+    """Optimizer; auto is SGD for ResNets and AdamW for all other backbones. AdamW has settings
+    of its own (optimizer.adamw); the others of this section are those of SGD."""
     lr: PositiveFloat = 0.3
     """Peak learning rate; it does not depend on the batch size or the number of workers."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -175,6 +197,8 @@ class OptimizerConfig(Section):
     """Number of epochs of linear warm-up of the learning rate."""
     clip_norm: PositiveFloat | None = None
     """Largest norm of the gradient; larger gradients are scaled down. Default: no clipping."""
+    adamw: AdamWConfig = AdamWConfig()
+    """Settings of AdamW."""
 
 
 class TrainingConfig(Section):

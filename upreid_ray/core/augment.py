@@ -94,8 +94,13 @@ class ViewParameters:
 
 def step_generator(*, seed: int, step: int) -> Generator:
     """Return the generator of everything that is random in one step of a run."""
-    state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
+    return torch.Generator().manual_seed(hash_seeds(seed, step))
+
+
+def hash_seeds(*numbers: int) -> int:
+    """Return a seed that depends on all of these numbers."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return int(state[0])
 
 
 def draw_view_parameters(

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -44,10 +45,36 @@ def check_settings(config: PretrainConfig) -> None:
     except InputError as error:
         raise InputError(f"--model.backbone {error}") from None
     check_size(name, (data.height, data.width))
+    with torch.device("meta"):
+        build_for_training(config)
     if config.loss.needs_patches:
         size = (data.height // patches.rows, data.width // patches.columns)
         grid = f"--patches.rows {patches.rows} --patches.columns {patches.columns}"
         check_size(name, size, flags=f"{grid} of images of {data.height}x{data.width}")
+
+
+def build_for_training(config: PretrainConfig) -> Backbone:
+    """Return the randomly initialized backbone of the query encoder.
+
+    Raises:
+        InputError: There is no such backbone, or it has no stochastic depth.
+    """
+    model, family = config.model, backbones.find(config.model.backbone)
+    backbone = build_backbone(
+        model.backbone,
+        size=(config.data.height, config.data.width),
+        drop_path=family.drop_path if model.drop_path is None else model.drop_path,
+    )
+    if model.freeze_patch_projection:
+        for parameter in family.frozen(backbone):
+            parameter.requires_grad_(False)
+    return backbone
+
+
+def choose_optimizer(config: PretrainConfig) -> Literal["sgd", "adamw"]:
+    """Return the optimizer of a pre-training: the user's choice, or that of the family."""
+    algorithm = config.optimizer.algorithm
+    return backbones.find(config.model.backbone).optimizer if algorithm == "auto" else algorithm
 
 
 def check_size(name: str, size: Size, *, flags: str | None = None) -> None:

@@ -6,7 +6,7 @@ Dimensions: B images, F features of the backbone, D embedding size.
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,13 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from upreid_ray.config.errors import InputError
-from upreid_ray.config.pretrain import ModelConfig
-from upreid_ray.core.backbone import build_backbone
-from upreid_ray.core.backbones import DEFAULT_SIZE, Size
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.core.backbone import build_for_training
 from upreid_ray.core.weight_files import read_backbone
 
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # Ends of the names of BatchNorm's buffers.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -31,25 +33,26 @@ class Encoder(nn.Module):
     https://arxiv.org/abs/2003.04297).
     """
 
-    def __init__(self, config: ModelConfig, *, size: Size = DEFAULT_SIZE) -> None:
-        """Make an encoder for images of this size."""
+    def __init__(self, config: PretrainConfig) -> None:
+        """Make the query encoder with its initial weights."""
         super().__init__()
-        self.backbone = build_backbone(config.backbone, size=size)
-        if config.pretrained is not None:
+        model, data = config.model, config.data
+        self.backbone = build_for_training(config)
+        if model.pretrained is not None:
             name, weights = read_backbone(
-                config.pretrained, expected=config.backbone, size=size
+                model.pretrained, expected=model.backbone, size=(data.height, data.width)
             )
-            if name != config.backbone:
+            if name != model.backbone:
                 raise InputError(
-                    f"--model.backbone {config.backbone}: --model.pretrained "
-                    f"{config.pretrained} is a {name}"
+                    f"--model.backbone {model.backbone}: --model.pretrained "
+                    f"{model.pretrained} is a {name}"
                 )
             self.backbone.load_state_dict(weights)
         width = self.backbone.num_features
         self.projection_head = nn.Sequential(
             nn.Linear(width, width),
             nn.ReLU(inplace=True),
-            nn.Linear(width, config.embedding_dim),
+            nn.Linear(width, model.embedding_dim),
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -65,8 +68,7 @@ def running_statistics(encoder: nn.Module, *, momentum: float) -> Iterator[None]
     statistics stay as they are, as patches and originals need it: their statistics differ from
     those of whole augmented images, which are exported.
     """
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d)
-    norms: list[Any] = [module for module in encoder.modules() if isinstance(module, kinds)]
+    norms: list[Any] = [each for each in encoder.modules() if isinstance(each, BATCH_NORMS)]
     momenta = [norm.momentum for norm in norms]
     running = [(norm.running_mean, norm.running_var) for norm in norms]
     counts = [norm.num_batches_tracked for norm in norms]
@@ -131,9 +133,28 @@ def checkpoint_activations(blocks: Iterable[nn.Module]) -> None:
             checkpoint,
             block.forward,
             use_reentrant=False,
-            preserve_rng_state=False,  # nothing in a block is random
+            preserve_rng_state=has_stochastic_depth(block),
             context_fn=partial(_contexts, block),
         )
+
+
+def has_stochastic_depth(module: nn.Module) -> bool:
+    """Return whether a forward pass leaves out blocks at random."""
+    return any(getattr(each, "drop_prob", 0) for each in module.modules())
+
+
+def without_stochastic_depth(module: ModuleT) -> ModuleT:
+    """Let a module keep all its blocks, and return it."""
+    each: Any
+    for each in module.modules():
+        if hasattr(each, "drop_prob"):
+            each.drop_prob = 0.0
+    return module
+
+
+def has_batch_statistics(module: nn.Module) -> bool:
+    """Return whether the result for an image depends on the others of its batch."""
+    return any(isinstance(each, BATCH_NORMS) for each in module.modules())
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], ...]:

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from upreid_ray.config.pretrain import LossConfig, PretrainConfig
 from upreid_ray.core import backbones
-from upreid_ray.core.encoder import Encoder, checkpoint_activations, running_statistics
+from upreid_ray.core.encoder import (
+    Encoder,
+    checkpoint_activations,
+    has_batch_statistics,
+    has_stochastic_depth,
+    running_statistics,
+    without_stochastic_depth,
+)
 from upreid_ray.core.key_queue import KeyQueue
 from upreid_ray.core.losses import global_consistency, info_nce, intrinsic_contrastive
 from upreid_ray.core.precision import autocast
@@ -92,9 +99,12 @@ class UPReID(nn.Module):
         self.loss = config.loss
         self.patches = config.patches
         self.precision = config.training.precision
-        size = (config.data.height, config.data.width)
-        self.query_encoder = Encoder(config.model, size=size)
-        self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+        self.query_encoder = Encoder(config)
+        self.key_encoder = without_stochastic_depth(
+            copy.deepcopy(self.query_encoder).requires_grad_(False)
+        )
+        self.has_batch_statistics = has_batch_statistics(self.query_encoder)
+        self.has_stochastic_depth = has_stochastic_depth(self.query_encoder)
         if config.training.activation_checkpointing:
             family = backbones.find(config.model.backbone)
             checkpoint_activations(family.blocks(self.query_encoder.backbone))

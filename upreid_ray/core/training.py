@@ -8,11 +8,12 @@ the memory of a single group. Everything random is a function of (seed, step).
 Dimensions: B images of the whole batch, b images of this worker, G images of a group.
 """
 
+import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -21,18 +22,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from upreid_ray.config.downstream import DownstreamConfig
-from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.config.pretrain import AdamWConfig, OptimizerConfig, PretrainConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.augment import (
     Normalization,
     ViewParameters,
     draw_view_parameters,
+    hash_seeds,
     render_view,
     step_generator,
 )
-from upreid_ray.core.backbone import Description
+from upreid_ray.core.backbone import Description, choose_optimizer
 from upreid_ray.core.cpu import ChannelsLastSGD, for_cpu
-from upreid_ray.core.encoder import STATISTICS, StatisticsCopy, group_momentum
+from upreid_ray.core.encoder import STATISTICS, Encoder, StatisticsCopy, group_momentum
 from upreid_ray.core.model import Keys, UPReID, Views
 from upreid_ray.core.patches import cut_patches
 from upreid_ray.core.precision import autocast
@@ -234,7 +236,13 @@ class State(ABC):
 
 
 class TrainState(State):
-    """The state of a pre-training run: encoders, queue and SGD."""
+    """The state of a pre-training run: encoders, queue and optimizer.
+
+    Attributes:
+        schedule: Settings of the optimizer in use.
+    """
+
+    schedule: OptimizerConfig | AdamWConfig
 
     def __init__(
         self, config: PretrainConfig, *, steps_per_epoch: int, device: torch.device
@@ -244,12 +252,9 @@ class TrainState(State):
             torch.manual_seed(config.seed)
             model = UPReID(config)
         model = model.to(device).to(memory_format=torch.channels_last)
-        optimizer = ChannelsLastSGD(
-            list(model.query_encoder.parameters()),
-            lr=config.optimizer.lr,
-            momentum=config.optimizer.momentum,
-            weight_decay=config.optimizer.weight_decay,
-        )
+        is_sgd = choose_optimizer(config) == "sgd"
+        self.schedule = config.optimizer if is_sgd else config.optimizer.adamw
+        optimizer = (_sgd if is_sgd else _adamw)(model.query_encoder, config.optimizer)
         super().__init__(
             model,
             optimizer,
@@ -391,18 +396,19 @@ def train_step(state: TrainState, images: Tensor) -> dict[str, Tensor]:
 
     def compute_terms(group: Group) -> dict[str, Tensor]:
         views = state.render_views(images[group.rows], draw.query.rows(group.batch_rows))
-        return state.parallel_model(
-            views, keys.rows(group.rows), statistics_momentum=group.statistics_momentum
-        )
+        with _stochastic_depth(state, group):
+            return state.parallel_model(
+                views, keys.rows(group.rows), statistics_momentum=group.statistics_momentum
+            )
 
     terms = state.accumulate_gradients(compute_terms)
     lr = learning_rate(
         state.step,
-        peak=config.optimizer.lr,
+        peak=state.schedule.lr,
         num_steps=state.num_steps,
-        warmup_steps=round(config.optimizer.warmup_epochs * state.steps_per_epoch),
+        warmup_steps=round(state.schedule.warmup_epochs * state.steps_per_epoch),
     )
-    terms |= state.update(lr=lr, clip_norm=config.optimizer.clip_norm)
+    terms |= state.update(lr=lr, clip_norm=state.schedule.clip_norm)
     statistics.restore(where=state.is_skipped)
     state.model.update_key_encoder(
         momentum=key_momentum(
@@ -424,8 +430,11 @@ def encode_shuffled_keys(state: TrainState, images: Tensor, draw: StepDraw) -> K
     The images of the batch are first shuffled over all groups of all workers (shuffle-BN, He et
     al. 2020, https://arxiv.org/abs/1911.05722). If an image were normalized together with the
     same other images as query and as key, the batch statistics would give the match away.
+    Encoders without batch statistics encode the images in their own order.
     """
     num_groups = state.config.num_groups
+    if not state.model.has_batch_statistics:
+        draw = dataclasses.replace(draw, shuffle=torch.arange(len(draw.shuffle)))
     shuffled = distributed.permute_rows(images, draw.shuffle, num_groups=num_groups)
     packed = []
     for group in state.groups:
@@ -436,6 +445,46 @@ def encode_shuffled_keys(state: TrainState, images: Tensor, draw: StepDraw) -> K
     back = draw.shuffle.argsort()
     keys = distributed.permute_rows(torch.cat(packed), back, num_groups=num_groups)
     return Keys.unpack(keys, state.config.loss)
+
+
+@contextmanager
+def _stochastic_depth(state: TrainState, group: Group) -> Iterator[None]:
+    """Let stochastic depth draw what is a function of seed, step and group in this block."""
+    if not state.model.has_stochastic_depth:
+        yield
+        return
+    devices = [state.device] if state.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        first = group.batch_rows.start
+        torch.manual_seed(hash_seeds(state.config.seed, state.step, first))
+        yield
+
+
+def _sgd(encoder: Encoder, config: OptimizerConfig) -> ChannelsLastSGD:
+    """Return SGD for the parameters that train."""
+    return ChannelsLastSGD(
+        [parameter for parameter in encoder.parameters() if parameter.requires_grad],
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _adamw(encoder: Encoder, config: OptimizerConfig) -> torch.optim.AdamW:
+    """Return AdamW for the parameters that train; only matrices and kernels decay."""
+    # Tokens and positions, in the names of timm.
+    excepted: set[str] = getattr(encoder.backbone, "no_weight_decay", set)()
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            is_vector = parameter.ndim <= 1 or name.removeprefix("backbone.") in excepted
+            (others if is_vector else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.adamw.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.adamw.lr, fused=True)
 
 
 def render_views(

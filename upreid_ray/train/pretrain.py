@@ -52,8 +52,7 @@ def fit(
         parent_run_id=parent_run_id,
     )
     if config.model.pretrained is not None and not resume:
-        # Refuse unusable weights before any worker starts.
-        Encoder(config.model, size=(config.data.height, config.data.width))
+        Encoder(config)  # Refuse unusable weights before any worker starts.
     shards = training_shards(config.data, job.folder.storage)
     images = TrainingImages(shards, config)
     if config.model.queue_size > images.num_images / 2:

@@ -45,11 +45,14 @@ class Family(ABC):
     Attributes:
         names: Names of its members, as `--model.backbone` takes them.
         optimizer: Optimizer that trains them unless the user chooses another one.
+        drop_path: Largest probability with which stochastic depth leaves out a block, unless
+            the user chooses another one.
         has_last_stride: Whether the last stage can keep the resolution of the one before.
     """
 
     names: tuple[str, ...]
     optimizer: Literal["sgd", "adamw"] = "adamw"
+    drop_path = 0.0
     has_last_stride = False
 
     def has(self, name: str) -> bool:

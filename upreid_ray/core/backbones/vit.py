@@ -68,6 +68,8 @@ class VisionTransformers(Family):
         for width in ("tiny", "small", "base")
     )
 
+    drop_path = 0.1
+
     def has(self, name: str) -> bool:
         """Return whether this is one of the names, or a Vision Transformer of timm."""
         return name in self.names or (
