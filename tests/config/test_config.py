@@ -47,7 +47,7 @@ def test_every_setting_and_section_is_described(section):
 
 
 def test_the_sections_are_all_found():
-    assert len(sections()) == 13
+    assert len(sections()) == 14
 
 
 @any_preset

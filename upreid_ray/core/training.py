@@ -441,10 +441,12 @@ def encode_shuffled_keys(state: TrainState, images: Tensor, draw: StepDraw) -> K
         parameters = draw.key.rows(draw.shuffle[group.batch_rows])
         views = state.render_views(shuffled[group.rows], parameters, for_keys=True)
         momentum = group.statistics_momentum
-        packed.append(state.model.encode_keys(views, statistics_momentum=momentum).pack())
+        with _stochastic_depth(state, group):  # if the query encoder encodes patches
+            keys = state.model.encode_keys(views, statistics_momentum=momentum)
+        packed.append(keys.pack())
     back = draw.shuffle.argsort()
-    keys = distributed.permute_rows(torch.cat(packed), back, num_groups=num_groups)
-    return Keys.unpack(keys, state.config.loss)
+    rows = distributed.permute_rows(torch.cat(packed), back, num_groups=num_groups)
+    return Keys.unpack(rows, state.config.loss)
 
 
 @contextmanager
