@@ -144,8 +144,8 @@ MUTANTS = [
     ),
     Mutant(
         "core/checkpoint.py",
-        "    state.optimizer.load_state_dict(\n",
-        "    dict(\n",
+        '{"state": saved["state"], "param_groups": groups}',
+        '{"state": {}, "param_groups": groups}',
         ("core/test_training.py::test_four_steps_are_two_saved_restored_and_two_more",),
     ),
     Mutant(
