@@ -204,13 +204,13 @@ def test_a_version_that_does_not_exist_is_named_with_the_registry_that_was_asked
     assert f"not in the registry at sqlite:///{store}/mlflow.db" in message
 
 
-def test_the_files_of_a_version_whose_run_was_deleted_for_good_are_missed_in_one_line(store):
-    run_id = register(store / "backbone")
-    shutil.rmtree(store / "mlartifacts" / run_id)  # as mlflow gc does
+def test_the_files_of_a_version_whose_model_was_deleted_for_good_are_missed_in_one_line(store):
+    register(store / "backbone")
+    shutil.rmtree(store / "mlartifacts" / "models")  # as mlflow gc does
     client = connection.connect()
 
     message = refusal(
         registry.download, client, registry.find_version(client, "models:/model/1")
     )
 
-    assert "if they were deleted with their run, train again" in message
+    assert "if they were deleted, train again" in message

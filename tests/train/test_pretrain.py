@@ -80,6 +80,7 @@ def finished(ray_cluster, tiny) -> SimpleNamespace:
         client=client,
         run=client.get_run(result.run_id),
         tags=version.tags,
+        description=version.description,
         weights=weights(result.model_uri),
     )
 
@@ -120,11 +121,28 @@ def test_the_version_carries_its_lineage(finished, tiny):
         "run": "tiny",
         "manifest": ShardSet.open(shards).manifest.digest(),
         "evaluation": ShardSet.open(shards).manifest.digest(["query", "gallery"]),
-        "config": json.dumps(tiny.model_dump(mode="json")),
         "mlflow.source.git.commit": runs.environment()["mlflow.source.git.commit"],
         "score.mAP": str(finished.result.scores["mAP"]),
     }
     assert {name: finished.tags.get(name) for name in expected} == expected
+
+
+def test_the_version_is_a_described_model_with_its_settings(finished, tiny):
+    folder = Path(mlflow.artifacts.download_artifacts(finished.result.model_uri))
+
+    assert json.loads((folder / "config.json").read_text()) == tiny.model_dump(mode="json")
+    assert (folder / "MLmodel").is_file()
+    assert finished.description.startswith("# upreid-resnet18\n")
+    assert finished.result.model_uri in finished.description
+
+
+def test_the_sets_of_images_are_inputs_of_the_run(finished):
+    inputs = [each.dataset for each in finished.run.inputs.dataset_inputs]
+
+    assert {each.name: each.digest for each in inputs} == {
+        "training": finished.tags["manifest"][:36],
+        "evaluation": finished.tags["evaluation"][:36],
+    }
 
 
 def test_each_logged_step_is_in_mlflow_once(finished):

@@ -3,6 +3,7 @@
 Only the driver imports this module.
 """
 
+import json
 import os
 import platform
 import subprocess
@@ -13,9 +14,17 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    Metric,
+    Param,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID as PARENT_TAG
 
 from upreid_ray.config.errors import InputError, RunStopped
@@ -25,6 +34,10 @@ from upreid_ray.tracking.connection import artifacts_folder, local_path, shown_u
 Client = MlflowClient
 LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow", "pillow")
 NUM_PARAMS_A_CALL = 100
+# MLflow's page shows an experiment of this kind as training runs, not as one of GenAI.
+EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
+TRAINING_DATASET, EVALUATION_DATASET = "training", "evaluation"
+MAX_DIGEST = 36  # characters that MLflow keeps of the digest of a data set
 
 
 def start_run(
@@ -71,7 +84,11 @@ def _experiment(client: MlflowClient, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         with ignore_existing():
-            client.create_experiment(name, artifact_location=folder and folder.as_uri())
+            client.create_experiment(
+                name,
+                artifact_location=folder and folder.as_uri(),
+                tags=EXPERIMENT_KIND,
+            )
         experiment = client.get_experiment_by_name(name)
     if experiment.lifecycle_stage == "deleted":
         raise InputError(
@@ -110,6 +127,22 @@ def _check_writable(folder: Path, experiment: str) -> None:
 def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None:
     """Add tags to a run."""
     client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+
+def log_dataset(client: MlflowClient, run_id: str, name: str, *, uri: str, digest: str) -> None:
+    """Log a data set as an input of a run; a second call changes nothing.
+
+    Args:
+        client: Client from `connect`.
+        run_id: ID of the run.
+        name: What the run does with the set: training or evaluation.
+        uri: Folder or URI of the set.
+        digest: Digest of its manifest.
+    """
+    source = json.dumps({"uri": uri, "manifest": digest})
+    dataset = Dataset(name, digest[:MAX_DIGEST], "local", source)
+    tags = [InputTag(MLFLOW_DATASET_CONTEXT, name)]
+    client.log_inputs(run_id, [DatasetInput(dataset, tags)])
 
 
 def end_run(client: MlflowClient, run_id: str, status: str) -> None:

@@ -41,6 +41,8 @@ from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.persons import ClusterImages, PersonImages
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking import connection, registry, run_log, runs
+from upreid_ray.tracking.model import write_model
+from upreid_ray.tracking.model_card import model_card
 from upreid_ray.train.folder import RESULT_FILE, STOP_FILE, RunFolder
 from upreid_ray.train.resources import check_resources, worker_needs
 from upreid_ray.train.stop_signal import ListeningTorchConfig
@@ -163,6 +165,7 @@ class TrainJob:
         evaluation = evaluation_shards(self.config.evaluation.shards, task.shards)
         tags = self._lineage(task, evaluation)
         run_id = self._begin(task, tags)
+        self._log_datasets(task.shards, evaluation, run_id)
         settings = WorkerSettings(
             config=self.config,
             shards=task.shards,
@@ -189,6 +192,15 @@ class TrainJob:
             else "none",
             **task.lineage,
         }
+
+    def _log_datasets(self, shards: ShardSet, evaluation: ShardSet | None, run_id: str) -> None:
+        """Log the sets of images as inputs of the MLflow run."""
+        inputs = [(runs.TRAINING_DATASET, shards, shards.manifest.digest())]
+        if evaluation is not None:
+            digest = evaluation.manifest.digest(EVALUATION_SPLITS)
+            inputs.append((runs.EVALUATION_DATASET, evaluation, digest))
+        for name, each, digest in inputs:
+            runs.log_dataset(self.client, run_id, name, uri=each.uri, digest=digest)
 
     def _begin(self, task: Task, tags: Mapping[str, str]) -> str:
         """Begin and record an MLflow run, or continue the recorded one; return its ID."""
@@ -370,28 +382,35 @@ def register(
         checkpoint: Folder of the checkpoint.
         run_id: ID of the MLflow run that made it.
         name: Name of the registered model.
-        tags: Lineage of the version; scores, step and configuration are added.
+        tags: Lineage of the version; scores and step are added.
 
     Raises:
         RunFailed: The checkpoint has no best backbone that is finite.
     """
     position = read_position(checkpoint)
-    with tempfile.TemporaryDirectory() as exported:
+    scores = {
+        f"{registry.SCORE}{score}": str(value) for score, value in position.best_scores.items()
+    }
+    tags = {
+        **runs.environment(),
+        **tags,
+        **scores,
+        "num_queries_without_match": str(position.num_queries_without_match),
+        "step": str(position.best_step),
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        exported, model = Path(temporary, "exported"), Path(temporary, "model")
+        exported.mkdir()
         try:
-            export_backbone(checkpoint, Path(exported))
+            export_backbone(checkpoint, exported)
         except InputError as error:
             raise RunFailed(f"nothing is registered: {error}") from error
+        write_model(exported, model, config=position.config)
         return registry.register_backbone(
             client,
             run_id=run_id,
             name=name,
-            folder=Path(exported),
-            tags={
-                **runs.environment(),
-                **tags,
-                **{f"score.{name}": str(score) for name, score in position.best_scores.items()},
-                "num_queries_without_match": str(position.num_queries_without_match),
-                "step": str(position.best_step),
-                "config": json.dumps(position.config),
-            },
+            folder=model,
+            tags=tags,
+            description=model_card(name, position, tags),
         )

@@ -1,0 +1,126 @@
+"""The description of a registered version for people, in Markdown."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from upreid_ray.config.downstream import ClusterContrastConfig, DownstreamConfig, FinetuneConfig
+from upreid_ray.config.presets import CLUSTER_CONTRAST_PRESETS, FINETUNE_PRESETS, PRESETS
+from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.core.checkpoint import Position
+
+# Settings of a run that say nothing about its backbone.
+LEFT_OUT = ("run.", "scaling.", "checkpoint.", "init", "data.shards", "data.root")
+
+CARD = """\
+# {name}
+
+A {backbone} backbone for person re-identification: {method}. It maps an image of a person to
+features; the cosine similarity of the features of two images tells whether they show the same
+person. It expects images of {height}x{width} pixels (height x width).
+
+{scores}
+
+{data}
+
+Settings that differ from the preset `{preset}`: {settings}. All of them are in `config.json`.
+
+## Use
+
+From encoded images, with MLflow, PyTorch and Pillow alone:
+
+```python
+model = mlflow.pyfunc.load_model("{{uri}}")
+features = model.predict(pandas.DataFrame({{"image": [open("person.jpg", "rb").read()]}}))
+```
+
+As a PyTorch module, for normalized images `[B, 3, {height}, {width}]`:
+
+```python
+model = mlflow.pytorch.load_model("{{uri}}")
+```
+
+As an ordinary module that can be trained, with upreid_ray:
+
+```python
+model = upreid_ray.load_backbone("{{uri}}")
+```
+
+## Limits
+
+{limits}
+"""
+LIMITS = """\
+The features were learned from the training images, and may fail for other cameras, places and
+groups of people: evaluate the backbone on your own images. Images of persons are personal data.
+The terms of the training images apply to this backbone, too."""
+
+
+def model_card(name: str, position: Position, tags: Mapping[str, str]) -> str:
+    """Return the description of a version, with ``{uri}`` in the place of its URI.
+
+    Args:
+        name: Name of the registered model.
+        position: Position of the checkpoint that holds the backbone.
+        tags: Lineage of the version.
+    """
+    config, method = _config(position.config)
+    preset, settings = _nearest_preset(config)
+    start = f" It was trained from `{tags['init']}`." if "init" in tags else ""
+    images = position.description
+    return CARD.format(
+        name=name,
+        backbone=images.backbone,
+        method=f"{method}, after {position.best_step:,} steps",
+        height=images.height,
+        width=images.width,
+        scores=_scores(position),
+        data=f"Training images: `{tags.get('shards')}` (manifest `{tags.get('manifest')}`)."
+        f"{start} Commit `{tags.get('mlflow.source.git.commit')}`, run `{tags.get('run')}`.",
+        preset=preset,
+        settings=", ".join(f"`{path}` {value}" for path, value in settings.items()) or "none",
+        limits=LIMITS,
+    )
+
+
+def _config(tree: Mapping[str, Any]) -> tuple[PretrainConfig | DownstreamConfig, str]:
+    """Return the settings of a run as those of its job, and its method in words."""
+    if "loss" in tree:
+        return PretrainConfig.parse(tree), "pre-trained without labels (UP-ReID)"
+    if "clustering" in tree:
+        return ClusterContrastConfig.parse(tree), "fine-tuned without labels (cluster contrast)"
+    return FinetuneConfig.parse(tree), "fine-tuned with labels"
+
+
+def _nearest_preset(config: PretrainConfig | DownstreamConfig) -> tuple[str, dict[str, Any]]:
+    """Return the preset from which the fewest settings differ, and these settings."""
+    presets: Mapping[str, PretrainConfig | DownstreamConfig] = PRESETS
+    if isinstance(config, ClusterContrastConfig):
+        presets = CLUSTER_CONTRAST_PRESETS
+    elif isinstance(config, FinetuneConfig):
+        presets = FINETUNE_PRESETS
+    differing = {
+        name: {
+            path: value
+            for path, value in config.flatten()
+            if not path.startswith(LEFT_OUT) and value != dict(preset.flatten())[path]
+        }
+        for name, preset in presets.items()
+    }
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    return nearest, differing[nearest]
+
+
+def _scores(position: Position) -> str:
+    """Return a table of the scores before and after training, or a sentence without scores."""
+    if not position.best_scores:
+        return "It was not scored: there were no labelled images."
+    names = list(position.best_scores)
+    rows = [
+        ("before training", position.scores_untrained),
+        ("this version", position.best_scores),
+    ]
+    lines = [["retrieval, frozen", *names], ["---"] * (len(names) + 1)]
+    for label, scores in rows:
+        if scores:
+            lines.append([label, *(f"{scores[name]:.3f}" for name in names)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
