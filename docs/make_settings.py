@@ -7,6 +7,7 @@ from typing import Any
 from upreid_ray.config.downstream import (
     ClusterContrastConfig,
     CompareConfig,
+    EmbedConfig,
     EvaluateConfig,
     FinetuneConfig,
 )
@@ -50,6 +51,7 @@ FAMILIES: tuple[tuple[str, str, Section, Mapping[str, Section]], ...] = (
         CLUSTER_CONTRAST_PRESETS,
     ),
     ("Evaluation", "Flags of `evaluate`.", EvaluateConfig(), {}),
+    ("Features", "Flags of `embed`, beside `--out`.", EmbedConfig(), {}),
     (
         "Comparison",
         "Flags of `compare`, beside those of the fine-tuning that it runs.",

@@ -397,6 +397,9 @@ PRETRAIN, PREPARE, EVALUATE, FINETUNE, COMPARE, SWEEP, EXPORT = (
     str(ROOT / "jobs" / f"{job}.py")
     for job in ("pretrain", "prepare", "evaluate", "finetune", "compare", "sweep", "export")
 )
+EMBED, SEARCH, PROMOTE = (
+    str(ROOT / "jobs" / f"{job}.py") for job in ("embed", "search", "promote")
+)
 REFUSED = {
     "unknown flag": (PRETRAIN, "demo", "--optimizer.lrr", "1"),
     "bad grid": ("-c", PARSE, "demo", "--patches.rows", "40"),
@@ -409,6 +412,10 @@ REFUSED = {
     "no such file to score": (EVALUATE, "--init", "a file.pth"),
     "no such folder to fine-tune": (FINETUNE, "demo", "--init", "runs/none/step-1"),
     "no such file to export": (EXPORT, "a.pth", "--to", "timm", "--out", "b.pth"),
+    "no such file to embed with": (EMBED, "a.pth", "images", "--out", "out"),
+    "no gallery": (SEARCH, "--query", "images"),
+    "no features": (SEARCH, "--gallery", "images", "--query", "images/a.jpg"),
+    "no reason": (PROMOTE, "models:/upreid-resnet18/1"),
     "unknown method": (FINETUNE, "demo", "--init", "random", "--method", "guess"),
     "no init to compare": (COMPARE, "demo", "--splits", "0.5"),
     "bad share": (COMPARE, "demo", "--init", "random", "--splits", "0.5", "3"),

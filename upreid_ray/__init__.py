@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from upreid_ray.config.downstream import ClusterContrastConfig as ClusterContrastConfig
     from upreid_ray.config.downstream import DownstreamConfig
+    from upreid_ray.config.downstream import EmbedConfig as EmbedConfig
     from upreid_ray.config.downstream import EvaluateConfig as EvaluateConfig
     from upreid_ray.config.downstream import FinetuneConfig as FinetuneConfig
     from upreid_ray.config.presets import AUGMENTATIONS as AUGMENTATIONS
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from upreid_ray.config.presets import FINETUNE_PRESETS as FINETUNE_PRESETS
     from upreid_ray.config.presets import PRESETS as PRESETS
     from upreid_ray.config.pretrain import PretrainConfig as PretrainConfig
+    from upreid_ray.downstream.embed import EmbedResult
     from upreid_ray.downstream.evaluate import EvaluateResult
     from upreid_ray.tracking import load_backbone as load_backbone
     from upreid_ray.train.job import TrainResult
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 
 _MODULE_OF = {
     "ClusterContrastConfig": "config.downstream",
+    "EmbedConfig": "config.downstream",
     "EvaluateConfig": "config.downstream",
     "FinetuneConfig": "config.downstream",
     "AUGMENTATIONS": "config.presets",
@@ -36,7 +39,7 @@ _MODULE_OF = {
     "PretrainConfig": "config.pretrain",
     "load_backbone": "tracking",
 }
-__all__ = list(_MODULE_OF) + ["evaluate", "finetune", "pretrain"]  # noqa: RUF005, see PLE0604
+__all__ = list(_MODULE_OF) + ["embed", "evaluate", "finetune", "pretrain"]  # noqa: RUF005, see PLE0604
 
 
 def pretrain(config: "PretrainConfig", *, resume: bool = False) -> "TrainResult":
@@ -87,6 +90,30 @@ def evaluate(config: "EvaluateConfig") -> "EvaluateResult":
 
     _connect()
     return downstream.evaluate(config)
+
+
+def embed(
+    init: str, source: str, out: str, config: "EmbedConfig | None" = None
+) -> "EmbedResult":
+    """Compute the features of all images of a source, and write them to a folder.
+
+    Args:
+        init: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, a checkpoint folder, or a file
+            of weights.
+        source: Shards, or any source that `prepare` reads.
+        out: Folder or URI for the features; a call that was killed is continued.
+        config: Settings; by default those of ``EmbedConfig()``.
+
+    Raises:
+        InputError: An argument cannot be used.
+    """
+    from upreid_ray.config.downstream import EmbedConfig  # noqa: PLC0415
+    from upreid_ray.config.section import absolute, absolute_init  # noqa: PLC0415
+    from upreid_ray.downstream import embed as downstream  # noqa: PLC0415
+
+    _connect()
+    places = (absolute_init(init), absolute(source), absolute(out))
+    return downstream.embed(*places, config or EmbedConfig())
 
 
 def _connect() -> None:

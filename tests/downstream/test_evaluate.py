@@ -20,7 +20,8 @@ from upreid_ray.core.cpu import TrimmedConv2d
 from upreid_ray.core.retrieval import extract_features, retrieval_scores
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.labelled import LabelledImages
-from upreid_ray.downstream.evaluate import _Extractor, evaluate
+from upreid_ray.downstream.evaluate import evaluate
+from upreid_ray.downstream.extractor import Extractor
 from upreid_ray.tracking import connection
 from upreid_ray.train import initialization
 
@@ -73,7 +74,7 @@ def test_an_actor_without_a_gpu_trims_its_convolutions(ray_cluster):
     init = initialization.random("resnet18", seed=0)
     scaling = ScalingConfig(use_gpu=False, threads_per_worker=torch.get_num_threads())
 
-    extractor = _Extractor(ray.put(init), scaling).extractor
+    extractor = Extractor(ray.put(init), scaling).extractor
 
     kinds = {type(each) for each in extractor.modules() if isinstance(each, nn.Conv2d)}
     assert kinds == {TrimmedConv2d}

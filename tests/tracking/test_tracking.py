@@ -31,7 +31,7 @@ from upreid_ray.config.errors import InputError, RunStopped
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.tracking import connection, run_log, runs
-from upreid_ray.tracking.registry import load_backbone, register_backbone
+from upreid_ray.tracking.registry import load_backbone, promote, register_backbone
 from upreid_ray.tracking.run_log import RunLog
 from upreid_ray.tracking.runs import start_run
 
@@ -465,6 +465,58 @@ def test_the_champion_changes_only_for_a_better_score_on_the_same_set(
 
     champion = second if becomes_champion else first
     assert aliases(client, name) == {"challenger": second, "champion": champion}
+
+
+@pytest.mark.parametrize(
+    ("tags", "reason"),
+    [
+        (
+            {"evaluation": "a", "score_mAP": 0.4},
+            "its mAP is 0.4000, that of the champion 0.5000",
+        ),
+        ({"evaluation": "b", "score_mAP": 0.6}, "it was scored on another evaluation set"),
+        ({"evaluation": "a"}, "without the mAP of both there is nothing to compare"),
+    ],
+    ids=["worse", "other set", "no score"],
+)
+def test_a_version_that_does_not_become_the_champion_says_why(
+    client, name, light, caplog, tags, reason
+):
+    register(client, name, light, evaluation="a", score_mAP=0.5)
+
+    with caplog.at_level(logging.INFO, "upreid_ray"):
+        register(client, name, light, **tags)
+
+    [line] = [each for each in caplog.messages if "champion" in each]
+    assert (
+        f"models:/{name}/2 does not become the champion, which stays version 1: {reason}"
+        in line
+    )
+    assert f'jobs/promote.py models:/{name}/2 --reason "..."' in line
+
+
+def test_a_promoted_version_is_the_champion_with_a_reason(client, name, light):
+    register(client, name, light, evaluation="a", score_mAP=0.5)
+    register(client, name, light, evaluation="a", score_mAP=0.4)
+
+    promoted = promote(client, f"models:/{name}@challenger", "It is faster.")
+
+    assert promoted == (f"models:/{name}/2", f"models:/{name}/1")
+    assert aliases(client, name) == {"challenger": "2", "champion": "2"}
+    tags = client.get_model_version(name, "2").tags
+    assert tags["promotion.reason"] == "It is faster."
+    assert tags["promotion.before"] == f"models:/{name}/1"
+    with pytest.raises(InputError, match="version 2 is the champion already"):
+        promote(client, f"models:/{name}/2", "Again.")
+
+
+def test_a_version_that_does_not_exist_is_not_promoted(client, name, light):
+    register(client, name, light)
+
+    with pytest.raises(InputError, match=rf"^models:/{name}/9: not in the registry"):
+        promote(client, f"models:/{name}/9", "Why not.")
+
+    assert aliases(client, name)["champion"] == "1"
 
 
 def test_a_run_registers_once(client, run_id, name, light):

@@ -35,13 +35,9 @@ from upreid_ray.config.section import (
 )
 
 
-class LabelledDataConfig(Section):
-    """Labelled images, their size and their normalization."""
+class ImagesConfig(Section):
+    """The size and the normalization of images."""
 
-    root: PathOrUri | None = None
-    """Folder in a labelled layout, or folder or URI of shards. Default: the synthetic set."""
-    synthetic: SyntheticConfig = SyntheticConfig()
-    """Settings of the synthetic set, which is drawn if no root is given."""
     height: Pixels | None = None
     """Height of the resized images, in pixels. Default: the pre-training height, or 256."""
     width: Pixels | None = None
@@ -50,9 +46,33 @@ class LabelledDataConfig(Section):
     """Mean of each colour channel (0..1). Default: that of the pre-training, or of ImageNet."""
     std: Deviation | None = None
     """Standard deviation of each channel. Default: that of the pre-training, or of ImageNet."""
+
+
+class LabelledDataConfig(ImagesConfig):
+    """Labelled images, their size and their normalization."""
+
+    root: PathOrUri | None = None
+    """Folder in a labelled layout, or folder or URI of shards. Default: the synthetic set."""
+    synthetic: SyntheticConfig = SyntheticConfig()
+    """Settings of the synthetic set, which is drawn if no root is given."""
     max_undecodable: Probability = 0.01
     """Largest fraction of images that cannot be decoded or lie in damaged shards; above it the
     job fails."""
+
+
+class EmbedConfig(Section):
+    """The computation of features."""
+
+    tta: Literal["none", "flip"] = "none"
+    """Test-time augmentation; flip adds the features of the mirrored image."""
+    number_type: Literal["float32", "float16"] = "float32"
+    """Type of the numbers of a feature in the files."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the forward passes; auto is bf16 if the device supports it, else fp32."""
+    images: ImagesConfig = ImagesConfig()
+    """Settings of the images."""
+    scaling: ScalingConfig = ScalingConfig(num_workers=1, use_gpu=False)
+    """Settings of the workers that compute features."""
 
 
 class EvaluateConfig(Section):

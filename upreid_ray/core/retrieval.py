@@ -56,6 +56,7 @@ class RetrievalScores:
             last hit (Ye et al. 2021, https://arxiv.org/abs/2001.04193).
         num_valid_queries: Queries with at least one match to be found.
         num_queries_without_match: Queries that are left out because they have none.
+        average_precisions: ``[Q]``, 0..1; NaN for queries that are left out.
     """
 
     mean_average_precision: float
@@ -63,6 +64,7 @@ class RetrievalScores:
     mean_inverse_negative_penalty: float
     num_valid_queries: int
     num_queries_without_match: int
+    average_precisions: Tensor
 
     def warn_if_incomplete(self) -> None:
         """Log how many queries have no match, if there are any."""
@@ -138,18 +140,21 @@ def score_rows(
         _score_queries(distances, Labels(query.pids[part], query.camids[part]), gallery)
         for part, distances in rows
     ]
-    average_precision, first_rank, inverse_negative_penalty = (
+    average_precision, first_rank, inverse_negative_penalty, valid = (
         torch.cat(column) for column in zip(*parts, strict=True)
     )
     if len(average_precision) == 0:
         raise ValueError("no query has a match in the gallery under another camera")
     ranks = torch.arange(1, max_rank + 1, device=first_rank.device)
+    of_all = average_precision.new_full((len(valid),), torch.nan)
+    of_all[valid] = average_precision
     return RetrievalScores(
         mean_average_precision=float(average_precision.mean()),
         cmc=(first_rank[:, None] <= ranks).double().mean(dim=0).cpu(),
         mean_inverse_negative_penalty=float(inverse_negative_penalty.mean()),
         num_valid_queries=len(average_precision),
         num_queries_without_match=len(query.pids) - len(average_precision),
+        average_precisions=of_all.cpu(),
     )
 
 
@@ -200,8 +205,11 @@ def row_parts(num_rows: int, num_columns: int) -> Iterator[slice]:
 
 def _score_queries(
     distances: Tensor, query: Labels, gallery: Labels
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return average precision, rank of the first hit and INP of the valid queries."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return average precision, rank of the first hit and INP of the valid queries, and which.
+
+    The last tensor, bool ``[n]``, tells which queries are valid.
+    """
     same_pid = gallery.pids == query.pids[:, None]
     same_camera = gallery.camids == query.camids[:, None]
     kept = ~(same_pid & same_camera) & (gallery.pids != JUNK_PID)
@@ -213,7 +221,8 @@ def _score_queries(
     number = torch.arange(1, ranks.shape[1] + 1, device=ranks.device)
     precision = torch.where(number <= num_hits[:, None], number.double() / ranks, 0)
     last_rank = ranks.gather(1, num_hits[:, None] - 1).squeeze(1)
-    return precision.sum(dim=1) / num_hits, ranks[:, 0], num_hits / last_rank.double()
+    penalty = num_hits / last_rank.double()
+    return precision.sum(dim=1) / num_hits, ranks[:, 0], penalty, valid
 
 
 def _ranks_of_hits(distances: Tensor, hit: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

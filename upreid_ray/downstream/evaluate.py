@@ -20,20 +20,29 @@ from torch import Tensor
 
 from upreid_ray.config.downstream import EvaluateConfig
 from upreid_ray.config.run import ScalingConfig
-from upreid_ray.core.cpu import for_cpu
 from upreid_ray.core.reranking import reranked_distances
-from upreid_ray.core.retrieval import extract_features, score_features
+from upreid_ray.core.retrieval import score_features
 from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
 from upreid_ray.data.shards.requested import labelled_shards
 from upreid_ray.data.stream.damage import without_undecodable
 from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.labelled import LabelledImages
+from upreid_ray.downstream.extractor import Extractor
+from upreid_ray.downstream.ranking_page import (
+    LEGEND,
+    curve_of_ranks,
+    histogram_of_pairs,
+    pair_histograms,
+    query_section,
+)
+from upreid_ray.page import PageFigure, PageSection, render_page
 from upreid_ray.tracking import connection, runs
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.initialization import Initialization, requested
-from upreid_ray.train.worker import set_num_threads
 
 SCORES_FILE = "scores.json"
+PAGE_FILE = "rankings.html"
+NUM_SHOWN_QUERIES = 10
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,10 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
             result_dir=folder.uri,
         )
         folder.write(SCORES_FILE, json.dumps({**lineage, "scores": scores, **counts}, indent=1))
+        if parent_run_id is None:
+            page = features.page(images, f"{init.uri} on {shards.uri}").encode()
+            folder.write(PAGE_FILE, page)
+            runs.log_file(client, run_id, PAGE_FILE, page)
     return result
 
 
@@ -134,6 +147,7 @@ class Features:
         camids: ``[N]``, camera of each image.
         is_query: ``[N]``, bool; the other images are the gallery.
         num_undecodable: Number of images that are left out, because they do not decode.
+        places: ``[N]``, number of each image in the set.
         images_per_second: Speed of the computation, without the start of the actors.
     """
 
@@ -142,7 +156,45 @@ class Features:
     camids: Tensor
     is_query: Tensor
     num_undecodable: int
+    places: Tensor
     images_per_second: float
+
+    def page(self, images: LabelledImages, title: str) -> str:
+        """Return a page with the best and the worst queries, the CMC curve and histograms."""
+        found = score_features(self.values, self.pids, self.camids, self.is_query)
+        queries = self.is_query.nonzero()[:, 0]
+        precisions = found.average_precisions
+        valid = (~precisions.isnan()).nonzero()[:, 0]
+        order = valid[precisions[valid].argsort(stable=True)]
+        of_query = dict(zip(queries.tolist(), precisions.tolist(), strict=True))
+        summary = found.summary()
+        genuine, impostor = pair_histograms(self.values, self.pids, self.camids, self.is_query)
+        sections = [
+            PageSection(
+                table=[list(summary), [f"{100 * score:.1f} %" for score in summary.values()]],
+                text=LEGEND,
+                figures=[
+                    PageFigure("CMC curve", curve_of_ranks(found.cmc)),
+                    PageFigure("Pairs by distance", histogram_of_pairs(genuine, impostor)),
+                ],
+            )
+        ]
+        chosen = {
+            "Worst queries": order[:NUM_SHOWN_QUERIES],
+            "Best queries": order[-NUM_SHOWN_QUERIES:].flip(0),
+        }
+        for heading, rows in chosen.items():
+            sections += query_section(
+                heading,
+                queries[rows].tolist(),
+                features=self.values,
+                pids=self.pids,
+                camids=self.camids,
+                gallery=(~self.is_query).nonzero()[:, 0],
+                picture=lambda image: images.encoded(int(self.places[image])),
+                caption=lambda query: f"average precision {of_query[query]:.3f}",
+            )
+        return render_page(title, sections)
 
     def scores(self, *, rerank: bool) -> tuple[dict[str, float], int]:
         """Return the retrieval scores by name, and the number of queries without a match."""
@@ -176,7 +228,7 @@ def compute_features(
         ray.data.range(images.num_blocks, override_num_blocks=images.num_blocks)
         .map_batches(read_one, batch_size=None)
         .map_batches(
-            _Extractor,
+            Extractor,
             fn_constructor_args=(ray.put(init), scaling),
             batch_size=None,
             # An actor computes one block while the next one arrives.
@@ -200,6 +252,7 @@ def compute_features(
         camids=torch.from_numpy(columns["camid"]),
         is_query=torch.from_numpy(columns["is_query"]),
         num_undecodable=num_images - len(columns["pid"]),
+        places=torch.from_numpy(columns["place"]),
         images_per_second=num_timed / seconds,
     )
 
@@ -220,27 +273,3 @@ def _collect(arriving: Iterable[Columns], num_blocks: int) -> tuple[list[Columns
             blocks.append(block)
             progress.advance(task)
     return blocks, time.perf_counter() - started
-
-
-class _Extractor:
-    """An actor that holds a backbone on its device."""
-
-    def __init__(
-        self,
-        init: "ray.ObjectRef[Initialization]",
-        scaling: ScalingConfig,
-    ) -> None:
-        self._device = torch.device("cuda" if scaling.use_gpu else "cpu")
-        start: Initialization = ray.get(init)
-        extractor = start.extractor().to(memory_format=torch.channels_last)
-        if not scaling.use_gpu:
-            set_num_threads(scaling, scaling.num_workers)
-            extractor = for_cpu(extractor)
-        self.extractor = extractor.to(self._device)
-        self._normalization = start.description.normalization
-
-    def __call__(self, block: Columns) -> Columns:
-        """Replace the images of a block by their features."""
-        images = torch.from_numpy(block.pop("image"))
-        features = extract_features(self.extractor, [images], self._normalization)
-        return {**block, "features": features.cpu().numpy()}

@@ -4,6 +4,7 @@ import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from jinja2 import Environment
 
@@ -17,10 +18,13 @@ class PageFigure:
     Attributes:
         caption: Text below the picture.
         image: Encoded image, PNG or JPEG; None shows "no picture" in its place.
+        mark: How the picture is framed: green if right, red if wrong, blue if it is asked for;
+            junk is pale.
     """
 
     caption: str
     image: bytes | None
+    mark: Literal["", "right", "wrong", "asked", "junk"] = ""
 
     @property
     def source(self) -> str | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from upreid_ray.config.downstream import DownstreamConfig, EvaluateConfig, LabelledDataConfig
+from upreid_ray.config.downstream import DownstreamConfig, EvaluateConfig, ImagesConfig
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.presets import IMAGENET
 from upreid_ray.config.section import RANDOM
@@ -91,7 +91,7 @@ def requested(config: DownstreamConfig | EvaluateConfig) -> Initialization:
     return for_images(resolve(config.init, backbone=config.backbone), config.data)
 
 
-def for_images(init: Initialization, data: LabelledDataConfig) -> Initialization:
+def for_images(init: Initialization, data: ImagesConfig) -> Initialization:
     """Return the initialization with the image settings that the user gave.
 
     They take precedence over those of the pre-training.

@@ -3,6 +3,7 @@
 Dimensions: n images of a block, H x W pixels.
 """
 
+import numpy as np
 import pyarrow.compute as pc
 
 from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
@@ -31,8 +32,9 @@ class LabelledImages:
 
         Returns:
             ``image``, uint8 ``[n, 3, H, W]``; ``decoded``, bool ``[n]``; ``shard`` ``[n]``, the
-            place of the shard in the manifest; and ``pid``, ``camid`` and ``is_query`` ``[n]``,
-            which mean nothing where an image could not be read.
+            place of the shard in the manifest; ``place`` ``[n]``, the number of each image in
+            the order of the set; and ``pid``, ``camid`` and ``is_query`` ``[n]``, which mean
+            nothing where an image could not be read.
         """
         start = number * MIN_BLOCK_IMAGES
         ranges = self.row_groups.ranges(start, start + MIN_BLOCK_IMAGES)
@@ -44,4 +46,11 @@ class LabelledImages:
             columns[name] = pc.fill_null(table.column(name), -1).to_numpy()
         is_query = pc.equal(table.column("split"), "query")
         columns["is_query"] = pc.fill_null(is_query, fill_value=False).to_numpy()
+        columns["place"] = np.arange(start, start + len(table))
         return columns
+
+    def encoded(self, place: int) -> bytes:
+        """Return one image as it is stored."""
+        table = self.row_groups.read(self.row_groups.ranges(place, place + 1), ["image"])
+        content: bytes = table.column("image")[0].as_py()
+        return content

@@ -1,0 +1,173 @@
+"""Features of any source: those of `evaluate`, in files that survive a kill."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from upreid_ray.config.downstream import EmbedConfig
+from upreid_ray.config.errors import InputError
+from upreid_ray.core.checkpoint import DESCRIPTION_FILE, WEIGHTS_FILE
+from upreid_ray.core.retrieval import extract_features
+from upreid_ray.data.stream.decode import decode_images
+from upreid_ray.downstream import embed as embed_module
+from upreid_ray.downstream.embed import embed, features_of
+from upreid_ray.downstream.embed_images import NULL, SourceImages
+from upreid_ray.downstream.feature_set import FeatureSet
+from upreid_ray.train import initialization
+from upreid_ray.train.initialization import Initialization
+
+SIZE = {"height": 64, "width": 32}
+NUM_PEOPLE = 9
+
+
+@pytest.fixture(scope="module")
+def init(tmp_path_factory) -> SimpleNamespace:
+    """Make the folder of an exported backbone."""
+    folder = tmp_path_factory.mktemp("backbone")
+    random = initialization.random("resnet18", seed=0)
+    description = random.description.model_copy(update=SIZE)
+    save_file(random.weights, folder / WEIGHTS_FILE)
+    (folder / DESCRIPTION_FILE).write_text(description.model_dump_json())
+    return SimpleNamespace(uri=str(folder), loaded=initialization.resolve(str(folder)))
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory) -> Path:
+    """Make a labelled set, one of whose images does not decode."""
+    root = tmp_path_factory.mktemp("market")
+    draw = np.random.default_rng(0)
+    for pid in range(1, NUM_PEOPLE + 1):
+        for part, camid in [("query", 1), ("bounding_box_test", 2), ("bounding_box_train", 1)]:
+            (root / part).mkdir(exist_ok=True)
+            pixels = draw.integers(0, 256, (80, 40, 3), dtype=np.uint8)
+            name = f"{pid:04d}_c{camid}s1_{pid:06d}_00.jpg"
+            Image.fromarray(pixels).save(root / part / name)
+    (root / "query" / "0001_c1s1_000001_00.jpg").write_bytes(b"no image")
+    return root
+
+
+def expected_features(init: Initialization, encoded: list[bytes]) -> torch.Tensor:
+    images = torch.from_numpy(decode_images(pa.array(encoded), **SIZE)["image"])
+    return extract_features(init.extractor(), [images], init.description.normalization)
+
+
+def test_the_images_of_a_source_are_read_with_labels_and_with_what_is_wrong(market):
+    images = SourceImages.open(str(market))
+
+    block = images.reader(**SIZE)(images.block(0, 100))
+
+    assert images.num_images == 3 * NUM_PEOPLE == len(block["key"])
+    assert block["image"].shape == (3 * NUM_PEOPLE, 3, 64, 32)
+    wrong = np.flatnonzero(block["error"] != "")
+    assert [Path(block["key"][row]).name for row in wrong] == ["0001_c1s1_000001_00.jpg"]
+    good = block["error"] == ""
+    assert set(block["width"][good]) == {40}
+    assert set(block["camid"][good]) <= {0, 1, 2}
+    assert NULL not in block["pid"][good]
+
+
+def test_one_image_is_found_by_its_place(market):
+    images = SourceImages.open(str(market))
+    block = images.block(0, 100)
+
+    encoded = images.encoded(5)
+
+    expected = (market / block["key"][5].as_py()).read_bytes()
+    assert encoded == expected
+
+
+def test_flipped_images_are_added(init):
+    extractor = init.loaded.extractor().eval()
+    images = torch.randint(0, 256, (3, 3, 64, 32), dtype=torch.uint8)
+    normalization = init.loaded.description.normalization
+
+    both = features_of(extractor, images, normalization, flip=True, precision="fp32")
+    mirrored = features_of(
+        extractor, images.flip(3), normalization, flip=True, precision="fp32"
+    )
+    plain = features_of(extractor, images, normalization, flip=False, precision="fp32")
+
+    torch.testing.assert_close(both, mirrored)
+    torch.testing.assert_close(plain, extract_features(extractor, [images], normalization))
+    assert not torch.allclose(plain, both)
+
+
+@pytest.mark.ray
+def test_features_are_those_of_one_process_and_survive_a_kill(
+    ray_cluster, init, market, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(embed_module, "BLOCK_IMAGES", 8)
+    monkeypatch.setattr(embed_module, "PART_BLOCKS", 2)
+    config = EmbedConfig().override({"scaling.cpus_per_worker": 0.5})
+    out = str(tmp_path / "features")
+
+    class KilledError(Exception):
+        pass
+
+    def killed(*_: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed_module._Writer, "finish", killed)
+        with pytest.raises(KilledError):
+            embed(init.uri, str(market), out, config)
+    lost = sorted(Path(out).glob("*.parquet"))[0]
+    kept = sorted(Path(out).glob("*.parquet"))[1]
+    before = kept.stat().st_mtime_ns
+    lost.write_bytes(lost.read_bytes()[:100])
+    result = embed(init.uri, str(market), out, config)
+
+    assert kept.stat().st_mtime_ns == before
+    assert (result.num_images, result.num_refused) == (3 * NUM_PEOPLE - 1, 1)
+    features = FeatureSet.open(out)
+    rows = features.records(range(result.num_images))
+    encoded = [(market / row["key"]).read_bytes() for row in rows]
+    found = features.features(torch.arange(result.num_images))
+    torch.testing.assert_close(
+        found, expected_features(init.loaded, encoded), rtol=0, atol=1e-5
+    )
+    assert {row["split"] for row in rows} == {"query", "gallery", "train"}
+    refused = json.loads((Path(out) / "refused.jsonl").read_text())
+    assert refused["key"].endswith("0001_c1s1_000001_00.jpg")
+    schema = pq.read_schema(kept)
+    assert schema.field("feature").type.list_size == 512
+
+    again = embed(init.uri, str(market), out, config)
+    assert (again.num_images, again.images_per_second) == (result.num_images, 0)
+    with pytest.raises(InputError, match="holds other features"):
+        embed(init.uri, str(market), out, config.override({"tta": "flip"}))
+
+
+def test_a_source_without_images_is_refused(init, tmp_path):
+    (tmp_path / "empty").mkdir()
+
+    with pytest.raises(InputError, match="no images found"):
+        embed(init.uri, str(tmp_path / "empty"), str(tmp_path / "out"), EmbedConfig())
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_digest_of_a_backbone_depends_on_weights_and_images(init):
+    digest = embed_module.backbone_digest(init.loaded, "none")
+    taller = init.loaded.description.model_copy(update={"height": 128})
+    other = replace(init.loaded, description=taller)
+    assert len({digest, embed_module.backbone_digest(other, "none")}) == 2
+    assert embed_module.backbone_digest(init.loaded, "flip") != digest
+
+
+def test_encoded_images_keep_their_bytes(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 40), (9, 9, 9)).save(buffer, "JPEG")
+    (tmp_path / "a.jpg").write_bytes(buffer.getvalue())
+
+    assert SourceImages.open(str(tmp_path)).encoded(0) == buffer.getvalue()
