@@ -1,12 +1,18 @@
-"""Export a backbone as a file for another tool, and check which tensors that tool will load.
+"""Export a backbone as a file for another tool, and check the file.
 
 INIT is models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, or a file of weights.
+
+Files for torchvision, timm, fastreid and torchreid hold weights: the job lists which tensors
+the tool will load. Files for onnx (opset 20) and torch (an exported program) compute features:
+the job runs them, and compares the features with those of the backbone.
 
 Examples:
   python jobs/export.py models:/upreid-resnet50@champion --to fastreid --out upreid.pth
   python jobs/export.py runs/NAME/step-00000222 --to timm --out upreid.safetensors
+  python jobs/export.py models:/upreid-resnet50@champion --to onnx --out upreid.onnx
 """
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +21,13 @@ from rich.console import Console
 from rich.table import Table
 
 from upreid_ray.command_line import JobParser, existing_init, path_or_uri, run_job
-from upreid_ray.downstream.consumers import CONSUMERS
+from upreid_ray.config.errors import InputError
+from upreid_ray.downstream.consumers import CONSUMERS, MODULE_FORMATS
+
+FASTREID_POOLING = (
+    "fast-reid pools without padding (3x3, stride 2, ceil mode) after the first convolution: "
+    "its features differ, unless model.backbone.maxpool = torch.nn.MaxPool2d(3, 2, 1)"
+)
 
 
 def main() -> dict[str, Any]:
@@ -23,12 +35,28 @@ def main() -> dict[str, Any]:
     parser = JobParser(__doc__, "INIT --to CONSUMER --out FILE")
     parser.add_argument("init", type=existing_init, metavar="INIT", help="backbone to export")
     parser.add_argument(
-        "--to", required=True, choices=CONSUMERS, help="tool that loads the file"
+        "--to",
+        required=True,
+        choices=(*CONSUMERS, *MODULE_FORMATS),
+        help="tool that loads the file",
+    )
+    parser.add_argument(
+        "--with_preprocessing",
+        choices=("true", "false"),
+        default="false",
+        help="whether a file for onnx or torch takes uint8 images [B, h, w, 3] of any size "
+        "and resizes and normalizes them (default: %(default)s)",
     )
     parser.add_argument(
         "--out", required=True, type=path_or_uri, metavar="FILE", help="file to write"
     )
     arguments = parser.parse(sys.argv[1:])
+    if arguments.to in MODULE_FORMATS:
+        return _export_module(arguments)
+    if arguments.with_preprocessing == "true":
+        raise InputError(
+            f"--with_preprocessing: not for --to {arguments.to}, which gets weights"
+        )
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.export import export  # noqa: PLC0415
     from upreid_ray.train.initialization import resolve  # noqa: PLC0415
@@ -44,6 +72,7 @@ def main() -> dict[str, Any]:
     images = init.description
     for line in (
         f"images: {images.height}x{images.width}, mean {images.mean}, std {images.std}",
+        *([FASTREID_POOLING] if arguments.to == "fastreid" else []),
         "load the file with:",
         report.usage,
     ):
@@ -56,6 +85,40 @@ def main() -> dict[str, Any]:
         "matched": len(report.matched),
         "missing": report.missing,
         "unexpected": report.unexpected,
+    }
+
+
+def _export_module(arguments: argparse.Namespace) -> dict[str, Any]:
+    # Imported late: it takes seconds, which a mistake or --help should not cost.
+    from upreid_ray.downstream.export_module import OPSET, export_module  # noqa: PLC0415
+    from upreid_ray.train.initialization import resolve  # noqa: PLC0415
+
+    init = resolve(arguments.init)
+    images = init.description
+    is_raw = arguments.with_preprocessing == "true"
+    usage, compared = export_module(
+        init, arguments.to, Path(arguments.out), with_preprocessing=is_raw
+    )
+    takes = (
+        "uint8 images [B, h, w, 3], RGB, of any size"
+        if is_raw
+        else f"float32 images [B, 3, h, w], trained on {images.height}x{images.width}, as "
+        f"(RGB / 255 - {images.mean}) / {images.std}"
+    )
+    console = Console(stderr=True)
+    for line in (
+        f"takes {takes}; returns features that are not normalized",
+        *([f"opset {OPSET}"] if arguments.to == "onnx" else []),
+        f"same features as the backbone for images of {', '.join(compared)}",
+        "run the file with:",
+        usage,
+    ):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    return {
+        "init": init.uri,
+        "result_dir": str(Path(arguments.out).parent),
+        "file": arguments.out,
+        "compared": compared,
     }
 
 

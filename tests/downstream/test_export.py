@@ -1,19 +1,28 @@
 """Exported files load wholly into those who read them."""
 
+import io
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
+import pyarrow as pa
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from upreid_ray.config.errors import InputError
+from upreid_ray.data.stream.decode import decode_images
+from upreid_ray.downstream.consumers import MODULE_FORMATS
 from upreid_ray.downstream.export import export
+from upreid_ray.downstream.export_module import export_module
 from upreid_ray.train import initialization
 from upreid_ray.train.initialization import Initialization
 
@@ -177,3 +186,88 @@ def test_the_job_prints_the_usage_in_one_line(tmp_path, init):
     )
 
     assert export(init, "fastreid", out).usage in job.stderr.splitlines()
+
+
+def run_exported(file: Path, images: torch.Tensor) -> torch.Tensor:
+    """Run a file as the program that gets it would."""
+    if file.suffix == ".pt2":
+        return torch.export.load(file).module()(images).detach()
+    session = onnxruntime.InferenceSession(file)
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@pytest.fixture(scope="module")
+def small() -> Initialization:
+    """Make a fine-tuned ResNet-18 with a neck, for images of 64x32."""
+    init = initialization.random("resnet18", seed=0)
+    neck = torch.nn.BatchNorm1d(512)
+    neck.running_mean.uniform_(-1, 1)
+    images = {"height": 64, "width": 32, "last_stride": 1, "has_neck": True}
+    return replace(
+        init,
+        description=init.description.model_copy(update=images),
+        neck=neck.state_dict(),
+    )
+
+
+@pytest.mark.parametrize("to", ["torch", "onnx"])
+def test_an_exported_module_computes_the_same_for_all_sizes(tmp_path, small, to):
+    file = tmp_path / f"it's a file{MODULE_FORMATS[to][1]}"
+
+    usage, compared = export_module(small, to, file, with_preprocessing=False)
+
+    assert compared == ["1x3x64x32", "1x3x128x64", "3x3x64x32", "3x3x128x64"]
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    images = torch.randn(2, 3, 96, 48)
+    expected = small.extractor().eval()(images).detach()
+    torch.testing.assert_close(run_exported(file, images), expected, rtol=1e-4, atol=1e-4)
+    names = {"onnxruntime": onnxruntime, "torch": torch, "images": images.numpy()}
+    exec(usage, names)
+    loaded = torch.from_numpy(names["features"]) if to == "onnx" else names["model"](images)
+    torch.testing.assert_close(loaded.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["torch", "onnx"])
+def test_preprocessing_in_the_file_is_that_of_the_jobs(tmp_path, small, to):
+    file = tmp_path / f"file{MODULE_FORMATS[to][1]}"
+    draw = np.random.default_rng(0)
+    rough = draw.integers(0, 256, (8, 4, 3), dtype=np.uint8)
+    pixels = np.asarray(Image.fromarray(rough).resize((70, 150)))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    decoded = decode_images(pa.array([buffer.getvalue()]), 64, 32)["image"]
+    normalized = small.description.normalization.apply(torch.from_numpy(decoded).float() / 255)
+
+    export_module(small, to, file, with_preprocessing=True)
+
+    found = run_exported(file, torch.from_numpy(pixels.copy())[None])
+    expected = small.extractor().eval()(normalized).detach()
+    similarity = torch.nn.functional.cosine_similarity(found, expected)
+    assert similarity.item() == pytest.approx(1, abs=1e-3)  # Pillow rounds twice
+
+
+def test_missing_packages_are_named(tmp_path, small, monkeypatch):
+    monkeypatch.setattr("upreid_ray.downstream.export_module.find_spec", lambda _: None)
+
+    with pytest.raises(InputError, match=r"pip install onnx onnxruntime onnxscript$"):
+        export_module(small, "onnx", tmp_path / "file.onnx", with_preprocessing=False)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_computes_something_else_is_not_left(tmp_path, small, monkeypatch):
+    def wrong(*_: object) -> object:
+        return lambda images: torch.zeros(len(images), 512)
+
+    monkeypatch.setattr("upreid_ray.downstream.export_module._write", wrong)
+
+    with pytest.raises(RuntimeError, match="computes features that differ"):
+        export_module(small, "torch", tmp_path / "file.pt2", with_preprocessing=False)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("to", "name"), [("onnx", "a.pth"), ("torch", "a.onnx")])
+def test_the_name_of_an_exported_module_has_its_ending(tmp_path, small, to, name):
+    with pytest.raises(InputError, match=rf"^--out [^\n]+{name}: end the name in "):
+        export_module(small, to, tmp_path / name, with_preprocessing=False)

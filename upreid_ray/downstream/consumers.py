@@ -38,7 +38,9 @@ CONSUMERS = {
     "timm": Consumer(container=None, usage=TIMM_USAGE, safetensors_usage=TIMM_USAGE),
     "fastreid": Consumer(
         container=None,
-        # Words for the command line of tools/train_net.py.
+        # Words for the command line of tools/train_net.py. After its first convolution,
+        # fast-reid pools 3x3 with stride 2 in ceil mode and without padding: its features
+        # differ from torchvision's until that pooling is exchanged.
         usage="{constructor} MODEL.BACKBONE.FEAT_DIM {num_features} "
         "MODEL.BACKBONE.LAST_STRIDE {last_stride} MODEL.BACKBONE.PRETRAIN True "
         "MODEL.BACKBONE.PRETRAIN_PATH {quoted_file} MODEL.PIXEL_MEAN '{mean_255}' "
@@ -49,4 +51,12 @@ CONSUMERS = {
         container="state_dict",
         usage="torchreid.utils.load_pretrained_weights(model, {file!r})",
     ),
+}
+# Files that compute features: one line that runs a file, and the end of its name.
+MODULE_FORMATS = {
+    "onnx": (
+        "features = onnxruntime.InferenceSession({file!r}).run(None, {{'images': images}})[0]",
+        ".onnx",
+    ),
+    "torch": ("model = torch.export.load({file!r}).module()", ".pt2"),
 }
