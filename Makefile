@@ -9,6 +9,10 @@ PIP_AUDIT_VERSION := 2.10.1
 # Libraries that the benchmarks compare with; they use the project's torch.
 PEERS := kornia==0.9.0 kornia-rs==0.2.0 lightly==1.6.0 lightly-utils==0.0.2 \
   lightning-utilities==0.15.3
+# Tools that load exported files, with what they import; they use the project's torch.
+CONSUMERS := torchreid==0.2.5 fastreid==1.4.0 absl-py==2.5.1 beautifulsoup4==4.15.0 \
+  gdown==6.5.1 h5py==3.16.0 opencv-python-headless==5.0.0.93 soupsieve==4.1.3 tabulate==0.10.0 \
+  tensorboard==2.21.0 termcolor==3.3.0 yacs==0.1.8
 # The allocator settings of workers on CPUs, as in upreid_ray/core/cpu.py; a test compares them.
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
 # Two processes share the tests, a file at a time; JOBS=1 runs one test after the other.
@@ -17,7 +21,7 @@ SHARED := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
 
 .PHONY: help setup pretrain sweep finetune compare check docs format test test-fast mutants test-pythons bench bench-data \
-  bench-peers chaos audit up down status secrets image lock clean
+  bench-peers consumers chaos audit up down status secrets image lock clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -66,8 +70,13 @@ format: $(READY)  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-test: $(READY)  ## run all tests
+test: $(READY) $(VENV)/consumers  ## run all tests
 	$(BIN)/python -m pytest
+
+consumers: $(READY) $(VENV)/consumers  ## install torchreid and fast-reid, with which tests load exported files
+
+$(VENV)/consumers:
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps $(CONSUMERS)
 
 test-fast: $(READY)  ## run the tests that start no Ray cluster and are not slow
 	$(BIN)/python -m pytest $(SHARED) -m "not ray and not slow"

@@ -26,10 +26,10 @@ from upreid_ray.command_line import (
     connect_to_ray,
     existing_init,
     override,
+    path_or_uri,
     run_job,
 )
 from upreid_ray.config.downstream import EmbedConfig
-from upreid_ray.config.section import absolute
 
 logger = logging.getLogger("upreid_ray")
 
@@ -40,11 +40,11 @@ def main() -> dict[str, Any]:
     parser.add_argument(
         "init", type=existing_init, metavar="INIT", help="backbone that computes the features"
     )
-    parser.add_argument("source", type=absolute, metavar="SOURCE", help="images to read")
+    parser.add_argument("source", type=path_or_uri, metavar="SOURCE", help="images to read")
     parser.add_argument(
         "--out",
         required=True,
-        type=absolute,
+        type=path_or_uri,
         metavar="DIR",
         help="folder or URI to write the features to",
     )

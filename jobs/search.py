@@ -25,9 +25,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from upreid_ray.command_line import JobParser, existing_init, run_job
+from upreid_ray.command_line import JobParser, existing_init, path_or_uri, run_job
 from upreid_ray.config.errors import InputError, first_line
-from upreid_ray.config.section import absolute
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,12 +58,12 @@ def _parser() -> JobParser:
         "       %(prog)s --query FILE FILE [--init INIT] [--pairs DIR]",
     )
     add = parser.add_argument
-    add("--gallery", type=absolute, metavar="DIR", help="features to search")
+    add("--gallery", type=path_or_uri, metavar="DIR", help="features to search")
     add(
         "--query",
         required=True,
         nargs="+",
-        type=absolute,
+        type=path_or_uri,
         metavar="PLACE",
         help="images to search for: image files, sources of images, or features",
     )
@@ -74,12 +73,12 @@ def _parser() -> JobParser:
         action="store_true",
         help="sort by k-reciprocal re-ranking, for up to 100,000 gallery images",
     )
-    add("--html", type=absolute, metavar="FILE", help="page of ranked pictures to write")
-    add("--out", type=absolute, metavar="FILE", help="file of JSON lines to write")
+    add("--html", type=path_or_uri, metavar="FILE", help="page of ranked pictures to write")
+    add("--out", type=path_or_uri, metavar="FILE", help="file of JSON lines to write")
     add("--init", type=existing_init, help="backbone for the similarity of two image files")
     add(
         "--pairs",
-        type=absolute,
+        type=path_or_uri,
         metavar="DIR",
         help="features of labelled images, among whose pairs two files are placed",
     )

@@ -583,6 +583,23 @@ def test_a_backbone_loads_without_this_package(registered):
     assert (keys.missing_keys, keys.unexpected_keys) == ([], [])
 
 
+def test_a_version_of_an_older_release_loads_and_stays_the_champion(client, name, backbone):
+    run_id = start_run(client, experiment="tests", name="old", config=CONFIG)
+    client.log_artifacts(run_id, str(backbone), "backbone")
+    client.create_registered_model(name)
+    tags = {"config": "x" * 2000, "evaluation": "a", "score.mAP": "0.5"}
+    client.create_model_version(name, f"runs:/{run_id}/backbone", run_id, tags=tags)
+    client.set_registered_model_alias(name, "champion", "1")
+
+    register(client, name, backbone, evaluation="a", score_mAP=0.4)
+
+    assert aliases(client, name) == {"challenger": "2", "champion": "1"}
+    assert load_backbone(f"models:/{name}@champion")(torch.zeros(1, 3, 64, 32)).shape == (
+        1,
+        512,
+    )
+
+
 @pytest.mark.parametrize(
     "uri", ["models:/nobody/1", "models:/nobody@champion", "models:/", "nothing", "runs:/0/x"]
 )

@@ -6,8 +6,10 @@ import platform
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import MagicMock
 
+import mlflow
 import pytest
 from ray.train import ControllerError, WorkerGroupError
 
@@ -19,6 +21,7 @@ from upreid_ray.core.checkpoint import BestBackbone, save_checkpoint
 from upreid_ray.core.cpu import KEEP_FREED_MEMORY
 from upreid_ray.tracking import connection, run_log, runs
 from upreid_ray.train.folder import RUN_FILE, SNAPSHOT_FILE, STOP_FILE, RunFolder
+from upreid_ray.train.initialization import resolve
 from upreid_ray.train.job import (
     _stopped_by_sigterm,
     deliver_metrics,
@@ -59,6 +62,32 @@ def test_a_run_whose_best_backbone_is_not_finite_registers_nothing(tmp_path, has
 
     with pytest.raises(RunFailed, match=r"nothing is registered: .* finite"):
         register(MagicMock(spec=[]), tmp_path, run_id="an-id", name="a-model", tags={})
+
+
+def test_the_best_backbone_is_registered_as_a_described_model(folder, tmp_path):
+    state, best = fresh_state(), BestBackbone()
+    best.update(state, {"mAP": 0.5})
+    save_checkpoint(
+        tmp_path, state, best, scores_untrained={"mAP": 0.25}, images_per_second=1.0
+    )
+    client = connection.connect()
+    run_id = runs.start_run(client, experiment="tests", name="a", config=PRESETS["demo"])
+
+    uri = register(client, tmp_path, run_id=run_id, name="described", tags={"run": "a"})
+
+    version = client.get_model_version("described", "1")
+    assert version.tags["score.mAP"] == "0.5"
+    assert "config" not in version.tags
+    assert version.description.startswith("# described\n")
+    assert "| before training | 0.250 |" in version.description
+    assert uri in version.description
+    files = Path(mlflow.artifacts.download_artifacts(uri))
+    assert json.loads((files / "config.json").read_text()) == state.config.model_dump(
+        mode="json"
+    )
+    assert (files / "MLmodel").is_file()
+    weights = resolve(uri).weights
+    assert all(best.weights[name].equal(tensor) for name, tensor in weights.items())
 
 
 def test_a_run_that_was_recorded_with_a_relative_path_can_be_continued(run):
