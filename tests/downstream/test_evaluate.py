@@ -1,6 +1,7 @@
 """Scoring a frozen backbone on a real Ray: the same scores as in one process, and refusals."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +105,15 @@ def test_scores_are_those_of_one_process(finished, config):
     ).summary()
     found = {name: finished.result.scores[name] for name in expected}
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_page_shows_the_worst_and_the_best_queries(finished):
+    page = (Path(finished.result.result_dir) / "rankings.html").read_text()
+
+    assert page.count('<figure class="asked">') == 20
+    assert page.count("data:image/png") == 2
+    assert {"right", "wrong", "junk"} <= set(re.findall(r'<figure class="(\w+)">', page))
+    assert "no picture" not in page
 
 
 def test_colours_are_found_again(finished):

@@ -243,7 +243,7 @@ def test_preprocessing_in_the_file_is_that_of_the_jobs(tmp_path, small, to):
     found = run_exported(file, torch.from_numpy(pixels.copy())[None])
     expected = small.extractor().eval()(normalized).detach()
     similarity = torch.nn.functional.cosine_similarity(found, expected)
-    assert similarity.item() == pytest.approx(1, abs=1e-3)  # Pillow rounds twice
+    assert similarity.item() == pytest.approx(1, abs=1e-3)  # Pillow rounds
 
 
 def test_missing_packages_are_named(tmp_path, small, monkeypatch):

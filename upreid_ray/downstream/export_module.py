@@ -58,8 +58,8 @@ class Preprocessed(nn.Module):
         pixels = images.permute(0, 3, 1, 2).float()
         # As Pillow does it, a smaller image takes in all pixels of a larger one.
         resized = F.interpolate(pixels, self.size, mode="bilinear", antialias=True)
-        levels = resized.round().clamp(0, 255) / 255
-        return self.extractor((levels - self.mean) / self.std)
+        # Not rounded to whole levels: another program may round the other way.
+        return self.extractor((resized / 255 - self.mean) / self.std)
 
 
 def export_module(
