@@ -17,9 +17,13 @@ CONSUMERS = Path(sys.prefix) / "consumers"
 ROOT = Path(__file__).parents[2]
 NAMES = ("resnet18", "resnet50")
 
-pytestmark = pytest.mark.skipif(
-    not CONSUMERS.is_dir(), reason="torchreid and fast-reid are missing; run `make consumers`"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not CONSUMERS.is_dir(),
+        reason="torchreid and fast-reid are missing; run `make consumers`",
+    ),
+]
 
 # Reads what to load from its standard input, and writes the features that each tool computes.
 SCRIPT = """

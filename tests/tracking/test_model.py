@@ -202,6 +202,7 @@ def test_the_pytorch_flavor_is_the_backbone_for_any_number_of_images(version, el
     np.testing.assert_allclose(elsewhere.found["module"], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_served_version_answers_over_http(version, encoded, environment, store):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
