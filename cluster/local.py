@@ -1,6 +1,8 @@
 """Start, show and end the local services: a Ray head with its dashboard, and MLflow.
 
-Both listen on the loopback interface only, and Ray asks for a token. What was started is
+Both listen on the loopback interface only, and Ray asks for a token. MLflow serves the
+database that jobs use without it, `mlflow.db` of the working folder, so that there is one
+registry. What was started is
 recorded in `<storage>/local/state.json`. Every process of a service carries a tag of its own
 in its environment, which its children inherit: `down` ends all of them wherever they moved
 and nothing else, even after a process id has been used again. Needs Linux (`/proc`).
@@ -31,6 +33,7 @@ from rich.table import Table
 HOST = "127.0.0.1"
 PORTS = {"dashboard": 8265, "gcs": 6379, "mlflow": 5000}
 SERVICES = {"ray": ("dashboard", "gcs"), "mlflow": ("mlflow",)}
+SQLITE = "sqlite:///"
 TAG = "UPREID_RAY_SERVICE"
 BIN = Path(sys.executable).parent
 TOKEN_FILE = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -150,12 +153,14 @@ class Local:
     def command(self, name: str) -> list[str]:
         """Return the command line that starts a service."""
         if name == "mlflow":
-            store = self.storage / "mlflow"
+            store = database()
+            # Jobs read and write artifacts themselves, so that they find them without the
+            # server too.
             return [
-                *(str(BIN / "mlflow"), "server", "--serve-artifacts", "--workers=1"),
+                *(str(BIN / "mlflow"), "server", "--no-serve-artifacts", "--workers=1"),
                 *(f"--host={HOST}", f"--port={self.ports['mlflow']}"),
-                f"--backend-store-uri=sqlite:///{store}/mlflow.db",
-                f"--artifacts-destination={store}/artifacts",
+                f"--backend-store-uri={SQLITE}{store}",
+                f"--default-artifact-root={(store.parent / 'mlartifacts').as_uri()}",
             ]
         # The Ray client server cannot be turned off; port 0 stands for any free port.
         client = (p for p in range(10001, 32768) if p not in self.ports.values() and is_free(p))
@@ -188,8 +193,8 @@ class Local:
 
     def start(self, names: list[str]) -> None:
         """Start services and wait until they answer; if one does not, end them again."""
-        (self.storage / "mlflow").mkdir(parents=True, exist_ok=True)
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        database().parent.mkdir(parents=True, exist_ok=True)
         self.private.mkdir(mode=0o700, exist_ok=True)
         found = self.private.lstat()
         if (found.st_uid, found.st_mode) != (os.getuid(), stat.S_IFDIR | 0o700):
@@ -239,6 +244,12 @@ class Local:
         grid.add_row("Start logs", f"{self.folder}/ray.log, mlflow.log")
         grid.add_row("Ray token in", str(TOKEN_FILE))
         Console(width=240, highlight=False).print(grid)
+
+
+def database() -> Path:
+    """Return the database of jobs that are started here without a server."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return Path(uri.removeprefix(SQLITE) if uri.startswith(SQLITE) else "mlflow.db").absolute()
 
 
 def fail(message: str, status: int = 2) -> NoReturn:

@@ -82,11 +82,17 @@ class Up:
     output: str
 
     @property
+    def database(self) -> str:
+        """The database of jobs that are started without the server."""
+        return f"sqlite:///{self.home}/mlflow.db"
+
+    @property
     def env(self) -> dict[str, str]:
         """The environment of a user: where the token is, and that it is to be sent."""
         return {
             "HOME": str(self.home),
             "RAY_AUTH_MODE": "token",
+            "MLFLOW_TRACKING_URI": self.database,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
 
@@ -126,7 +132,8 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     dashboard, gcs, mlflow = free_ports(3)
     ports = {"dashboard": dashboard, "gcs": gcs, "mlflow": mlflow}
     words = [f"--{name}-port={port}" for name, port in ports.items()]
-    done = local("up", "--storage", storage, *words, env={"HOME": str(home)})
+    env = {"HOME": str(home), "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db"}
+    done = local("up", "--storage", storage, *words, env=env)
     assert done.returncode == 0, done.stderr
     started = Up(storage, home, dashboard, mlflow, done.stdout)
     yield started
@@ -226,7 +233,7 @@ def test_a_submitted_job_finds_python_mlflow_and_the_storage(up: Up, tmp_path: P
     seen = json.loads(lines[0].removeprefix("SEEN "))
     expected = [sys.executable, f"http://127.0.0.1:{up.mlflow}", str(up.storage)]
     assert seen["entrypoint"] == seen["task"] == expected
-    artifacts = up.storage / "mlflow" / "artifacts"
+    artifacts = up.home / "mlartifacts"
     assert (artifacts / "0" / seen["run"] / "artifacts" / "hello.txt").read_text() == "hello"
 
 
@@ -260,9 +267,17 @@ def test_a_submitted_pre_training_registers_a_backbone_with_the_submitted_code(
     result = json.loads(next(line for line in done.stdout.splitlines() if '"run_id"' in line))
     assert result["model_uri"] == "models:/upreid-resnet18/1"
     assert result["result_dir"].startswith(f"{up.storage}/")
-    models = up.storage / "mlflow" / "artifacts" / "1" / "models"
+    models = up.home / "mlartifacts" / "1" / "models"
     [weights] = models.glob("*/artifacts/backbone.safetensors")
     assert weights.stat().st_size > 0
+
+
+def test_a_model_is_found_with_and_without_the_server(up: Up) -> None:
+    """One machine, one folder, one registry: the job before has registered it."""
+    find = "from upreid_ray import load_backbone; load_backbone('models:/upreid-resnet18/1')"
+    uris = (f"http://127.0.0.1:{up.mlflow}", up.database)
+    done = [run(sys.executable, "-c", find, env={"MLFLOW_TRACKING_URI": uri}) for uri in uris]
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
 
 
 def test_all_sockets_are_on_loopback_and_down_ends_all_and_nothing_else(
