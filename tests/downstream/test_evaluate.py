@@ -189,7 +189,7 @@ def test_a_set_without_a_match_is_refused(ray_cluster, config, tmp_path):
 def test_a_damaged_set_of_one_camera_is_scored_if_the_user_says_so(
     ray_cluster, config, tmp_path
 ):
-    gallery = [flat(number) for number in range(4)]
+    gallery = [flat(60 * number) for number in range(4)]
     shards = write_set(tmp_path, {"query": [*gallery[:2], BROKEN], "gallery": gallery})
     (tmp_path / "manifest.json").write_text(shards.manifest.model_dump_json())
 
