@@ -76,7 +76,7 @@ def add_resume(parser: argparse.ArgumentParser) -> None:
         "--resume",
         metavar="RUN_NAME",
         help="continue this run with its recorded settings; others may be given only if they "
-        "do not change the weights (--run, --scaling, --checkpoint)",
+        "do not change the weights (--run, --scaling, --checkpoint, --data.max_undecodable)",
     )
 
 

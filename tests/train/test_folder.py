@@ -7,6 +7,7 @@ import pytest
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.presets import FINETUNE_PRESETS
 from upreid_ray.train.folder import RUN_FILE, RunFolder
+from upreid_ray.train.job import FREE_SETTINGS
 
 CONFIG = FINETUNE_PRESETS["demo"]
 
@@ -70,3 +71,12 @@ def test_a_run_is_continued_with_its_own_settings_alone(tmp_path):
         folder.recorded_run(changed, free=("run.",))
 
     assert folder.recorded_run(changed, free=("optimizer.lr",)) == "1"
+
+
+def test_a_run_that_failed_on_damaged_images_is_continued_with_another_limit(tmp_path):
+    folder = RunFolder(str(tmp_path), "run")
+    folder.record(CONFIG, "1")
+
+    allowed = CONFIG.override({"data.max_undecodable": 0.5})
+
+    assert folder.recorded_run(allowed, FREE_SETTINGS) == "1"

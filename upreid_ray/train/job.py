@@ -54,7 +54,10 @@ logger = logging.getLogger(__name__)
 WorkerFunction = Callable[[WorkerSettings[Any]], RunFailed | InputError | None]
 
 # Settings that may change when a run is resumed: they change its weights by rounding at most.
-FREE_SETTINGS = ("run.", "scaling.", "checkpoint.", "training.log_every_steps")
+FREE_SETTINGS = (
+    *("run.", "scaling.", "checkpoint."),
+    *("training.log_every_steps", "data.max_undecodable"),
+)
 
 
 @dataclass(frozen=True)
