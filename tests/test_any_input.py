@@ -223,12 +223,12 @@ def test_any_description_beside_shards_or_weights_is_read_or_refused(content):
     with TemporaryDirectory() as root:
         for name in ("manifest.json", "backbone.json", "state.json", "sha256.json"):
             Path(root, name).write_bytes(content)
-        model = PRESETS["demo"].model
+        config = PRESETS["demo"].override({"model.continue_from": root})
 
         for read in (
             lambda: ShardSet.open(root),
             lambda: read_exported(Path(root)),
-            lambda: find_start(model.override({"continue_from": root})),
+            lambda: find_start(config),
         ):
             with refused_in_one_line():
                 read()

@@ -7,28 +7,29 @@ from pathlib import Path
 
 from ray.train import Checkpoint
 
-from upreid_ray.config.errors import InputError
-from upreid_ray.config.pretrain import ModelConfig
+from upreid_ray.config.errors import InputError, RunFailed, first_line
+from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.checkpoint import POSITION_FILE, load_tensors, read_position
 from upreid_ray.core.training import TrainState
 from upreid_ray.storage import Location, reading
 from upreid_ray.train.folder import CHECKPOINT
 from upreid_ray.train.worker import newest_intact
 
-# Settings that decide the shapes of the encoders and the queue.
-SHAPES = ("backbone", "embedding_dim", "queue_size")
+# Settings that decide the shapes of the encoders and the queue, and the optimizer.
+KEPT = ("model.backbone", "model.embedding_dim", "model.queue_size", "optimizer.algorithm")
 
 
-def find_start(model: ModelConfig) -> str:
-    """Return the folder or URI of the checkpoint from which ``model.continue_from`` continues.
+def find_start(config: PretrainConfig) -> str:
+    """Return the folder or URI of the checkpoint that ``model.continue_from`` names.
 
     It is the newest intact one if a run is named.
 
     Raises:
-        InputError: There is no intact checkpoint, or its encoders or queue have other shapes.
+        InputError: There is no intact checkpoint, or it has another architecture, queue or
+            optimizer.
     """
-    named = f"--model.continue_from {model.continue_from}"
-    location = Location(str(model.continue_from))
+    named = f"--model.continue_from {config.model.continue_from}"
+    location = Location(str(config.model.continue_from))
     with reading(named):
         places = [location]
         if not (location / POSITION_FILE).is_file():
@@ -39,16 +40,27 @@ def find_start(model: ModelConfig) -> str:
         if newest is None:
             raise InputError(f"{named}: no intact checkpoint of a pre-training; name a run")
         with checkpoints[newest].as_directory() as folder:
-            before = read_position(Path(folder)).config.get("model", {})
-    for name in SHAPES:
-        value, needed = getattr(model, name), before.get(name)
-        if value != needed:
-            raise InputError(f"--model.{name} {value}: {places[newest]} has {needed}")
+            recorded = read_position(Path(folder)).config
+    if "loss" not in recorded:
+        raise InputError(f"{named}: is a fine-tuning; continue from it with jobs/finetune.py")
+    before = dict(PretrainConfig.parse(recorded).flatten())
+    for name, value in config.flatten():
+        if name in KEPT and value != before[name]:
+            raise InputError(f"--{name} {value}: {places[newest]} has {before[name]}")
     return places[newest].uri
 
 
 def begin_from(start: str, state: TrainState) -> None:
-    """Take over the encoders, the queue and the momenta of the optimizer from a checkpoint."""
+    """Take over the encoders, the queue and the momenta of the optimizer from a checkpoint.
+
+    Raises:
+        RunFailed: Its tensors have other shapes, such as those of a ViT for another size.
+    """
     location = Location(start)
     with Checkpoint(location.path, location.filesystem).as_directory() as folder:
-        load_tensors(Path(folder), state)
+        try:
+            load_tensors(Path(folder), state)
+        except (RuntimeError, ValueError) as error:
+            raise RunFailed(
+                f"{start}: does not fit the settings ({first_line(error)})"
+            ) from error

@@ -65,7 +65,7 @@ def fit(
     start, lineage = None, {}
     if config.model.continue_from is not None:
         begun = job.folder.recorded_lineage() if resume else {}
-        start = begun.get(CONTINUED_FROM) or find_start(config.model)
+        start = begun.get(CONTINUED_FROM) or find_start(config)
         lineage = {CONTINUED_FROM: start}
     worker = partial(pretrain_worker, start=start)
     task = Task(worker, shards, images, config.model_name, lineage)
