@@ -178,6 +178,13 @@ def test_an_unknown_flag_is_answered_with_the_nearest(typed, meant, preset):
         ["--scaling.num_workers", "500"],
         ["--run.name", "../elsewhere"],
         ["--data.synthetic.num_cameras", "1"],
+        ["luperson-vit-small"],
+        ["--model.backbone", "resnet51"],
+        ["--model.backbone", "timm/convnet_tiny"],
+        ["--model.backbone", "vit_tiny_patch16", "--data.height", "60"],
+        ["--model.backbone", "vit_tiny_patch16", "--optimizer.lr", "0.1"],
+        ["--optimizer.adamw.lr", "0.1"],
+        ["--model.drop_path", "0.1"],
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line_that_names_it(words):

@@ -86,7 +86,7 @@ def test_a_name_that_no_family_has_is_refused_with_the_names_there_are():
         (
             {"model.backbone": "vit_tiny_patch16", "patches.rows": 8},
             "--patches.rows 8 --patches.columns 2 of images of 64x32: vit_tiny_patch16 takes "
-            "images whose height and width are multiples of 16, not 8x16",
+            "patches of at least 16 pixels, not 8x16",
         ),
         (
             {"model.backbone": "timm/convnet_tiny"},
@@ -111,6 +111,15 @@ def test_what_a_backbone_does_not_take_is_refused_in_one_line(settings, refusal)
         check_settings(tiny(settings))
 
     assert str(refused.value) == refusal
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16", "vit_tiny_patch16_ics"])
+def test_patches_that_are_no_multiple_of_a_token_are_encoded(name):
+    config = tiny({"model.backbone": name, "data.height": 128, "patches.rows": 3})
+    check_settings(config)
+    backbone = build_backbone(name, size=(128, 32)).eval()
+
+    assert backbone(torch.randn(2, 3, 42, 16)).isfinite().all()
 
 
 def test_ibn_is_instance_normalization_beside_batch_normalization():

@@ -140,6 +140,13 @@ def test_points_that_are_inconsistent_are_left_out():
     assert draw_points(made) == [{"patches.rows": 4, "patches.columns": 2}]
 
 
+def test_backbones_are_an_axis_and_unknown_ones_are_left_out():
+    made = plan({"model.backbone": "grid(resnet18,resnet18_ibn_a,resnet51)"})
+
+    names = [point["model.backbone"] for point in draw_points(made)]
+    assert names == ["resnet18", "resnet18_ibn_a"]
+
+
 def test_a_space_without_a_consistent_point_is_refused():
     with pytest.raises(InputError, match=r"^--space: [^\n]*--patches.rows (16|32) "):
         draw_points(plan({"patches.rows": "choice(16,32)"}))

@@ -45,12 +45,13 @@ def check_settings(config: PretrainConfig) -> None:
     except InputError as error:
         raise InputError(f"--model.backbone {error}") from None
     check_size(name, (data.height, data.width))
-    with torch.device("meta"):
-        build_for_training(config)
+    if config.model.drop_path is not None:
+        with torch.device("meta"):
+            build_for_training(config)  # refuses it where a backbone has no stochastic depth
     if config.loss.needs_patches:
         size = (data.height // patches.rows, data.width // patches.columns)
         grid = f"--patches.rows {patches.rows} --patches.columns {patches.columns}"
-        check_size(name, size, flags=f"{grid} of images of {data.height}x{data.width}")
+        check_size(name, size, patches=f"{grid} of images of {data.height}x{data.width}")
 
 
 def build_for_training(config: PretrainConfig) -> Backbone:
@@ -77,22 +78,21 @@ def choose_optimizer(config: PretrainConfig) -> Literal["sgd", "adamw"]:
     return backbones.find(config.model.backbone).optimizer if algorithm == "auto" else algorithm
 
 
-def check_size(name: str, size: Size, *, flags: str | None = None) -> None:
-    """Check that a backbone takes images of this size.
+def check_size(name: str, size: Size, *, patches: str | None = None) -> None:
+    """Check that a backbone takes images of this size, or patches of them.
 
     Args:
         name: Name of the backbone.
-        size: Height and width of the images, in pixels.
-        flags: Flags that decide the size, for the message.
+        size: Height and width, in pixels.
+        patches: Flags that decide the size of the patches; None for whole images.
 
     Raises:
         InputError: It does not.
     """
-    height, width = size
+    flags = patches or f"--data.height {size[0]} --data.width {size[1]}"
     try:
-        backbones.find(name).check_size(name, size)
+        backbones.find(name).check_size(name, size, of_patches=patches is not None)
     except ValueError as error:
-        flags = flags or f"--data.height {height} --data.width {width}"
         raise InputError(f"{flags}: {name} {error}") from error
 
 

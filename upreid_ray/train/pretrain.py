@@ -62,11 +62,13 @@ def fit(
             config.model.queue_size,
             images.num_images,
         )
-    start, lineage = None, {}
+    start = None
+    # Under the name of the tag that a fine-tuned version has.
+    lineage = {} if config.model.pretrained is None else {"init": config.model.pretrained}
     if config.model.continue_from is not None:
         begun = job.folder.recorded_lineage() if resume else {}
         start = begun.get(CONTINUED_FROM) or find_start(config)
-        lineage = {CONTINUED_FROM: start}
+        lineage[CONTINUED_FROM] = start
     worker = partial(pretrain_worker, start=start)
     task = Task(worker, shards, images, config.model_name, lineage)
     return job.run(task, callbacks)

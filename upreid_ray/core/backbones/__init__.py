@@ -93,13 +93,13 @@ class Family(ABC):
             name: Name of the member, if it is known.
         """
 
-    def check_size(self, name: str, size: Size) -> None:
-        """Check that the member takes images of this size.
+    def check_size(self, name: str, size: Size, *, of_patches: bool = False) -> None:
+        """Check that the member takes images, or the patches of images, of this size.
 
         Raises:
             ValueError: It does not; the message says what it takes, after its name.
         """
-        del name, size  # most families take any size
+        del name, size, of_patches  # most families take any size
 
     def frozen(self, backbone: Backbone) -> Iterable[nn.Parameter]:
         """Yield the parameters that pre-training leaves as they are."""

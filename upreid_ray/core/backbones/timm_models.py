@@ -56,8 +56,9 @@ class TimmModels(Family):
             elif sum(isinstance(each, nn.Conv2d) for each in part.modules()) > 1:
                 yield part
 
-    def check_size(self, name: str, size: Size) -> None:
+    def check_size(self, name: str, size: Size, *, of_patches: bool = False) -> None:
         """Check that the model computes pooled features of such images; nothing is computed."""
+        del of_patches
         height, width = size
         try:
             shape = _shape_of_features(name, size)

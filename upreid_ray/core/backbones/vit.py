@@ -77,7 +77,7 @@ class VisionTransformers(Family):
         )
 
     def build(self, name: str, *, size: Size, last_stride: int, drop_path: float) -> Backbone:
-        """Return a Vision Transformer; it takes images of any size that patches fill."""
+        """Return a Vision Transformer; it fills up what is no multiple of its tokens."""
         del last_stride
         variant: dict[str, Any] = {}
         if name.endswith(STEM):
@@ -88,6 +88,7 @@ class VisionTransformers(Family):
             _name_in_timm(name),
             img_size=size,
             dynamic_img_size=True,
+            dynamic_img_pad=True,
             num_classes=0,
             drop_path_rate=drop_path,
             **variant,
@@ -106,13 +107,15 @@ class VisionTransformers(Family):
         if not isinstance(backbone.patch_embed, ConvolutionalEmbedding):
             yield from backbone.patch_embed.parameters()
 
-    def check_size(self, name: str, size: Size) -> None:
-        """Check that patches fill the image."""
+    def check_size(self, name: str, size: Size, *, of_patches: bool = False) -> None:
+        """Check that tokens fill the image, or that a patch has a token at least."""
         height, width = size
-        patch, _ = _layout(name)
-        if height % patch or width % patch:
+        token, _ = _layout(name)
+        if of_patches and min(size) < token:
+            raise ValueError(f"takes patches of at least {token} pixels, not {height}x{width}")
+        if not of_patches and (height % token or width % token):
             raise ValueError(
-                f"takes images whose height and width are multiples of {patch}, not "
+                f"takes images whose height and width are multiples of {token}, not "
                 f"{height}x{width}"
             )
 
@@ -157,12 +160,12 @@ class VisionTransformers(Family):
         positions = weights.get("pos_embed")
         if positions is None or positions.ndim != len("1NF"):
             return weights
-        patch, num_others = _layout(name)
-        grid = (size[0] // patch, size[1] // patch)
+        token, num_others = _layout(name)
+        grid = (size[0] // token, size[1] // token)
         if old_size is None:
             old = _grid(positions.shape[1] - num_others, grid)
         else:
-            old = (old_size[0] // patch, old_size[1] // patch)
+            old = (old_size[0] // token, old_size[1] // token)
         if old is None or old == grid:
             return weights
         resized = resample_abs_pos_embed(
@@ -187,7 +190,7 @@ def _name_in_timm(name: str) -> str:
 
 @cache
 def _layout(name: str) -> tuple[int, int]:
-    """Return the size of a patch in pixels, and how many positions are those of no patch."""
+    """Return the size of a token in pixels, and how many positions are those of no token."""
     with torch.device("meta"):
         model = FAMILY.build(name, size=(224, 224), last_stride=2, drop_path=0)
     return model.patch_embed.patch_size[0], model.pos_embed.shape[
