@@ -116,6 +116,7 @@ def _search(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "init": gallery.manifest.init,
         "gallery": arguments.gallery,
+        "result_dir": arguments.gallery,
         "num_queries": len(rankings),
         "out": arguments.out,
         "html": arguments.html,
@@ -154,13 +155,15 @@ def _compare_two(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _table(rankings: "Sequence[Ranking]") -> Table:
     """Return a table of the nearest images of the first queries."""
-    table = Table("query", "rank", "distance", "gallery image", "same person")
+    table = Table()
+    for name in ("query", "rank", "distance", "gallery image", "same person"):
+        table.add_column(name, overflow="fold")
     for ranking in rankings[:NUM_IN_TABLE]:
         for number, hit in enumerate(ranking.hits):
             table.add_row(
                 ranking.query if number == 0 else "",
                 "junk" if hit.rank is None else str(hit.rank),
-                f"{hit.distance:.3f}",
+                f"{hit.distance:.4f}",
                 hit.key,
                 "?" if hit.is_match is None else "yes" if hit.is_match else "no",
             )

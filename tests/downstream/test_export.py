@@ -210,7 +210,7 @@ def small() -> Initialization:
     )
 
 
-@pytest.mark.parametrize("to", ["torch", "onnx"])
+@pytest.mark.parametrize("to", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_an_exported_module_computes_the_same_for_all_sizes(tmp_path, small, to):
     file = tmp_path / f"it's a file{MODULE_FORMATS[to][1]}"
 
@@ -227,7 +227,7 @@ def test_an_exported_module_computes_the_same_for_all_sizes(tmp_path, small, to)
     torch.testing.assert_close(loaded.detach(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("to", ["torch", "onnx"])
+@pytest.mark.parametrize("to", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_preprocessing_in_the_file_is_that_of_the_jobs(tmp_path, small, to):
     file = tmp_path / f"file{MODULE_FORMATS[to][1]}"
     draw = np.random.default_rng(0)

@@ -24,6 +24,7 @@ from mlflow.models import Model
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.tracking.store import tracking_in
 from upreid_ray.config.presets import FINETUNE_PRESETS, PRESETS
 from upreid_ray.core.backbone import Description, build_backbone
 from upreid_ray.core.checkpoint import Position, read_exported
@@ -79,15 +80,11 @@ numpy.savez(f"{folder}/found.npz", **found)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory) -> Iterator[Path]:
+def store(tmp_path_factory, new_database) -> Iterator[Path]:
     """Let MLflow keep everything in a new folder."""
     folder = tmp_path_factory.mktemp("mlflow")
-    before = mlflow.get_tracking_uri()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    with tracking_in(folder, new_database):
         yield folder
-        mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +308,7 @@ def test_a_killed_registration_is_completed_and_nothing_is_logged_twice(
     assert [file.name for file in folder.iterdir()] == ["backbone.json"]
 
 
+@pytest.mark.slow
 def test_a_version_outlives_its_run(version, tmp_path):
     client = connection.connect()
     run_id = runs.start_run(client, experiment="tests", name="c", config=PRESETS["demo"])
@@ -328,6 +326,16 @@ def test_a_version_outlives_its_run(version, tmp_path):
 def test_a_new_experiment_is_one_of_model_development(version):
     tags = version.client.get_experiment_by_name("tests").tags
 
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_an_experiment_of_an_earlier_release_becomes_one_of_model_development(version, store):
+    location = (store / "mlartifacts").as_uri()
+    version.client.create_experiment("earlier", artifact_location=location)
+
+    runs.start_run(version.client, experiment="earlier", name="a", config=PRESETS["demo"])
+
+    tags = version.client.get_experiment_by_name("earlier").tags
     assert tags["mlflow.experimentKind"] == "custom_model_development"
 
 

@@ -55,7 +55,7 @@ def search_page(rankings: Sequence[Ranking], gallery: str) -> str:
 
 def _caption(hit: Hit) -> str:
     rank = "junk" if hit.rank is None else f"#{hit.rank}"
-    return f"{rank}, distance {hit.distance:.3f}: {hit.key}"
+    return f"{rank}, distance {hit.distance:.4f}: {hit.key}"
 
 
 def _mark(hit: Hit) -> Literal["", "right", "wrong", "junk"]:
@@ -175,7 +175,7 @@ def query_section(
             junk = int(pids[image]) == -1 or (same and bool(camids[image] == camids[query]))
             rank += not junk
             distance = float(1 - features[image] @ features[query])
-            text = f"{'junk' if junk else f'#{rank}'}, distance {distance:.3f}"
+            text = f"{'junk' if junk else f'#{rank}'}, distance {distance:.4f}"
             mark: Literal["right", "wrong", "junk"] = (
                 "junk" if junk else "right" if same else "wrong"
             )

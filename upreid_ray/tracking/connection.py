@@ -22,11 +22,12 @@ logging.getLogger("mlflow").setLevel(logging.WARNING)  # Importing MLflow has se
 
 SQLITE = "sqlite:///"
 ARTIFACTS_FOLDER = "mlartifacts"
-# MLflow's own defaults retry an unreachable server for minutes.
+# MLflow's defaults retry an unreachable server for minutes, and draw a bar for each download.
 HTTP_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 

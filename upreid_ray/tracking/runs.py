@@ -95,6 +95,9 @@ def _experiment(client: MlflowClient, name: str) -> str:
             f"--run.experiment {name}: was deleted in MLflow; name another one, or restore it "
             f"with mlflow experiments restore --experiment-id {experiment.experiment_id}"
         )
+    for key, value in EXPERIMENT_KIND.items():
+        if key not in experiment.tags:  # an earlier version made the experiment
+            client.set_experiment_tag(experiment.experiment_id, key, value)
     location = local_path(experiment.artifact_location)
     if folder is not None and location is not None:
         if location != folder and not location.exists():
