@@ -102,50 +102,96 @@ def test_flipped_images_are_added(init):
     assert not torch.allclose(plain, both)
 
 
+CONFIG = EmbedConfig().override({"scaling.cpus_per_worker": 0.5})
+
+
+@pytest.fixture
+def without_ray(monkeypatch) -> None:
+    """Compute small blocks in this process."""
+
+    def compute(self, init, parts):
+        extractor, images = init.extractor().eval(), init.description
+        read = self._images.reader(*self._size)
+        for part in parts:
+            blocks = range(self._num_blocks)[part * 2 : part * 2 + 2]
+            for number in blocks:
+                block = read(self._images.block(number * 8, number * 8 + 8))
+                pixels = torch.from_numpy(block.pop("image"))
+                features = features_of(
+                    extractor, pixels, images.normalization, flip=False, precision="fp32"
+                )
+                yield part, {**block, "feature": features.numpy()}, number == blocks[-1]
+
+    monkeypatch.setattr(embed_module, "BLOCK_IMAGES", 8)
+    monkeypatch.setattr(embed_module, "PART_BLOCKS", 2)
+    monkeypatch.setattr(embed_module._Writer, "_compute", compute)
+
+
+def check(out: str, init: SimpleNamespace, market: Path) -> None:
+    """Compare a set of features with those of one process."""
+    features = FeatureSet.open(out)
+    rows = features.records(range(features.manifest.num_images))
+    encoded = [(market / row["key"]).read_bytes() for row in rows]
+    found = features.features(torch.arange(len(rows)))
+    torch.testing.assert_close(
+        found, expected_features(init.loaded, encoded), rtol=0, atol=1e-5
+    )
+    assert len(rows) == 3 * NUM_PEOPLE - 1
+    assert {row["split"] for row in rows} == {"query", "gallery", "train"}
+    refused = json.loads((Path(out) / "refused.jsonl").read_text())
+    assert refused["key"].endswith("0001_c1s1_000001_00.jpg")
+    schema = pq.read_schema(sorted(Path(out).glob("*.parquet"))[0])
+    assert schema.field("feature").type.list_size == 512
+
+
 @pytest.mark.ray
-def test_features_are_those_of_one_process_and_survive_a_kill(
+def test_ray_computes_the_features_of_one_process(
     ray_cluster, init, market, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(embed_module, "BLOCK_IMAGES", 8)
     monkeypatch.setattr(embed_module, "PART_BLOCKS", 2)
-    config = EmbedConfig().override({"scaling.cpus_per_worker": 0.5})
     out = str(tmp_path / "features")
 
-    class KilledError(Exception):
-        pass
+    result = embed(init.uri, str(market), out, CONFIG)
+
+    assert (result.num_images, result.num_refused) == (3 * NUM_PEOPLE - 1, 1)
+    assert result.images_per_second > 0
+    check(out, init, market)
+
+
+def test_a_killed_call_is_continued(without_ray, init, market, tmp_path, monkeypatch):
+    out = str(tmp_path / "features")
 
     def killed(*_: object) -> None:
-        raise KilledError
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(embed_module._Writer, "finish", killed)
-        with pytest.raises(KilledError):
-            embed(init.uri, str(market), out, config)
-    lost = sorted(Path(out).glob("*.parquet"))[0]
-    kept = sorted(Path(out).glob("*.parquet"))[1]
+        with pytest.raises(KeyboardInterrupt):
+            embed(init.uri, str(market), out, CONFIG)
+    torn, kept = sorted(Path(out).glob("*.parquet"))
     before = kept.stat().st_mtime_ns
-    lost.write_bytes(lost.read_bytes()[:100])
-    result = embed(init.uri, str(market), out, config)
+    torn.write_bytes(torn.read_bytes()[:100])
+    assert not FeatureSet.exists(out)
+
+    embed(init.uri, str(market), out, CONFIG)
 
     assert kept.stat().st_mtime_ns == before
-    assert (result.num_images, result.num_refused) == (3 * NUM_PEOPLE - 1, 1)
-    features = FeatureSet.open(out)
-    rows = features.records(range(result.num_images))
-    encoded = [(market / row["key"]).read_bytes() for row in rows]
-    found = features.features(torch.arange(result.num_images))
-    torch.testing.assert_close(
-        found, expected_features(init.loaded, encoded), rtol=0, atol=1e-5
-    )
-    assert {row["split"] for row in rows} == {"query", "gallery", "train"}
-    refused = json.loads((Path(out) / "refused.jsonl").read_text())
-    assert refused["key"].endswith("0001_c1s1_000001_00.jpg")
-    schema = pq.read_schema(kept)
-    assert schema.field("feature").type.list_size == 512
+    check(out, init, market)
 
-    again = embed(init.uri, str(market), out, config)
-    assert (again.num_images, again.images_per_second) == (result.num_images, 0)
+
+def test_a_whole_set_stays_and_other_settings_are_refused(without_ray, init, market, tmp_path):
+    out = str(tmp_path / "features")
+    half = CONFIG.override({"number_type": "float16"})
+    first = embed(init.uri, str(market), out, half)
+
+    again = embed(init.uri, str(market), out, half)
+
+    assert (again.num_images, again.images_per_second) == (first.num_images, 0)
+    schema = pq.read_schema(sorted(Path(out).glob("*.parquet"))[0])
+    assert str(schema.field("feature").type.value_type) == "halffloat"
     with pytest.raises(InputError, match="holds other features"):
-        embed(init.uri, str(market), out, config.override({"tta": "flip"}))
+        embed(init.uri, str(market), out, half.override({"tta": "flip"}))
 
 
 def test_a_source_without_images_is_refused(init, tmp_path):

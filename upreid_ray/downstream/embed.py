@@ -5,6 +5,7 @@ Dimensions: n images of a block, F features.
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from upreid_ray.core.augment import Normalization
 from upreid_ray.core.precision import autocast
 from upreid_ray.data.shards.progress import image_progress
 from upreid_ray.data.stream.decode import Columns
-from upreid_ray.data.stream.ray_data import TASK_CPUS
+from upreid_ray.data.stream.ray_data import BLOCK_BYTES, TASK_CPUS
 from upreid_ray.downstream.embed_images import NULL, SourceImages
 from upreid_ray.downstream.extractor import Extractor
 from upreid_ray.downstream.feature_set import (
@@ -96,7 +97,8 @@ def embed(init: str, source: str, out: str, config: EmbedConfig) -> EmbedResult:
     folder = Location(out)
     try:
         folder.make_folder()
-        writer = _Writer(folder, plan, images, config)
+        size = (start.description.height, start.description.width)
+        writer = _Writer(folder, plan, images, size, config)
         with image_progress("computing features", images.num_images) as advance:
             speed = writer.write_all(start, advance)
         manifest = writer.finish(start, backbone)
@@ -160,23 +162,29 @@ class _Embedder(Extractor):
             flip=self._config.tta == "flip",
             precision=self._config.precision,
         )
-        return {**block, "feature": features.cpu().numpy().astype(self._config.number_type)}
+        return {**block, "feature": features.cpu().numpy()}
 
 
 class _Writer:
     """The files of a set of features; each holds some blocks."""
 
     def __init__(
-        self, folder: Location, plan: str, images: SourceImages, config: EmbedConfig
+        self,
+        folder: Location,
+        plan: str,
+        images: SourceImages,
+        size: tuple[int, int],
+        config: EmbedConfig,
     ) -> None:
         self._folder, self._plan = folder, plan
         self._images, self._config = images, config
-        num_blocks = -(-images.num_images // BLOCK_IMAGES)
-        self._num_parts = -(-num_blocks // PART_BLOCKS)
-        self._num_blocks = num_blocks
+        self._size = size
+        # Ray Data would cut a larger block of decoded images.
+        self._block_images = max(1, min(BLOCK_IMAGES, BLOCK_BYTES // (3 * math.prod(size))))
+        self._num_blocks = -(-images.num_images // self._block_images)
+        self._num_parts = -(-self._num_blocks // PART_BLOCKS)
         self._parts: dict[int, Part] = {}
         self._refused: dict[int, list[dict[str, str]]] = {}
-        self._num_features = 0
 
     def write_all(self, init: Initialization, advance: Callable[[int], None]) -> float:
         """Write the files that are missing; return the speed in images/s."""
@@ -247,11 +255,11 @@ class _Writer:
             )
         ]
         blocks = [
-            self._images.block(block * BLOCK_IMAGES, (block + 1) * BLOCK_IMAGES)
+            self._images.block(block * self._block_images, (block + 1) * self._block_images)
             for _, block in numbers
         ]
         config, scaling = self._config, self._config.scaling
-        read = self._images.reader(init.description.height, init.description.width)
+        read = self._images.reader(*self._size)
 
         def read_one(block: pa.Table) -> Columns:
             return read(block)
@@ -276,7 +284,7 @@ class _Writer:
         dataset.context.execution_options.preserve_order = True
         arriving = dataset.iter_batches(batch_size=None)
         for (part, number), block in zip(numbers, arriving, strict=True):
-            due = number * BLOCK_IMAGES
+            due = number * self._block_images
             if block["place"][0] != due:
                 raise RuntimeError(f"Ray Data delivered image {block['place'][0]} before {due}")
             is_last = number + 1 in (self._num_blocks, (part + 1) * PART_BLOCKS)
@@ -291,7 +299,7 @@ class _Writer:
             for key, reason in zip(columns["key"][wrong], columns["error"][wrong], strict=True)
         ]
         kept = {name: values[~wrong] for name, values in columns.items()}
-        feature = kept["feature"]
+        feature = kept["feature"].astype(self._config.number_type)
         table = pa.table(
             {
                 "key": pa.array(kept["key"].tolist(), pa.string()),
