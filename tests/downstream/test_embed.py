@@ -18,11 +18,16 @@ from upreid_ray.config.downstream import EmbedConfig
 from upreid_ray.config.errors import InputError
 from upreid_ray.core.checkpoint import DESCRIPTION_FILE, WEIGHTS_FILE
 from upreid_ray.core.retrieval import extract_features
+from upreid_ray.data.shards.images import ImageRules
+from upreid_ray.data.shards.manifest import Manifest
+from upreid_ray.data.shards.preparation import ShardWriter, plan_shards
+from upreid_ray.data.sources.source import source_records
 from upreid_ray.data.stream.decode import decode_images
 from upreid_ray.downstream import embed as embed_module
 from upreid_ray.downstream.embed import embed, features_of
 from upreid_ray.downstream.embed_images import NULL, SourceImages
 from upreid_ray.downstream.feature_set import FeatureSet
+from upreid_ray.storage import Location
 from upreid_ray.train import initialization
 from upreid_ray.train.initialization import Initialization
 
@@ -192,6 +197,35 @@ def test_a_whole_set_stays_and_other_settings_are_refused(without_ray, init, mar
     assert str(schema.field("feature").type.value_type) == "halffloat"
     with pytest.raises(InputError, match="holds other features"):
         embed(init.uri, str(market), out, half.override({"tta": "flip"}))
+
+
+def test_shards_have_the_features_of_their_images(without_ray, init, market, tmp_path):
+    records = source_records(str(market), {})
+    folder = Location(str(tmp_path / "shards"))
+    folder.make_folder()
+    writer = ShardWriter(folder, "plan", ImageRules(), records.read, 1)
+    shards = [writer.write(part).shard for part in plan_shards(records.table, seed=0)]
+    manifest = Manifest(
+        version=2, source="a", plan="plan", row_group_images=64, shards=tuple(shards)
+    )
+    (folder / "manifest.json").write_whole(manifest.model_dump_json().encode())
+    (folder / shards[0].name).write_whole(b"damaged")
+
+    embed(init.uri, folder.uri, str(tmp_path / "features"), CONFIG)
+
+    features = FeatureSet.open(str(tmp_path / "features"))
+    rows = features.records(range(features.manifest.num_images))
+    splits = {shard.split for shard in shards[1:]}
+    assert {row["split"] for row in rows} == splits
+    assert len(rows) == sum(shard.num_images for shard in shards[1:])
+    assert features.manifest.num_refused == shards[0].num_images
+    found = features.features(torch.arange(len(rows)))
+    encoded = [(market / row["key"]).read_bytes() for row in rows]
+    torch.testing.assert_close(
+        found, expected_features(init.loaded, encoded), rtol=0, atol=1e-5
+    )
+    place = features.records([0])[0]["place"]
+    assert SourceImages.open(folder.uri).encoded(place) == encoded[0]
 
 
 def test_a_source_without_images_is_refused(init, tmp_path):

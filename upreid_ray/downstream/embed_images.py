@@ -3,6 +3,7 @@
 Dimensions: n images of a block, H x W pixels.
 """
 
+import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -152,11 +153,11 @@ class BlockReader:
             columns[name] = table[name].cast(pa.int64()).fill_null(NULL).to_numpy()
         return columns
 
-    def _read_all(self, records: list[dict[str, Any]]) -> list[tuple[Any, int, int, str]]:
+    def _read_all(self, records: list[dict[str, Any]]) -> list[tuple[bytes, int, int, str]]:
         with ThreadPoolExecutor(self.num_readers) as pool:
             return list(pool.map(self._read_one, records))
 
-    def _read_one(self, record: Record) -> tuple[Any, int, int, str]:
+    def _read_one(self, record: Record) -> tuple[bytes, int, int, str]:
         """Return an image as `prepare` stores it, its width and height, and what is wrong."""
         assert self.read is not None  # noqa: S101, records have it
         try:
@@ -168,13 +169,13 @@ class BlockReader:
         return image.encoded, image.picture.width, image.picture.height, ""
 
 
-def _opened(stored: pa.Scalar) -> tuple[Any, int, int, str]:
+def _opened(stored: pa.Scalar) -> tuple[bytes, int, int, str]:
     """Return an image of a shard, and its size, from its head alone."""
     if not stored.is_valid:
         return b"", 0, 0, "its shard is damaged"
-    encoded = stored.as_buffer()
+    encoded: bytes = stored.as_py()
     try:
-        with Image.open(pa.BufferReader(encoded), formats=STORED_FORMATS) as image:
+        with Image.open(io.BytesIO(encoded), formats=STORED_FORMATS) as image:
             return encoded, image.width, image.height, ""
     except (OSError, ValueError, SyntaxError) as error:
         return b"", 0, 0, first_line(error)
