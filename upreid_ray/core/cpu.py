@@ -2,7 +2,7 @@
 
 The rest of the package calls `for_cpu` where a model starts to compute on a CPU, trains with
 `ChannelsLastSGD`, and starts its workers with `KEEP_FREED_MEMORY`. Modules that are loaded,
-registered or exported stay plain torchvision modules.
+registered or exported stay plain modules of their library.
 
 Dimensions: B images, C channels, h x w pixels.
 """

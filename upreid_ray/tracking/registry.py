@@ -194,8 +194,8 @@ def load_backbone(uri: str) -> nn.Module:
     """Return the backbone of a version, such as ``models:/upreid-resnet50@champion``.
 
     Returns:
-        A torchvision ResNet in eval mode, followed by its neck if it was fine-tuned. It maps
-        images ``[B, 3, H, W]`` to features ``[B, F]``.
+        The module of torchvision or timm in eval mode, followed by its neck if it was
+        fine-tuned. It maps images ``[B, 3, H, W]`` to features ``[B, F]``.
 
     Raises:
         InputError: The version does not exist, or its files are not those of a backbone.

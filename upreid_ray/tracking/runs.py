@@ -32,7 +32,7 @@ from upreid_ray.config.section import Section
 from upreid_ray.tracking.connection import artifacts_folder, local_path, shown_uri
 
 Client = MlflowClient
-LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "numpy", "pyarrow", "pillow")
+LIBRARIES = ("torch", "torchvision", "timm", "ray", "mlflow", "numpy", "pyarrow", "pillow")
 NUM_PARAMS_A_CALL = 100
 # MLflow's page shows an experiment of this kind as training runs, not as one of GenAI.
 EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
