@@ -5,6 +5,7 @@ PyTorch, Ray and MLflow are imported where they are needed, because that takes s
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +33,6 @@ LONGEST_FILES = (
     "test_python_api.py",
     "train/test_finetune.py",
     "downstream/test_compare.py",
-    "test_paths.py",
     "downstream/test_evaluate.py",
     "data/shards/test_preparation.py",
     "cluster/test_services.py",
@@ -71,21 +71,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory, new_database: Path) -> Iter
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """Start a Ray cluster of this process, whatever else runs on the machine."""
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start a Ray cluster of this process, whatever else runs on the machine; its address."""
     import ray  # noqa: PLC0415
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        # Without its own dashboard, Ray Train asks another cluster's on the usual port, which
-        # does not know the run, takes it for dead and removes its workers.
-        include_dashboard=True,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+    from tests.ray_workers import forked_workers  # noqa: PLC0415
+
+    with forked_workers(tmp_path_factory.mktemp("workers")) as python:
+        with pytest.MonkeyPatch.context() as patch:
+            # What Ray starts its processes with.
+            patch.setattr(sys, "executable", python)
+            context = ray.init(
+                address="local",
+                num_cpus=4,
+                # Without its own dashboard, Ray Train asks another cluster's on the usual port,
+                # which does not know the run, takes it for dead and removes its workers.
+                include_dashboard=True,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                # The same for workers with environment variables of their own.
+                runtime_env={"py_executable": python},
+            )
+        yield context.address_info["address"]
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

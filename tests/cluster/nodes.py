@@ -51,6 +51,7 @@ class Nodes:
             "GLOO_SOCKET_IFNAME": self._head_host.interface,
             # No name server answers there, for which Gloo would wait six seconds.
             "RES_OPTIONS": "timeout:1 attempts:1",
+            "PYTHONUNBUFFERED": "1",  # for the logs
             **(settings or {}),
         }
         self._head = self._start(
@@ -65,13 +66,14 @@ class Nodes:
         )
 
     def __enter__(self) -> Self:
-        """Wait until the head answers."""
+        """Wait until the head has started."""
         deadline = time.monotonic() + START_SECONDS
-        while not self.is_up():
+        log = self._folder / "head.log"
+        while "Ray runtime started" not in log.read_text():
             if self._head.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
-                raise RuntimeError((self._folder / "head.log").read_text())
-            time.sleep(0.5)
+                raise RuntimeError(log.read_text())
+            time.sleep(0.2)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -119,10 +121,6 @@ class Nodes:
             check=True,
             timeout=START_SECONDS,
         )
-
-    def is_up(self) -> bool:
-        """Tell whether the head answers."""
-        return self.ask("len(ray.nodes())") is not None
 
     def ask(self, expression: str) -> str | None:
         """Return what an expression is in a driver of this cluster, None if it has no value."""

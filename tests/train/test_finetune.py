@@ -57,6 +57,7 @@ def config(folder, ancestor) -> FinetuneConfig:
             "checkpoint.every_steps": 3,
             "scaling.num_workers": 2,
             "scaling.cpus_per_worker": 0.5,
+            "scaling.threads_per_worker": 1,
             "run.name": "tiny",
             "run.storage_path": str(folder / "runs"),
         }
@@ -199,6 +200,7 @@ def test_where_nothing_can_be_clustered_eps_is_named(clustered, unlabelled):
                     "clustering.eps": 0.0001,
                     "clustering.min_samples": 30,
                     "evaluation.every_epochs": 9,
+                    "scaling.num_workers": 1,
                 }
             )
         )

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.cluster.processes import tree
 from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
@@ -55,6 +56,7 @@ TINY = PRESETS["demo"].override(
         "checkpoint.every_steps": 4,
         "scaling.num_workers": 2,
         "scaling.cpus_per_worker": 0.5,
+        "scaling.threads_per_worker": 1,
         "scaling.use_gpu": False,
         "run.name": "tiny",
     }
@@ -230,28 +232,14 @@ def test_a_run_that_is_refused_leaves_no_run_in_mlflow(finished, tiny):
     assert len(finished.client.search_runs([experiment])) == before
 
 
-# From here on the job runs in a process with a Ray of its own, parts of which are killed.
+# From here on jobs run in processes of their own: one with a Ray of its own, parts of which are
+# killed, and others on the Ray of these tests.
 
 
-def descendants(root: int) -> set[int]:
-    """Return the living descendants of a process."""
-    children: dict[int, set[int]] = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, set()).add(int(status.parent.name))
-    found, queue = set(), [root]
-    while queue:
-        members = children.get(queue.pop(), set()) - found
-        found |= members
-        queue += members
-    return found
-
-
-def train_workers(job: subprocess.Popen[str]) -> list[int]:
-    """Return the processes that train."""
+def train_workers() -> list[int]:
+    """Return the processes that train, on the Ray of a job or on that of these tests."""
     workers = []
-    for pid in descendants(job.pid):
+    for pid in tree(os.getpid()):
         with suppress(OSError):
             title = Path(f"/proc/{pid}/cmdline").read_bytes()
             workers += [pid] if title.startswith(b"ray::RayTrainWorker") else []
@@ -274,9 +262,14 @@ def newest_checkpoint(run: Path) -> int:
 
 
 class Job:
-    """A process of jobs/pretrain.py."""
+    """A process of jobs/pretrain.py.
 
-    def __init__(self, config: PretrainConfig, folder: Path, *words: str) -> None:
+    Its Ray is its own, unless it gets the address of another one.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, folder: Path, *words: str, ray_address: str = "local"
+    ) -> None:
         self.run = Path(str(config.run.storage_path), str(config.run.name))
         file = folder / f"{self.run.name}.json"
         file.write_text(config.model_dump_json())
@@ -289,7 +282,7 @@ class Job:
             self.process = subprocess.Popen(
                 [sys.executable, ROOT / "jobs/pretrain.py", *begin, *words],
                 cwd=folder,
-                env={**os.environ, "RAY_ADDRESS": "local"},
+                env={**os.environ, "RAY_ADDRESS": ray_address},
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
@@ -333,22 +326,22 @@ class Job:
 
     def end(self) -> None:
         """Kill whatever is left of the job, its Ray included."""
-        kill(descendants(self.process.pid) | {self.process.pid})
+        kill(tree(self.process.pid))
         self.process.wait()
         self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
-def hindered(finished, folder, tiny) -> SimpleNamespace:
+def hindered(finished, ray_cluster, folder, tiny) -> SimpleNamespace:
     """Kill a worker, then the job and its Ray, damage what is newest, stop it, let it end."""
     config = tiny.override({"run.name": "hindered"})
     job = Job(config, folder)
     try:
         job.wait_for(lambda: job.newest_checkpoint() > 0)
-        before = train_workers(job.process)
+        before = train_workers()
         environment = Path(f"/proc/{before[0]}/environ").read_text().split("\0")
         kill(before[:1])
-        job.wait_for(lambda: bool(set(train_workers(job.process)) - set(before)))
+        job.wait_for(lambda: bool(set(train_workers()) - set(before)))
         job.wait_for(lambda: job.newest_checkpoint() >= SECOND_CHECKPOINT)
         job.wait_for(job.is_beyond_checkpoint)
     finally:
@@ -361,7 +354,8 @@ def hindered(finished, folder, tiny) -> SimpleNamespace:
     snapshot = job.run / "checkpoint_manager_snapshot.json"
     snapshot.write_text(snapshot.read_text()[:-9])
 
-    stopped = Job(config, folder, "--resume", "hindered")
+    resume = ("--resume", "hindered")
+    stopped = Job(config, folder, *resume, ray_address=ray_cluster)
     try:
         stopped.wait_for(lambda: "if it ends early" in stopped.errors)
         time.sleep(SIGNAL_SECONDS)
@@ -374,15 +368,17 @@ def hindered(finished, folder, tiny) -> SimpleNamespace:
 
     # This time a worker gets the signal, not the job.
     logged = job.num_log_entries()
-    again = Job(config, folder, "--resume", "hindered", "--run.max_failures", "0")
+    never = ("--run.max_failures", "0")
+    again = Job(config, folder, *resume, *never, ray_address=ray_cluster)
     try:
         again.wait_for(lambda: job.num_log_entries() > logged)
-        os.kill(train_workers(again.process)[-1], signal.SIGTERM)
+        os.kill(train_workers()[-1], signal.SIGTERM)
         again.process.wait(JOB_SECONDS)
     finally:
         again.end()
 
-    resumed = Job(config, folder, "--resume", "hindered", "--run.max_failures", "1")
+    once = ("--run.max_failures", "1")
+    resumed = Job(config, folder, *resume, *once, ray_address=ray_cluster)
     try:
         result = resumed.result()
     finally:

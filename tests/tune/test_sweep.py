@@ -275,20 +275,23 @@ def test_the_winner_is_trained_again_at_full_length_and_registered(troubled):
     )
 
 
-# From here on the job runs in a process with a Ray of its own, parts of which are killed.
+# From here on the job runs in a process with a Ray of its own, parts of which are killed; it is
+# resumed on the Ray of these tests.
 
 
 class SweepJob(Job):
     """A process of jobs/sweep.py."""
 
-    def __init__(self, base: PretrainConfig, folder: Path, *words: str) -> None:
+    def __init__(
+        self, base: PretrainConfig, folder: Path, *words: str, ray_address: str = "local"
+    ) -> None:
         self.run = Path(str(base.run.storage_path), "killed")
         self._errors = folder / f"killed{len(words)}.log"
         with self._errors.open("w") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, ROOT / "jobs/sweep.py", *words],
                 cwd=folder,
-                env={**os.environ, "RAY_ADDRESS": "local"},
+                env={**os.environ, "RAY_ADDRESS": ray_address},
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
@@ -312,7 +315,7 @@ class SweepJob(Job):
 
 
 @pytest.fixture(scope="module")
-def killed(finished, base, folder) -> SimpleNamespace:
+def killed(finished, ray_cluster, base, folder) -> SimpleNamespace:
     """Kill a worker of the first trial, and all of the job in the second; resume it."""
     file = folder / "killed.json"
     file.write_text(base.model_dump_json())
@@ -324,14 +327,14 @@ def killed(finished, base, folder) -> SimpleNamespace:
     )
     try:
         job.wait_for(lambda: job.has_rung(0))
-        kill(train_workers(job.process))
+        kill(train_workers())
         job.wait_for(lambda: job.has_finished(0))
         job.wait_for(lambda: job.has_rung(1))
     finally:
         job.end()
     log = (job.run / "killed-000/metrics.jsonl").read_text()
     storage = ("--run.storage_path", str(base.run.storage_path))
-    resumed = SweepJob(base, folder, "--resume", "killed", *storage)
+    resumed = SweepJob(base, folder, "--resume", "killed", *storage, ray_address=ray_cluster)
     try:
         result = resumed.result()
         return SimpleNamespace(
