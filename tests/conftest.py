@@ -24,27 +24,6 @@ hypothesis.settings.load_profile("project")
 # other, and use up the cores meanwhile. PyTorch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Where two processes share the tests, each takes one file after the other: the longest first.
-LONGEST_FILES = (
-    "cluster/test_nodes.py",
-    "tune/test_sweep.py",
-    "train/test_pretrain.py",
-    "cluster/test_local.py",
-    "test_python_api.py",
-    "train/test_finetune.py",
-    "downstream/test_compare.py",
-    "downstream/test_evaluate.py",
-    "data/shards/test_preparation.py",
-    "cluster/test_services.py",
-    "tracking/test_tracking.py",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first; the order within a file stays."""
-    place = {Path(__file__).parent / file: i for i, file in enumerate(LONGEST_FILES)}
-    items.sort(key=lambda item: place.get(item.path, len(place)))
-
 
 @pytest.fixture(scope="session")
 def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
