@@ -234,8 +234,8 @@ MUTANTS = [
     ),
     Mutant(
         "tracking/registry.py",
-        'same_set = new.tags.get("evaluation") == champion.tags.get("evaluation")',
-        "same_set = True",
+        'if new.tags.get("evaluation") != champion.tags.get("evaluation"):',
+        'if new.tags.get("evaluation") is None:',
         (
             "tracking/test_tracking.py"
             "::test_the_champion_changes_only_for_a_better_score_on_the_same_set",
