@@ -13,7 +13,7 @@ PEERS := kornia==0.9.0 kornia-rs==0.2.0 lightly==1.6.0 lightly-utils==0.0.2 \
 CONSUMERS := torchreid==0.2.5 fastreid==1.4.0 absl-py==2.5.1 beautifulsoup4==4.15.0 \
   gdown==6.5.1 h5py==3.16.0 opencv-python-headless==5.0.0.93 soupsieve==4.1.3 tabulate==0.10.0 \
   tensorboard==2.21.0 termcolor==3.3.0 yacs==0.1.8
-# The allocator settings of workers on CPUs, as in upreid_ray/core/cpu.py; a test compares them.
+# The allocator settings of workers on CPUs, as in upreid_ray/core/memory.py; a test compares them.
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
 # Two processes share the tests without Ray, a file at a time; JOBS=1 runs one after the other. Where
 # several Rays run on a machine, Ray Train does not know which one to ask whether a run is alive.

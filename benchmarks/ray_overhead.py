@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
-from upreid_ray.core.cpu import KEEP_FREED_MEMORY
+from upreid_ray.core.memory import KEEP_FREED_MEMORY
 from upreid_ray.core.training import TrainState, train, train_step
 from upreid_ray.data.shards.images import ImageRules
 from upreid_ray.data.shards.preparation import write_shards

@@ -67,10 +67,10 @@ def main() -> dict[str, Any]:
     if arguments.resume is not None:
         common = common.override({"run.name": arguments.resume})
     config = CompareConfig.parse({**own, "finetune": common})
+    connect_to_ray()
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.compare import compare  # noqa: PLC0415
 
-    connect_to_ray()
     result = compare(config, resume=arguments.resume is not None)
     Console(stderr=True).print(result.table())
     return asdict(result)

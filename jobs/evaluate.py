@@ -29,10 +29,10 @@ def main() -> dict[str, Any]:
     add_settings(parser, EvaluateConfig)
     arguments = parser.parse(sys.argv[1:])
     config = override(EvaluateConfig(), arguments)
+    connect_to_ray()
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.evaluate import evaluate  # noqa: PLC0415
 
-    connect_to_ray()
     result = evaluate(config)
     Console(stderr=True).print(_table(result.init, result.scores))
     return asdict(result)

@@ -43,10 +43,10 @@ def main() -> dict[str, Any]:
     config = override(preset, arguments)
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})
+    connect_to_ray()
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.train.finetune import finetune  # noqa: PLC0415
 
-    connect_to_ray()
     return asdict(finetune(config, resume=arguments.resume is not None))
 
 

@@ -36,10 +36,10 @@ def main() -> dict[str, Any]:
     config = read_pretrain_settings(arguments, resumed)
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})
+    connect_to_ray()
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.train.pretrain import fit  # noqa: PLC0415
 
-    connect_to_ray()
     return asdict(fit(config, resume=arguments.resume is not None))
 
 

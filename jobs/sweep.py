@@ -43,12 +43,12 @@ def main() -> dict[str, Any]:
     arguments = _parser().parse(sys.argv[1:])
     plan = None if arguments.resume is not None else _plan(arguments)
     run = _run(arguments)
+    connect_to_ray(show_workers=False)
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.train.folder import RunFolder  # noqa: PLC0415
     from upreid_ray.tune import sweep  # noqa: PLC0415
 
     folder = RunFolder.of(run, "sweep")
-    connect_to_ray(show_workers=False)
     return asdict(sweep.resume(folder) if plan is None else sweep.start(plan, folder))
 
 

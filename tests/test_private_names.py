@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
+from upreid_ray.command_line import QUIET_LIBRARIES
 from upreid_ray.train.folder import SNAPSHOT_FILE
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +116,20 @@ def test_ray_train_keeps_its_list_of_checkpoints_in_the_file_that_is_looked_at()
         "Ray Train has renamed its list of checkpoints, so that a run whose list was torn by a "
         f"crash can no longer be resumed: rename {SNAPSHOT_FILE} in train/folder.py too"
     )
+
+
+def test_ray_and_mlflow_read_the_variables_that_keep_them_quiet():
+    sources = "".join(
+        inspect.getsource(importlib.import_module(module))
+        for module in (
+            "ray._private.ray_constants",
+            "ray._private.worker",
+            "ray._common.usage.usage_constants",
+            "mlflow.environment_variables",
+        )
+    )
+
+    assert [name for name in QUIET_LIBRARIES if f'"{name}"' not in sources] == []
 
 
 @pytest.mark.parametrize(

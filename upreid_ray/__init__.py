@@ -53,9 +53,9 @@ def pretrain(config: "PretrainConfig", *, resume: bool = False) -> "TrainResult"
         InputError: A setting cannot be used; nothing was started.
         RunFailed: The run cannot go on; the message says what to do.
     """
+    _connect()
     from upreid_ray.train.pretrain import fit  # noqa: PLC0415
 
-    _connect()
     return fit(config, resume=resume)
 
 
@@ -71,9 +71,9 @@ def finetune(config: "DownstreamConfig", *, resume: bool = False) -> "TrainResul
         InputError: A setting cannot be used; nothing was started.
         RunFailed: The run cannot go on; the message says what to do.
     """
+    _connect()
     from upreid_ray.train import finetune as downstream  # noqa: PLC0415
 
-    _connect()
     return downstream.finetune(config, resume=resume)
 
 
@@ -86,9 +86,9 @@ def evaluate(config: "EvaluateConfig") -> "EvaluateResult":
     Raises:
         InputError: A setting cannot be used; nothing was started.
     """
+    _connect()
     from upreid_ray.downstream import evaluate as downstream  # noqa: PLC0415
 
-    _connect()
     return downstream.evaluate(config)
 
 
@@ -118,8 +118,9 @@ def embed(
 
 def _connect() -> None:
     """Connect to Ray, and show the progress of runs unless the process shows logs already."""
-    from upreid_ray.command_line import connect_to_ray  # noqa: PLC0415
+    from upreid_ray.command_line import connect_to_ray, quiet_libraries  # noqa: PLC0415
 
+    quiet_libraries()
     logger = logging.getLogger("upreid_ray")
     if not logger.hasHandlers():
         logger.addHandler(logging.StreamHandler())

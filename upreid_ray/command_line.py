@@ -12,16 +12,38 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, metadata
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from upreid_ray.config.downstream import DownstreamConfig
 from upreid_ray.config.errors import InputError, RunFailed, RunStopped
-from upreid_ray.config.presets import AUGMENTATIONS, METHOD_PRESETS, PRESETS
+from upreid_ray.config.presets import (
+    AUGMENTATIONS,
+    METHOD_PRESETS,
+    PRESETS,
+    has_preset_shapes,
+)
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.run import JobConfig
 from upreid_ray.config.section import RANDOM, Section, absolute, value_form
 
 logger = logging.getLogger("upreid_ray")
+
+# Settings of Ray and MLflow that leave the lines of workers as they are, hide lines that their
+# users can do nothing about, and send nothing to the libraries' authors. The libraries read
+# them when they are imported. Those that the user has set take precedence.
+QUIET_LIBRARIES = {
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "|".join(
+        [
+            "Progress bars disabled",
+            "Dataset \\S+ execution finished",
+            "has constructor arguments in the object store",
+        ]
+    ),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -274,6 +296,9 @@ def read_pretrain_settings(
     if arguments.augmentation is not None:
         config = config.override({"augmentation": AUGMENTATIONS[arguments.augmentation]})
     config = override(config, arguments)
+    has_own_optimizer = any(path.startswith("optimizer.") for path in vars(arguments))
+    if has_preset_shapes(config) and not has_own_optimizer:
+        return config
     # Imported late: it brings PyTorch, which --help and other mistakes should not cost.
     from upreid_ray.core.backbone import check_settings, choose_optimizer  # noqa: PLC0415
 
@@ -297,7 +322,8 @@ def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
     a run that was asked to stop and can be continued. Progress and logs go to standard error;
     the JSON line is the last line of standard output.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    quiet_libraries()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[StderrHandler()])
     for library in ("alembic", "mlflow", "ray"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
@@ -318,6 +344,21 @@ def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
     sys.exit(0)
 
 
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """A handler that writes to what is standard error at that moment, such as a live line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def quiet_libraries() -> None:
+    """Set the environment variables that keep Ray and MLflow quiet once imported."""
+    for name, value in QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+
+
 def connect_to_ray(*, show_workers: bool = True) -> None:
     """Connect to the Ray cluster of ``RAY_ADDRESS``, or start a local one for this process.
 
@@ -327,14 +368,24 @@ def connect_to_ray(*, show_workers: bool = True) -> None:
     Args:
         show_workers: Whether to show the logs of workers.
     """
-    import ray  # noqa: PLC0415, takes a second, which --help should not cost
-
-    if ray.is_initialized():
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return
+    # Imported late: it takes a part of a second, which --help should not cost.
+    from upreid_ray.train.display import stage  # noqa: PLC0415
+
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    with stage("starting Ray" if address == "local" else "connecting to Ray"):
+        _connect(address, show_workers=show_workers)
+
+
+def _connect(address: str, *, show_workers: bool) -> None:
+    """Connect to a cluster, or start a local one."""
+    # Importing Ray Data configures its loggers, which are made quieter below.
+    import ray.data  # noqa: PLC0415, see `connect_to_ray`
+
     # These loggers warn of the token of a local cluster and of disabled progress bars.
     for talkative in ("ray._private.authentication", "ray.data._internal.progress"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
-    address = os.environ.get("RAY_ADDRESS") or "local"
     environment = {}
     if address == "local":
         # Ray hands this path to a shell as it is, where a blank would end it: every worker

@@ -12,7 +12,8 @@ from torch.testing import assert_close
 
 from tests.core.tiny import tiny
 from upreid_ray.config.errors import InputError
-from upreid_ray.core.backbone import Description, build_backbone
+from upreid_ray.config.presets import PRESETS, has_preset_shapes
+from upreid_ray.core.backbone import Description, build_backbone, check_settings
 from upreid_ray.core.model import UPReID
 from upreid_ray.core.weight_files import read_backbone
 
@@ -28,6 +29,21 @@ class Intruder:
 
     def __reduce__(self):
         return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_shapes_of_a_preset_fit_and_are_known_without_a_look(name):
+    check_settings(PRESETS[name])
+
+    assert has_preset_shapes(PRESETS[name])
+    assert has_preset_shapes(PRESETS[name].override({"loss.intrinsic_weight": 0.0}))
+
+
+@pytest.mark.parametrize(
+    "other", [{"model.backbone": "resnet101"}, {"data.height": 96}, {"patches.rows": 2}]
+)
+def test_other_shapes_are_looked_at(other):
+    assert not has_preset_shapes(PRESETS["demo"].override(other))
 
 
 @pytest.fixture(scope="module")

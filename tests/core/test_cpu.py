@@ -11,7 +11,8 @@ from torch.optim import SGD
 from torch.testing import assert_close
 
 from tests.core.tiny import fresh_state
-from upreid_ray.core.cpu import KEEP_FREED_MEMORY, ChannelsLastSGD, TrimmedConv2d, for_cpu
+from upreid_ray.core.cpu import ChannelsLastSGD, TrimmedConv2d, for_cpu
+from upreid_ray.core.memory import KEEP_FREED_MEMORY
 
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 SHAPES = [(8, 4, 3, 3), (8, 4, 1, 1), (8, 5), (8,)]

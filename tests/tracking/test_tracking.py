@@ -149,6 +149,18 @@ def test_a_picture_arrives_as_an_artifact(client, run_id, store, tmp_path):
         assert (image.size, image.getpixel((0, 0))) == ((4, 8), (1, 2, 3))
 
 
+def test_one_process_delivers_what_another_one_logs_meanwhile(client, run_id, store, tmp_path):
+    deliverer = RunLog(run_id, store, tmp_path)
+    run_log = RunLog(run_id, NOWHERE, tmp_path, delivers=False)
+    for step in range(3):
+        run_log.metrics(step, {"train/loss": 10.0 - step})
+    run_log.close(0)
+
+    deliverer.close(DELIVERY_SECONDS)
+
+    assert history(client, run_id, "train/loss") == values(range(3))
+
+
 def test_what_one_process_could_not_deliver_the_next_one_does(client, run_id, store, tmp_path):
     log(run_id, store, tmp_path, range(3), wait=DELIVERY_SECONDS)
     log(run_id, NOWHERE, tmp_path, range(3, 6), wait=0)

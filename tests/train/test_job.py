@@ -18,7 +18,7 @@ from upreid_ray.config.errors import RunFailed
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.run import JobConfig
 from upreid_ray.core.checkpoint import BestBackbone, save_checkpoint
-from upreid_ray.core.cpu import KEEP_FREED_MEMORY
+from upreid_ray.core.memory import KEEP_FREED_MEMORY
 from upreid_ray.tracking import connection, run_log, runs
 from upreid_ray.train.folder import RUN_FILE, SNAPSHOT_FILE, STOP_FILE, RunFolder
 from upreid_ray.train.initialization import resolve

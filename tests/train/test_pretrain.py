@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from tests.cluster.processes import tree
 from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
-from upreid_ray.core.cpu import KEEP_FREED_MEMORY
+from upreid_ray.core.memory import KEEP_FREED_MEMORY
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking import connection, registry, runs
@@ -430,10 +431,31 @@ def test_the_last_line_of_the_job_says_what_came_of_it(hindered):
 
 
 @pytest.mark.parametrize(
-    "said", ["PreemptionWatcher", "Reporting training result", "Starting execution of Dataset"]
+    "said",
+    [
+        "PreemptionWatcher",
+        "Reporting training result",
+        "Starting execution of Dataset",
+    ],
 )
 def test_a_job_leaves_out_what_ray_says_of_itself(hindered, said):
     assert not any(said in errors for errors in hindered.errors)
+
+
+@pytest.mark.parametrize(
+    "said", ["execution finished", "Progress bars disabled", "pid=", "\r", "\x1b["]
+)
+def test_a_log_is_plain(hindered, said):
+    assert said not in hindered.errors[1]  # of the job that no fault hindered
+
+
+def test_a_log_tells_what_the_job_waits_for(hindered):
+    lines = hindered.errors[0].splitlines()
+
+    told = ["starting Ray", "starting 2 workers", "scoring the untrained backbone"]
+    told += ["waiting for the first images"]
+    assert [line for line in lines if line in told][: len(told)] == told
+    assert re.search(r"^step 3/21  loss .* left$", hindered.errors[0], re.MULTILINE)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(hindered):

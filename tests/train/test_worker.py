@@ -35,6 +35,30 @@ def test_a_worker_imports_nothing_that_only_the_driver_needs(name):
     assert done.stdout == "\n"
 
 
+def test_processes_that_do_not_compute_do_not_import_torch():
+    modules = [
+        "upreid_ray.data.stream.training",  # in tasks that decode
+        "upreid_ray.data.stream.persons",
+        "upreid_ray.train.process_group",  # in Ray Train's controller
+        "upreid_ray.tune.trial_record",
+        "upreid_ray.train.pretrain",  # starts a run
+        "upreid_ray.tune.trial",
+        "upreid_ray.tune.sweep",
+    ]
+    code = "\n".join(
+        f"import {module}\nif 'torch' in sys.modules: print('{module}')" for module in modules
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}"],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+
+    assert done.stdout == ""
+
+
 @pytest.mark.parametrize(
     ("step", "expected"),
     [

@@ -131,3 +131,26 @@ METHOD_PRESETS: dict[str, Mapping[str, DownstreamConfig]] = {
     "supervised": FINETUNE_PRESETS,
     "cluster-contrast": CLUSTER_CONTRAST_PRESETS,
 }
+
+
+def has_preset_shapes(config: PretrainConfig) -> bool:
+    """Return whether backbone, images and patches have the shapes of a preset.
+
+    These fit each other, as tests check, so that a run of them need not import torch to check
+    that.
+    """
+
+    def shapes(of: PretrainConfig) -> tuple[object, ...]:
+        model, data, patches = of.model, of.data, of.patches
+        frozen = (model.drop_path, model.freeze_patch_projection)
+        return (
+            model.backbone,
+            *frozen,
+            *(data.height, data.width, patches.rows, patches.columns),
+        )
+
+    return any(
+        shapes(config) == shapes(preset)
+        for preset in PRESETS.values()
+        if preset.loss.needs_patches
+    )

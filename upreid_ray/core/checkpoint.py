@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.core.backbone import Description
+from upreid_ray.core.outcome import POSITION_FILE, Outcome
 from upreid_ray.core.training import State
 from upreid_ray.core.weight_files import check_finite, not_finite, read_backbone
 
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.pt"
 BEST_FILE = "best_backbone.safetensors"
-POSITION_FILE = "state.json"
 HASHES_FILE = "sha256.json"
 WEIGHTS_FILE = "backbone.safetensors"
 NECK_FILE = "neck.safetensors"
@@ -77,32 +77,22 @@ class BestBackbone:
         self.weights, self.step, self.scores = weights, state.step, scores
 
 
-class Position(BaseModel):
+class Position(Outcome):
     """Everything in a checkpoint that is not a tensor (``state.json``).
 
     Attributes:
         step: Number of steps taken.
         num_skipped: How many of the latest steps in a row were skipped.
         best_step: Number of steps after which the best backbone was kept.
-        best_scores: Scores of the best backbone, 0..1 by name.
-        scores_untrained: Scores of the backbone before training.
-        num_queries_without_match: Query images that the scores leave out.
         undecodable: Images of this epoch that do not decode so far, by shard.
-        images_per_second: Mean speed of training so far.
         description: Description of the best backbone.
         config: Settings of the run.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     step: int
     num_skipped: int = 0  # Older checkpoints do not have it.
     best_step: int
-    best_scores: dict[str, float]
-    scores_untrained: dict[str, float]
-    num_queries_without_match: int = 0  # Older checkpoints have neither.
-    undecodable: dict[str, int] = {}
-    images_per_second: float
+    undecodable: dict[str, int] = Field(default_factory=dict)  # Older ones have none.
     description: Description
     config: dict[str, Any]
 

@@ -1,8 +1,8 @@
 """What makes training and scoring faster on CPUs; no result depends on it.
 
 The rest of the package calls `for_cpu` where a model starts to compute on a CPU, trains with
-`ChannelsLastSGD`, and starts its workers with `KEEP_FREED_MEMORY`. Modules that are loaded,
-registered or exported stay plain modules of their library.
+`ChannelsLastSGD`. Modules that are loaded, registered or exported stay plain modules of their
+library.
 
 Dimensions: B images, C channels, h x w pixels.
 """
@@ -13,16 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
-
-# Environment variables with which the C library of Linux keeps what a step frees for the next
-# one. By default it returns large blocks to the kernel, which zeroes each page before it hands
-# it out again: a sixth of the time of a step on two cores. One arena, because all others return
-# what is larger than 64 MiB nevertheless. The Makefile sets the same for the benchmarks.
-KEEP_FREED_MEMORY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),  # bytes
-}
 
 # A convolution whose output has at most this many positions is no faster than a few products
 # of matrices. OneDNN's bf16 kernels take up to twice as long for small maps, and their weight

@@ -4,6 +4,7 @@ Dimensions: N images, Q query images, G gallery images, F features.
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -39,6 +40,8 @@ from upreid_ray.page import PageFigure, PageSection, render_page
 from upreid_ray.tracking import connection, runs
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.initialization import Initialization, requested
+
+logger = logging.getLogger(__name__)
 
 SCORES_FILE = "scores.json"
 PAGE_FILE = "rankings.html"
@@ -241,6 +244,7 @@ def compute_features(
         )
     )
     dataset.context.enable_progress_bars = False
+    logger.info("computing the features of %d blocks of images", images.num_blocks)
     blocks, seconds = _collect(dataset.iter_batches(batch_size=None), images.num_blocks)
     columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     num_images = len(columns["pid"])

@@ -9,16 +9,15 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlflow.artifacts
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from torch import nn
 
 from upreid_ray.config.errors import InputError, first_line
-from upreid_ray.core.checkpoint import read_exported
 from upreid_ray.tracking.connection import connect, shown_uri
 from upreid_ray.tracking.runs import (
     EVALUATION_DATASET,
@@ -26,6 +25,9 @@ from upreid_ray.tracking.runs import (
     check_not_deleted,
     ignore_existing,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +192,7 @@ def link_descendant(client: MlflowClient, *, ancestor: str, descendant: str) -> 
         client.set_model_version_tag(match["name"], match["version"], key, descendant)
 
 
-def load_backbone(uri: str) -> nn.Module:
+def load_backbone(uri: str) -> "nn.Module":
     """Return the backbone of a version, such as ``models:/upreid-resnet50@champion``.
 
     Returns:
@@ -200,6 +202,9 @@ def load_backbone(uri: str) -> nn.Module:
     Raises:
         InputError: The version does not exist, or its files are not those of a backbone.
     """
+    # Imported late: torch, which takes seconds, is needed here only.
+    from upreid_ray.core.checkpoint import read_exported  # noqa: PLC0415
+
     client = connect()
     folder = download(client, find_version(client, uri))
     description, weights, neck = read_exported(folder)

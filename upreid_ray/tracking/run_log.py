@@ -1,7 +1,8 @@
 """Metrics and files of a run that wait on disk until MLflow has them.
 
-Workers import this module, but only rank 0 logs: MLflow, which takes seconds to import, is
-imported in the thread that delivers.
+Workers import this module, but only rank 0 logs, and the process that started the run delivers
+where it sees the folder: MLflow, which takes seconds to import, is imported in the thread that
+delivers.
 """
 
 import json
@@ -33,9 +34,10 @@ class RunLog:
         run_id: ID of the MLflow run.
         uri: URI of the tracking server.
         folder: Local folder for what is not delivered yet.
+        delivers: Whether this process delivers, or another one that sees the folder.
     """
 
-    def __init__(self, run_id: str, uri: str, folder: Path) -> None:
+    def __init__(self, run_id: str, uri: str, folder: Path, *, delivers: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._run_id = run_id
         self._uri = uri
@@ -45,8 +47,10 @@ class RunLog:
         self._wake = threading.Condition()
         self._closing = False
         self._newest = self._recover()
-        self._thread = threading.Thread(target=self._deliver, daemon=True, name="mlflow")
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if delivers:
+            self._thread = threading.Thread(target=self._deliver, daemon=True, name="mlflow")
+            self._thread.start()
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Log the values of a step under names of the form ``section/name``.
@@ -67,7 +71,9 @@ class RunLog:
         self._append({"file": name})
 
     def close(self, timeout_seconds: float) -> None:
-        """Wait until everything is delivered, or until the timeout has passed."""
+        """Wait until all is delivered, if this process delivers, or the timeout has passed."""
+        if self._thread is None:
+            return
         with self._wake:
             self._closing = True
             self._wake.notify()

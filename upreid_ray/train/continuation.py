@@ -9,7 +9,8 @@ from ray.train import Checkpoint
 
 from upreid_ray.config.errors import InputError, RunFailed, first_line
 from upreid_ray.config.pretrain import PretrainConfig
-from upreid_ray.core.checkpoint import POSITION_FILE, load_tensors, read_position
+from upreid_ray.core.checkpoint import load_tensors, read_position
+from upreid_ray.core.outcome import POSITION_FILE
 from upreid_ray.core.training import TrainState
 from upreid_ray.storage import Location, reading
 from upreid_ray.train.folder import CHECKPOINT

@@ -59,6 +59,11 @@ class Evaluation:
         self.scores_untrained: dict[str, float] = {}
         self.num_queries_without_match = 0
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether there are images to score."""
+        return self._images is not None
+
     def score(self) -> dict[str, float]:
         """Return the scores by name at rank 0; an empty dictionary elsewhere.
 

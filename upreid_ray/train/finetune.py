@@ -4,22 +4,19 @@ This module runs on the driver; what the workers run is in `finetune_worker`.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 from upreid_ray.config.downstream import ClusterContrastConfig, DownstreamConfig, FinetuneConfig
-from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.data.shards.requested import labelled_shards
 from upreid_ray.data.stream.persons import ClusterImages, PersonImages
 from upreid_ray.tracking import registry
-from upreid_ray.train.finetune_worker import cluster_contrast_worker, finetune_worker
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.initialization import requested
 from upreid_ray.train.job import Task, TrainJob, TrainResult
 
 # The class of the settings decides the method.
-WORKERS: dict[type[DownstreamConfig], Callable[..., RunFailed | InputError | None]] = {
-    FinetuneConfig: finetune_worker,
-    ClusterContrastConfig: cluster_contrast_worker,
+WORKERS: dict[type[DownstreamConfig], str] = {
+    FinetuneConfig: "upreid_ray.train.finetune_worker:finetune_worker",
+    ClusterContrastConfig: "upreid_ray.train.finetune_worker:cluster_contrast_worker",
 }
 IMAGES: dict[type[DownstreamConfig], Callable[..., PersonImages | ClusterImages]] = {
     FinetuneConfig: PersonImages,
@@ -54,7 +51,8 @@ def finetune(
     shards = labelled_shards(config.data, folder.storage, scored=False)
     size = {"height": init.description.height, "width": init.description.width}
     task = Task(
-        worker=partial(WORKERS[type(config)], init=init),
+        worker=WORKERS[type(config)],
+        arguments={"init": init},
         shards=shards,
         images=IMAGES[type(config)](shards, config, **size),
         model_name=config.run.register_as or f"upreid-{backbone.replace('/', '-')}-finetuned",

@@ -42,7 +42,8 @@ from upreid_ray.data.stream.persons import (
 from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS, read_stream, stream_blocks
 from upreid_ray.train.evaluation import decoded_features
 from upreid_ray.train.initialization import Initialization
-from upreid_ray.train.worker import Worker, WorkerSettings, logger, prepare_process
+from upreid_ray.train.worker import Worker, logger, prepare_process
+from upreid_ray.train.worker_settings import WorkerSettings
 
 
 def finetune_worker(

@@ -9,13 +9,14 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Self
 
+import ray
 from ray import cloudpickle
 from ray.train import (
     Checkpoint,
@@ -29,29 +30,25 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train import ScalingConfig as RayScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from upreid_ray.config.downstream import DownstreamConfig
 from upreid_ray.config.errors import InputError, RunFailed, first_line
 from upreid_ray.config.pretrain import PretrainConfig
-from upreid_ray.core.checkpoint import export_backbone, read_position
-from upreid_ray.core.cpu import KEEP_FREED_MEMORY
+from upreid_ray.core.memory import KEEP_FREED_MEMORY
+from upreid_ray.core.outcome import read_outcome
 from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.persons import ClusterImages, PersonImages
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking import connection, registry, run_log, runs
-from upreid_ray.tracking.model import write_model
-from upreid_ray.tracking.model_card import model_card
+from upreid_ray.train.display import training_line
 from upreid_ray.train.folder import RESULT_FILE, STOP_FILE, RunFolder
-from upreid_ray.train.resources import check_resources, worker_needs
-from upreid_ray.train.stop_signal import ListeningTorchConfig
-from upreid_ray.train.worker import DELIVERY_SECONDS, WorkerSettings
+from upreid_ray.train.process_group import ProcessGroupConfig
+from upreid_ray.train.resources import check_resources, living_nodes, worker_needs
+from upreid_ray.train.worker_settings import DELIVERY_SECONDS, WorkerSettings
 
 logger = logging.getLogger(__name__)
-
-# Called by every worker with its settings; the driver raises what it returns.
-WorkerFunction = Callable[[WorkerSettings[Any]], RunFailed | InputError | None]
 
 # Settings that may change when a run is resumed: they change its weights by rounding at most.
 FREE_SETTINGS = (
@@ -91,17 +88,20 @@ class Task:
     """What a run trains, and under which name it is registered.
 
     Attributes:
-        worker: Function that every worker calls with its settings.
+        worker: Function that every worker calls with its settings, ``module:function``. It is
+            imported in the workers only, since it imports torch.
         shards: Training shards.
         images: The training images in these shards.
         model_name: Name of the registered model.
+        arguments: Further arguments of the function, by name.
         lineage: Tags of the run and of the version, in addition to those of every run.
     """
 
-    worker: WorkerFunction
+    worker: str
     shards: ShardSet
     images: TrainingImages | PersonImages | ClusterImages
     model_name: str
+    arguments: Mapping[str, object] = field(default_factory=dict)
     lineage: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -176,10 +176,14 @@ class TrainJob:
             run_id=run_id,
             tracking_uri=connection.tracking_uri(),
             folder=folder,
+            delivering_node=_own_node() if len(living_nodes()) == 1 else None,
         )
+        least, most = self.config.scaling.bounds
+        number = f"{most}" if least == most else f"{least} to {most}"
+        starting = f"starting {number} worker{'s' if most > 1 else ''}"
         with runs.running(self.client, run_id), _stopped_by_sigterm(folder):
-            checkpoint = self._train(task.worker, settings, callbacks)
-            deliver_metrics(folder, run_id)
+            with _delivering_metrics(settings), training_line(starting):
+                checkpoint = self._train(task, settings, callbacks)
             result = self._register(checkpoint, run_id, task.model_name, tags)
         folder.write(RESULT_FILE, json.dumps(asdict(result), indent=1))
         return result
@@ -231,7 +235,7 @@ class TrainJob:
 
     def _train(
         self,
-        worker: WorkerFunction,
+        task: Task,
         settings: WorkerSettings[Any],
         callbacks: Sequence[UserCallback],
     ) -> Checkpoint:
@@ -241,7 +245,7 @@ class TrainJob:
             RunFailed: The storage failed.
         """
         try:
-            return _run_workers(worker, settings, callbacks)
+            return _run_workers(task, settings, callbacks)
         except TrainingFailedError as error:
             cause = first_cause(error)
             # Ray Tune retries a trial only if it raises Ray Train's error.
@@ -257,7 +261,7 @@ class TrainJob:
     ) -> TrainResult:
         """Register the best backbone of the last checkpoint, unless this run is a trial."""
         with checkpoint.as_directory() as directory:
-            position = read_position(Path(directory))
+            outcome = read_outcome(Path(directory))
             model_uri = None
             if self.parent_run_id is None:
                 model_uri = register(
@@ -267,12 +271,32 @@ class TrainJob:
             run_id=run_id,
             model_uri=model_uri,
             checkpoint=f"{self.folder.uri}/{Path(checkpoint.path).name}",
-            scores=position.best_scores,
-            scores_untrained=position.scores_untrained,
-            images_per_second=position.images_per_second,
+            scores=outcome.best_scores,
+            scores_untrained=outcome.scores_untrained,
+            images_per_second=outcome.images_per_second,
             result_dir=self.folder.uri,
-            num_queries_without_match=position.num_queries_without_match,
+            num_queries_without_match=outcome.num_queries_without_match,
         )
+
+
+def _own_node() -> str:
+    """Return the ID of the node on which this process runs."""
+    node: str = ray.get_runtime_context().get_node_id()
+    return node
+
+
+@contextmanager
+def _delivering_metrics(settings: WorkerSettings[Any]) -> Iterator[None]:
+    """Deliver the metrics of workers on this node to MLflow as they come, others at the end."""
+    if settings.delivering_node is None:
+        yield
+        deliver_metrics(settings.folder, settings.run_id)
+        return
+    log = run_log.RunLog(settings.run_id, settings.tracking_uri, settings.folder.local_path())
+    try:
+        yield
+    finally:
+        log.close(DELIVERY_SECONDS)
 
 
 def deliver_metrics(folder: RunFolder, run_id: str) -> None:
@@ -320,7 +344,7 @@ def evaluation_shards(chosen: str | None, shards: ShardSet) -> ShardSet | None:
 
 
 def _run_workers(
-    worker: WorkerFunction, settings: WorkerSettings[Any], callbacks: Sequence[UserCallback]
+    task: Task, settings: WorkerSettings[Any], callbacks: Sequence[UserCallback]
 ) -> Checkpoint:
     """Train with Ray Train to the end; return the last checkpoint."""
     config, folder = settings.config, settings.folder
@@ -329,14 +353,17 @@ def _run_workers(
         # Ray counts a node that was just lost, waits a minute for it, and then counts anew.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
     # Ray's controller unpickles the function too, and must not import what only workers need.
-    packed = cloudpickle.dumps(partial(worker, settings))
+    packed = cloudpickle.dumps((settings, dict(task.arguments)))
+    name = task.worker
 
     def call_worker() -> RunFailed | InputError | None:
-        return cloudpickle.loads(packed)()
+        settings, arguments = cloudpickle.loads(packed)
+        failure: RunFailed | InputError | None = resolve_name(name)(settings, **arguments)
+        return failure
 
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         call_worker,
-        torch_config=ListeningTorchConfig(),
+        backend_config=ProcessGroupConfig(use_gpu=config.scaling.use_gpu),
         scaling_config=RayScalingConfig(
             num_workers=least if least == most else (least, most),
             elastic_resize_monitor_interval_s=config.scaling.resize_seconds,
@@ -390,6 +417,11 @@ def register(
     Raises:
         RunFailed: The checkpoint has no best backbone that is finite.
     """
+    # Imported late: torch, which takes seconds, is needed here at the end only.
+    from upreid_ray.core.checkpoint import export_backbone, read_position  # noqa: PLC0415
+    from upreid_ray.tracking.model import write_model  # noqa: PLC0415
+    from upreid_ray.tracking.model_card import model_card  # noqa: PLC0415
+
     position = read_position(checkpoint)
     scores = {
         f"{registry.SCORE}{score}": str(value) for score, value in position.best_scores.items()

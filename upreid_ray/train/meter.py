@@ -44,16 +44,20 @@ class Meter:
         terms: Names of the loss and its terms at the last reading.
         skipped_steps: Steps of the last reading that had no finite gradient.
         most_skipped: The most of such steps in a row, up to a step of the last reading.
+        seconds_per_step: Seconds that a step took in the last reading. The first step of all,
+            which waits for the stream, counts only if there is no other one, without that wait.
     """
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
         self._reports: list[StepReport] = []
         self._window_started = 0.0
+        self._first_step_seconds = 0.0
         self._windows: list[tuple[int, float]] = []
         self.terms: tuple[str, ...] = ()
         self.skipped_steps: list[int] = []
         self.most_skipped = 0
+        self.seconds_per_step = 0.0
 
     def start(self) -> None:
         """Begin to measure time."""
@@ -61,6 +65,8 @@ class Meter:
 
     def add(self, report: StepReport) -> None:
         """Add the report of one step."""
+        if not self._windows and not self._reports:
+            self._first_step_seconds = time.perf_counter() - self._window_started
         self._reports.append(report)
 
     @contextmanager
@@ -87,6 +93,7 @@ class Meter:
         self.skipped_steps = [r.step for r, n in zip(reports, in_a_row, strict=True) if n > 0]
         self.most_skipped = max(in_a_row)
         seconds = time.perf_counter() - self._window_started
+        self.seconds_per_step = self._steady_seconds(reports, seconds) / len(reports)
         self._windows.append((len(reports) * self._batch_size, seconds))
         self.start()
         return {
@@ -95,6 +102,15 @@ class Meter:
             "train/skipped_steps": float(len(self.skipped_steps)),
             "train/data_wait": sum(report.data_seconds for report in reports) / seconds,
         }
+
+    def _steady_seconds(self, reports: list[StepReport], seconds: float) -> float:
+        """Return how long these steps would have taken if the stream had been running."""
+        if self._windows:
+            return seconds
+        if len(reports) == 1:
+            return seconds - reports[0].data_seconds
+        others = len(reports) - 1
+        return (seconds - self._first_step_seconds) * len(reports) / others
 
     @property
     def mean_images_per_second(self) -> float:

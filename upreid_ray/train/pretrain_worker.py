@@ -18,7 +18,8 @@ from upreid_ray.core.training import StepDraw, StepReport, TrainState, train, tr
 from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS, read_stream, stream_blocks
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.train.continuation import begin_from
-from upreid_ray.train.worker import Worker, WorkerSettings, prepare_process
+from upreid_ray.train.worker import Worker, prepare_process
+from upreid_ray.train.worker_settings import WorkerSettings
 
 
 def pretrain_worker(

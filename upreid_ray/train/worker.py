@@ -11,9 +11,9 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 
 import pyarrow as pa
 import ray.train
@@ -33,7 +33,6 @@ from upreid_ray.core.checkpoint import (
     save_checkpoint,
 )
 from upreid_ray.core.training import State, StepReport
-from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.damage import check_undecodable, count_undecodable
 from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.persons import ClusterImages, PersonImages
@@ -41,36 +40,11 @@ from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking.run_log import RunLog
 from upreid_ray.train import stop_signal
 from upreid_ray.train.evaluation import Evaluation
-from upreid_ray.train.folder import CHECKPOINT, NOT_FINITE_FILE, STOP_FILE, RunFolder
+from upreid_ray.train.folder import CHECKPOINT, NOT_FINITE_FILE, STOP_FILE
 from upreid_ray.train.meter import Gauges, Meter
+from upreid_ray.train.worker_settings import DELIVERY_SECONDS, WorkerSettings
 
 logger = logging.getLogger(__name__)
-
-DELIVERY_SECONDS = 60.0
-
-
-ConfigT = TypeVar("ConfigT", bound=PretrainConfig | DownstreamConfig)
-
-
-@dataclass(frozen=True)
-class WorkerSettings(Generic[ConfigT]):
-    """What the driver tells every worker.
-
-    Attributes:
-        config: Settings of the run.
-        shards: Training shards.
-        evaluation_shards: Shards with query and gallery images; None if nothing is scored.
-        run_id: ID of the MLflow run.
-        tracking_uri: URI of the MLflow server.
-        folder: Folder of the run.
-    """
-
-    config: ConfigT
-    shards: ShardSet
-    evaluation_shards: ShardSet | None
-    run_id: str
-    tracking_uri: str = field(repr=False)  # It may hold a password.
-    folder: RunFolder
 
 
 def prepare_process(scaling: ScalingConfig) -> torch.device:
@@ -87,6 +61,8 @@ def prepare_process(scaling: ScalingConfig) -> torch.device:
     # because the name of that logger is the name of a file.
     logging.getLogger().setLevel(logging.WARNING)
     device: torch.device = ray.train.torch.get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         set_num_threads(scaling, ray.train.get_context().get_local_world_size())
     return device
@@ -162,7 +138,10 @@ class Worker(ABC):
         self.log: RunLog | None = None
         if distributed.rank() == 0:
             self.log = RunLog(
-                settings.run_id, settings.tracking_uri, settings.folder.local_path()
+                settings.run_id,
+                settings.tracking_uri,
+                settings.folder.local_path(),
+                delivers=settings.delivering_node != ray.get_runtime_context().get_node_id(),
             )
 
     @abstractmethod
@@ -175,6 +154,8 @@ class Worker(ABC):
 
     def begin(self) -> dict[str, float]:
         """Begin a new run; return the scores of the backbone before training."""
+        if self.evaluation.is_scored and distributed.rank() == 0:
+            logger.info("scoring the untrained backbone")
         return self._evaluate()
 
     def train(self) -> RunFailed | InputError | None:
@@ -207,6 +188,8 @@ class Worker(ABC):
 
     def _train(self) -> RunFailed | None:
         """Take the remaining steps; return the reason if training ended early."""
+        if distributed.rank() == 0:
+            logger.info("waiting for the first images")
         self.meter.start()
         for report in self.steps():
             self.meter.add(report)
@@ -325,14 +308,13 @@ class Worker(ABC):
         metrics["train/lr"] = state.optimizer.param_groups[0]["lr"]
         # The mean over no steps is NaN, if every step was skipped.
         self.log_metrics({k: value for k, value in metrics.items() if math.isfinite(value)})
-        speed = metrics["train/images_per_second"]
-        seconds_left = (state.num_steps - state.step) * self.config.training.batch_size / speed
+        seconds_left = (state.num_steps - state.step) * self.meter.seconds_per_step
         logger.info(
             "step %d/%d  %s  %.0f images/s  waiting for data %.1f%%  %d:%02d left",
             state.step,
             state.num_steps,
             "  ".join(f"{name} {metrics[f'train/{name}']:.3f}" for name in self.meter.terms),
-            speed,
+            metrics["train/images_per_second"],
             100 * metrics["train/data_wait"],
             *divmod(round(seconds_left), 60),
         )

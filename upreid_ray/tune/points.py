@@ -16,7 +16,7 @@ from optuna.samplers import RandomSampler, TPESampler
 from ray.tune.search import Searcher
 
 from upreid_ray.config.errors import InputError
-from upreid_ray.core.backbone import check_settings
+from upreid_ray.train.pretrain import check_shapes
 from upreid_ray.tune.space import Axis, Choice, Grid, LogUniform, Point, SweepPlan
 from upreid_ray.tune.trial_record import CANDIDATE, METRIC, Candidate
 
@@ -78,7 +78,7 @@ def draw_points(plan: SweepPlan) -> list[Point]:
         for values in product(*(axis.values for axis in grids.values())):
             point = {**draw, **dict(zip(grids, values, strict=True))}
             try:
-                check_settings(plan.base.override(point))
+                check_shapes(plan.base.override(point))
             except InputError as error:
                 refusals.append(error)
             else:
@@ -146,7 +146,7 @@ class PointSearch(Searcher):
             self._params = asked.params
             point = from_optuna(self._axes, self._params)
             try:
-                check_settings(self._plan.base.override(point))
+                check_shapes(self._plan.base.override(point))
             except InputError:
                 self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
                 continue

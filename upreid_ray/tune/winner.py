@@ -6,7 +6,7 @@ from pathlib import Path
 from ray.train import Checkpoint
 
 from upreid_ray.config.pretrain import PretrainConfig
-from upreid_ray.core.checkpoint import read_position
+from upreid_ray.core.outcome import read_outcome
 from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
 from upreid_ray.tracking import runs
 from upreid_ray.train.folder import RunFolder
@@ -47,9 +47,9 @@ def register_trial(
         "evaluation": settings.evaluation.manifest.digest(EVALUATION_SPLITS),
     }
     with Checkpoint(record.checkpoint).as_directory() as directory:
-        position = read_position(Path(directory))
+        outcome = read_outcome(Path(directory))
         model_uri = register(client, Path(directory), run_id=run_id, name=model_name, tags=tags)
-    return Winner(model_uri, position.best_scores, position.images_per_second)
+    return Winner(model_uri, outcome.best_scores, outcome.images_per_second)
 
 
 def retrain(settings: TrialSettings, client: runs.Client, config: PretrainConfig) -> Winner:

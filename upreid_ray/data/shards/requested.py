@@ -1,6 +1,8 @@
 """The sets of shards that settings ask for, made first if they are not there."""
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from upreid_ray.config.downstream import LabelledDataConfig
@@ -62,7 +64,11 @@ def _shards(records: Records, storage: str, name: str, source: str, *, seed: int
     """Write the records once, to a folder whose name has their digest."""
     rules = ImageRules()
     uri = f"{storage}/data/{name}-{records.digest(seed, rules)[:12]}"
-    with image_progress(f"preparing {name}", len(records)) as advance:
+    if ShardSet.exists(uri):  # there is no progress to show
+        showing: AbstractContextManager[Callable[[int], None]] = nullcontext(lambda _: None)
+    else:
+        showing = image_progress(f"preparing {name}", len(records))
+    with showing as advance:
         return write_shards(
             records, uri, source=source, seed=seed, rules=rules, on_progress=advance
         )
