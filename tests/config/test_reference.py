@@ -36,7 +36,7 @@ def test_a_description_stands_alone(path, description):
     assert re.match(r"(?!Of )[A-Z].*\.$", description, re.DOTALL), path
 
 
-@pytest.mark.parametrize("config", {type(config) for _, _, config, _ in FAMILIES})
+@pytest.mark.parametrize("config", dict.fromkeys(type(config) for _, _, config, _ in FAMILIES))
 def test_a_section_is_described_in_a_sentence(config: type[Section]):
     for section, description, _ in config.describe():
         assert re.match(r"(?!Of )[A-Z].*\.$", description, re.DOTALL), section
