@@ -370,12 +370,14 @@ def test_a_server_that_is_none_is_refused_in_one_line(monkeypatch, uri):
 
 
 def test_the_password_of_a_server_is_not_shown(monkeypatch):
+    before = mlflow.get_tracking_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:geheim@127.0.0.1:9")
 
     with pytest.raises(InputError, match=r"http://me:\*\*\*@127.0.0.1:9: ") as refusal:
         connection.connect()
 
     assert "geheim" not in str(refusal.value)
+    assert mlflow.get_tracking_uri() == before
     assert refusal.value.__cause__ is None
 
 

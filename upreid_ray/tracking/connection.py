@@ -50,10 +50,10 @@ def connect() -> MlflowClient:
     """
     uri = tracking_uri()
     try:
-        mlflow.set_tracking_uri(uri)
         with _alone_with(database_file(uri)):
             client = new_client(uri)
             client.search_experiments(max_results=1)
+        mlflow.set_tracking_uri(uri)  # MLflow reads the files of a version by it
     except Exception as error:  # MLflow raises what its stores and HTTP libraries raise
         message = f"MLFLOW_TRACKING_URI={uri}: {_explain(uri, error)}"
         raise InputError(_hide_password(message, uri)) from None
