@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.pictures import encode, picture
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/python-api.md"
 # What makes the page's settings small, and what looks at Ray after it.
@@ -42,6 +44,10 @@ print(len(ids), backbone.training)
 @pytest.mark.timeout(900)
 def test_the_code_of_the_page_runs_and_shows_each_run_once(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    folder = tmp_path / "CROPS"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(encode(picture(left=50 * number), "JPEG"))
     skip = ("RAY_ADDRESS", "UPREID_RAY_STORAGE", "MLFLOW_TRACKING_URI")
 
     done = subprocess.run(
@@ -58,6 +64,7 @@ def test_the_code_of_the_page_runs_and_shows_each_run_once(tmp_path):
     lines = done.stdout.splitlines()
     uri = f"models:/upreid-resnet18/1 [0-9.]+ {re.escape(str(tmp_path / 'runs/first'))}"
     assert re.fullmatch(uri, lines[0])
+    assert lines[1] == f"3 {tmp_path / 'features'}"
     assert 0 <= float(lines[-2]) <= 1
     assert lines[-1] == "1 False"
     assert len(re.findall(r"^run first: ", done.stderr, re.MULTILINE)) == 1, done.stderr
