@@ -161,6 +161,26 @@ def test_one_process_delivers_what_another_one_logs_meanwhile(client, run_id, st
     assert history(client, run_id, "train/loss") == values(range(3))
 
 
+def test_a_storage_that_is_gone_raises_nothing_and_one_that_is_back_is_delivered(
+    client, run_id, store, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run_log, "RETRY_SECONDS", 0.05)
+    folder, elsewhere = tmp_path / "log", tmp_path / "elsewhere"
+    deliverer, lost = RunLog(run_id, store, folder), RunLog(run_id, store, folder)
+    folder.rename(elsewhere)
+    folder.write_text("no folder")
+    begun = time.monotonic()
+
+    lost.close(DELIVERY_SECONDS)
+
+    assert time.monotonic() - begun < DELIVERY_SECONDS / 2
+    folder.unlink()
+    elsewhere.rename(folder)
+    RunLog(run_id, NOWHERE, folder, delivers=False).metrics(0, {"train/loss": 10.0})
+    deliverer.close(DELIVERY_SECONDS)
+    assert history(client, run_id, "train/loss") == values(range(1))
+
+
 def test_what_one_process_could_not_deliver_the_next_one_does(client, run_id, store, tmp_path):
     log(run_id, store, tmp_path, range(3), wait=DELIVERY_SECONDS)
     log(run_id, NOWHERE, tmp_path, range(3, 6), wait=0)

@@ -424,10 +424,12 @@ def test_the_last_line_of_the_job_says_what_came_of_it(hindered):
         "checkpoint",
         "scores",
         "scores_untrained",
+        "num_queries_without_match",
         "images_per_second",
         "result_dir",
     }
     assert set(hindered.result) == expected
+    assert hindered.result["num_queries_without_match"] == 0
 
 
 @pytest.mark.parametrize(

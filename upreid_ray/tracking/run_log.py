@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,11 @@ class RunLog:
             self._closing = True
             self._wake.notify()
         self._thread.join(timeout_seconds)
-        if self._offset() < self._lines.stat().st_size:
-            logger.warning("MLflow does not answer; undelivered metrics are in %s", self._lines)
+        with suppress(OSError):  # If the storage is gone, the run fails and says so.
+            if self._offset() < self._lines.stat().st_size:
+                logger.warning(
+                    "MLflow does not answer; undelivered metrics are in %s", self._lines
+                )
 
     def _recover(self) -> dict[str, int]:
         """Complete the last line if a crash cut it off; return the last step of each metric."""
@@ -104,12 +108,19 @@ class RunLog:
         client: Client | None = None
         offset = self._offset()
         while True:
-            lines = self._pending(offset)
+            closing = self._closing
+            try:
+                lines = self._pending(offset)
+                is_done = self._lines.stat().st_size == offset
+            except OSError as error:  # The storage is gone, perhaps for a while.
+                logger.debug("metrics: %s", error)
+                lines, is_done = [], True
             if not lines:
+                if closing and is_done:
+                    return
                 with self._wake:
-                    if self._closing and self._lines.stat().st_size == offset:
-                        return
-                    self._wake.wait(RETRY_SECONDS)
+                    if self._closing == closing:
+                        self._wake.wait(RETRY_SECONDS)
                 continue
             try:
                 client = client or _connect(self._uri)
