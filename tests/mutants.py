@@ -133,14 +133,17 @@ MUTANTS = [
         "core/training.py",
         'terms["loss"] / self.num_groups_per_worker',
         'terms["loss"] / len(self.groups)',
-        ("core/test_finetuning.py::test_two_processes_equal_one",),
+        ("core/test_training.py::test_the_weights_of_two_processes_are_those_of_one",),
     ),
     # Skipped steps and checkpoints.
     Mutant(
         "core/training.py",
         'loss = loss * self._one_if_finite(means["loss"])',
         "loss = loss * 1",
-        ("core/test_training.py::test_a_step_that_is_not_finite_changes_nothing[query]",),
+        (
+            "core/test_training.py::test_a_step_that_is_not_finite_changes_nothing"
+            "[query statistics]",
+        ),
     ),
     Mutant(
         "core/checkpoint.py",
