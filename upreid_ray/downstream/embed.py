@@ -155,9 +155,11 @@ class _Embedder(Extractor):
 
     def __call__(self, block: Columns) -> Columns:
         """Replace the images of a block by their features."""
+        # PyTorch warns of arrays that cannot be written, as those of Ray are.
+        images = np.require(block.pop("image"), requirements="W")
         features = features_of(
             self.extractor,
-            torch.from_numpy(block.pop("image")).to(self.device),
+            torch.from_numpy(images).to(self.device),
             self.normalization,
             flip=self._config.tta == "flip",
             precision=self._config.precision,

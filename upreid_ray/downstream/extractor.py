@@ -1,5 +1,6 @@
 """The actor that computes features on its device."""
 
+import numpy as np
 import ray
 import torch
 
@@ -30,6 +31,9 @@ class Extractor:
 
     def __call__(self, block: Columns) -> Columns:
         """Replace the images of a block by their features."""
-        images = torch.from_numpy(block.pop("image"))
-        features = extract_features(self.extractor, [images], self.normalization)
+        # PyTorch warns of arrays that cannot be written, as those of Ray are.
+        images = np.require(block.pop("image"), requirements="W")
+        features = extract_features(
+            self.extractor, [torch.from_numpy(images)], self.normalization
+        )
         return {**block, "features": features.cpu().numpy()}
