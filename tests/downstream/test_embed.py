@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -24,7 +25,7 @@ from upreid_ray.data.shards.preparation import ShardWriter, plan_shards
 from upreid_ray.data.sources.source import source_records
 from upreid_ray.data.stream.decode import decode_images
 from upreid_ray.downstream import embed as embed_module
-from upreid_ray.downstream.embed import embed, features_of
+from upreid_ray.downstream.embed import embed
 from upreid_ray.downstream.embed_images import NULL, SourceImages
 from upreid_ray.downstream.feature_set import FeatureSet
 from upreid_ray.storage import Location
@@ -96,14 +97,13 @@ def test_flipped_images_are_added(init):
     images = torch.randint(0, 256, (3, 3, 64, 32), dtype=torch.uint8)
     normalization = init.loaded.description.normalization
 
-    both = features_of(extractor, images, normalization, flip=True, precision="fp32")
-    mirrored = features_of(
-        extractor, images.flip(3), normalization, flip=True, precision="fp32"
-    )
-    plain = features_of(extractor, images, normalization, flip=False, precision="fp32")
+    both = extract_features(extractor, [images], normalization, flip=True)
+    mirrored = extract_features(extractor, [images.flip(3)], normalization, flip=True)
+    plain = extract_features(extractor, [images], normalization)
 
     torch.testing.assert_close(both, mirrored)
-    torch.testing.assert_close(plain, extract_features(extractor, [images], normalization))
+    expected = F.normalize(extractor(normalization.apply(images / 255)), dim=1)
+    torch.testing.assert_close(plain, expected)
     assert not torch.allclose(plain, both)
 
 
@@ -122,10 +122,8 @@ def without_ray(monkeypatch) -> None:
             for number in blocks:
                 block = read(self._images.block(number * 8, number * 8 + 8))
                 pixels = torch.from_numpy(block.pop("image"))
-                features = features_of(
-                    extractor, pixels, images.normalization, flip=False, precision="fp32"
-                )
-                yield part, {**block, "feature": features.numpy()}, number == blocks[-1]
+                features = extract_features(extractor, [pixels], images.normalization)
+                yield part, {**block, "features": features.numpy()}, number == blocks[-1]
 
     monkeypatch.setattr(embed_module, "BLOCK_IMAGES", 8)
     monkeypatch.setattr(embed_module, "PART_BLOCKS", 2)

@@ -179,6 +179,8 @@ class ClusterContrastModel(nn.Module):
 class ClusterContrastState(DownstreamState):
     """State of an unsupervised run: backbone and neck, trained by Adam, and the memory."""
 
+    config: ClusterContrastConfig
+
     def __init__(
         self,
         config: ClusterContrastConfig,
@@ -188,7 +190,6 @@ class ClusterContrastState(DownstreamState):
         device: torch.device,
     ) -> None:
         """Add a neck and a memory to a backbone, which is changed in place."""
-        self._config = config
         super().__init__(
             config,
             lambda: ClusterContrastModel(backbone, precision=config.training.precision),
@@ -196,11 +197,6 @@ class ClusterContrastState(DownstreamState):
             steps_per_epoch=config.training.steps_per_epoch,
             device=device,
         )
-
-    @property
-    def config(self) -> ClusterContrastConfig:
-        """Settings of the run."""
-        return self._config
 
 
 def cluster_contrast_step(state: ClusterContrastState, batch: PersonBatch) -> dict[str, Tensor]:

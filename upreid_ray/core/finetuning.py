@@ -9,7 +9,6 @@ Dimensions: B images of the whole batch, b images of this worker, F features, C 
 """
 
 import dataclasses
-from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +58,8 @@ class PersonClassifier(nn.Module):
 class DownstreamState(State):
     """State of a run that learns to tell persons apart: a `NeckedBackbone`, trained by Adam."""
 
+    config: DownstreamConfig
+
     def __init__(
         self,
         config: DownstreamConfig,
@@ -99,17 +100,8 @@ class DownstreamState(State):
             fused=True,
         )
         super().__init__(
-            model,
-            optimizer,
-            steps_per_epoch=steps_per_epoch,
-            epochs=config.training.epochs,
-            device=device,
+            config, model, optimizer, steps_per_epoch=steps_per_epoch, device=device
         )
-
-    @property
-    @abstractmethod
-    def config(self) -> DownstreamConfig:
-        """Settings of the run."""
 
     @property
     def description(self) -> Description:
@@ -128,6 +120,8 @@ class DownstreamState(State):
 class FinetuneState(DownstreamState):
     """State of a supervised run: backbone, neck and classifier, trained by Adam."""
 
+    config: FinetuneConfig
+
     def __init__(
         self,
         config: FinetuneConfig,
@@ -139,7 +133,6 @@ class FinetuneState(DownstreamState):
         device: torch.device,
     ) -> None:
         """Add a neck and a classifier of C persons to a backbone, which is changed in place."""
-        self._config = config
         super().__init__(
             config,
             lambda: PersonClassifier(
@@ -149,11 +142,6 @@ class FinetuneState(DownstreamState):
             steps_per_epoch=steps_per_epoch,
             device=device,
         )
-
-    @property
-    def config(self) -> FinetuneConfig:
-        """Settings of the run."""
-        return self._config
 
 
 @dataclass(frozen=True)

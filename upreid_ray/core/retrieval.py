@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upreid_ray.core.augment import Normalization
+from upreid_ray.core.precision import autocast
 
 # Takes the features of queries and gallery images; yields which queries, and their distances.
 DistanceRows = Callable[[Tensor, Tensor], Iterator[tuple[slice, Tensor]]]
@@ -271,7 +272,12 @@ def _sorted(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def extract_features(
-    backbone: nn.Module, batches: Iterable[Tensor], normalization: Normalization
+    backbone: nn.Module,
+    batches: Iterable[Tensor],
+    normalization: Normalization,
+    *,
+    flip: bool = False,
+    precision: str = "fp32",
 ) -> Tensor:
     """Return the unit-length features ``[N, F]`` of images, ``[0]`` if there are none.
 
@@ -279,15 +285,21 @@ def extract_features(
         backbone: Module that computes features; its mode is restored afterwards.
         batches: Batches of images, uint8 ``[n, 3, H, W]``, N images in all.
         normalization: Normalization that the backbone expects.
+        flip: Whether to add the features of the mirrored images.
+        precision: As in `upreid_ray.core.precision.autocast`.
     """
     device = next(backbone.parameters()).device
     was_training = backbone.training
     backbone.eval()
+    features = []
     try:
-        features = [
-            F.normalize(backbone(normalization.apply(images.to(device).float() / 255)), dim=1)
-            for images in batches
-        ]
+        for images in batches:
+            normalized = normalization.apply(images.to(device).float() / 255)
+            with autocast(normalized, precision):
+                batch = backbone(normalized).float()
+                if flip:
+                    batch = batch + backbone(normalized.flip(3)).float()
+            features.append(F.normalize(batch, dim=1))
     finally:
         backbone.train(was_training)
     return torch.cat(features) if features else torch.empty(0)

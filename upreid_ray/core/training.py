@@ -65,6 +65,7 @@ class State(ABC):
     """Everything that changes during training.
 
     Attributes:
+        config: Settings of the run.
         device: Device of the model.
         steps_per_epoch: Steps of one pass over the data.
         num_steps: Steps of the whole run.
@@ -76,28 +77,26 @@ class State(ABC):
             because they were not finite.
     """
 
+    config: PretrainConfig | DownstreamConfig
+
     def __init__(
         self,
+        config: PretrainConfig | DownstreamConfig,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         steps_per_epoch: int,
-        epochs: int,
         device: torch.device,
     ) -> None:
+        self.config = config
         self.device = device
         self.steps_per_epoch = steps_per_epoch
-        self.num_steps = steps_per_epoch * epochs
+        self.num_steps = steps_per_epoch * config.training.epochs
         self.model: Any = for_cpu(model) if device.type == "cpu" else model
         self.parallel_model = distributed.data_parallel(model)
         self.optimizer = optimizer
         self.step = 0
         self.num_skipped = torch.zeros((), device=device)
-
-    @property
-    @abstractmethod
-    def config(self) -> PretrainConfig | DownstreamConfig:
-        """Settings of the run."""
 
     @property
     @abstractmethod
@@ -242,12 +241,12 @@ class TrainState(State):
         schedule: Settings of the optimizer in use.
     """
 
+    config: PretrainConfig
     schedule: OptimizerConfig | AdamWConfig
 
     def __init__(
         self, config: PretrainConfig, *, steps_per_epoch: int, device: torch.device
     ) -> None:
-        self._config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = UPReID(config)
@@ -256,11 +255,7 @@ class TrainState(State):
         self.schedule = config.optimizer if is_sgd else config.optimizer.adamw
         optimizer = (_sgd if is_sgd else _adamw)(model.query_encoder, config.optimizer)
         super().__init__(
-            model,
-            optimizer,
-            steps_per_epoch=steps_per_epoch,
-            epochs=config.training.epochs,
-            device=device,
+            config, model, optimizer, steps_per_epoch=steps_per_epoch, device=device
         )
         self._render_views = render_views
         if config.training.compile and device.type == "cuda":
@@ -273,11 +268,6 @@ class TrainState(State):
         self.model.key_encoder.compile(dynamic=False)
         if not self.config.training.activation_checkpointing:
             self.model.query_encoder.compile(dynamic=False)
-
-    @property
-    def config(self) -> PretrainConfig:
-        """Settings of the run."""
-        return self._config
 
     @property
     def description(self) -> Description:

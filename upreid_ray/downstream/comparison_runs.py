@@ -17,7 +17,7 @@ from upreid_ray.config.run import JobConfig
 from upreid_ray.config.section import RANDOM, absolute_init
 from upreid_ray.core.backbone import Description
 from upreid_ray.data.shards.shard_set import ShardSet
-from upreid_ray.train.finetune import IMAGES
+from upreid_ray.data.stream.persons import IMAGES
 from upreid_ray.train.initialization import resolve
 
 FROZEN = "frozen"

@@ -15,20 +15,14 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
-import torch.nn.functional as F
-from ray.data import ActorPoolStrategy
-from torch import Tensor, nn
 
 from upreid_ray.config.downstream import EmbedConfig
 from upreid_ray.config.errors import InputError, first_line
-from upreid_ray.config.run import ScalingConfig
-from upreid_ray.core.augment import Normalization
-from upreid_ray.core.precision import autocast
 from upreid_ray.data.shards.progress import image_progress
 from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.ray_data import BLOCK_BYTES, TASK_CPUS
 from upreid_ray.downstream.embed_images import NULL, SourceImages
-from upreid_ray.downstream.extractor import Extractor
+from upreid_ray.downstream.extractor import extract_blocks
 from upreid_ray.downstream.feature_set import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -115,56 +109,6 @@ def backbone_digest(init: Initialization, tta: str) -> str:
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def features_of(
-    extractor: nn.Module,
-    images: Tensor,
-    normalization: Normalization,
-    *,
-    flip: bool,
-    precision: str,
-) -> Tensor:
-    """Return the features ``[n, F]`` of images, float32, unit length.
-
-    Args:
-        extractor: Module that computes features, in eval mode.
-        images: uint8 ``[n, 3, H, W]``, on the device of the module.
-        normalization: Normalization that the module expects.
-        flip: Whether to add the features of the mirrored images.
-        precision: As in `upreid_ray.core.precision.autocast`.
-    """
-    normalized = normalization.apply(images.float() / 255)
-    with autocast(normalized, precision):
-        features = extractor(normalized).float()
-        if flip:
-            features = features + extractor(normalized.flip(3)).float()
-    return F.normalize(features, dim=1)
-
-
-class _Embedder(Extractor):
-    """An actor that computes the features of blocks."""
-
-    def __init__(
-        self, init: "ray.ObjectRef[Initialization]", scaling: ScalingConfig, config: EmbedConfig
-    ) -> None:
-        super().__init__(init, scaling)
-        self.extractor.eval()
-        self._config = config
-
-    def __call__(self, block: Columns) -> Columns:
-        """Replace the images of a block by their features."""
-        # PyTorch warns of arrays that cannot be written, as those of Ray are.
-        images = np.require(block.pop("image"), requirements="W")
-        features = features_of(
-            self.extractor,
-            torch.from_numpy(images).to(self.device),
-            self.normalization,
-            flip=self._config.tta == "flip",
-            precision=self._config.precision,
-        )
-        return {**block, "feature": features.cpu().numpy()}
 
 
 class _Writer:
@@ -260,31 +204,22 @@ class _Writer:
             self._images.block(block * self._block_images, (block + 1) * self._block_images)
             for _, block in numbers
         ]
-        config, scaling = self._config, self._config.scaling
-        read = self._images.reader(*self._size)
+        config, read = self._config, self._images.reader(*self._size)
 
         def read_one(block: pa.Table) -> Columns:
             return read(block)
 
-        dataset = (
-            ray.data.from_arrow(blocks)
-            .map_batches(read_one, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
-            .map_batches(
-                _Embedder,
-                fn_constructor_args=(ray.put(init), scaling, config),
-                batch_size=None,
-                # An actor computes one block while the next one arrives.
-                compute=ActorPoolStrategy(
-                    size=min(scaling.num_workers, len(blocks)),
-                    max_tasks_in_flight_per_actor=2,
-                ),
-                num_cpus=scaling.cpus_per_worker,
-                num_gpus=scaling.gpus_per_worker if scaling.use_gpu else 0,
-            )
+        dataset = ray.data.from_arrow(blocks).map_batches(
+            read_one, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
         )
-        dataset.context.enable_progress_bars = False
-        dataset.context.execution_options.preserve_order = True
-        arriving = dataset.iter_batches(batch_size=None)
+        arriving = extract_blocks(
+            dataset,
+            len(blocks),
+            init,
+            config.scaling,
+            flip=config.tta == "flip",
+            precision=config.precision,
+        )
         for (part, number), block in zip(numbers, arriving, strict=True):
             due = number * self._block_images
             if block["place"][0] != due:
@@ -301,7 +236,7 @@ class _Writer:
             for key, reason in zip(columns["key"][wrong], columns["error"][wrong], strict=True)
         ]
         kept = {name: values[~wrong] for name, values in columns.items()}
-        feature = kept["feature"].astype(self._config.number_type)
+        feature = kept["features"].astype(self._config.number_type)
         table = pa.table(
             {
                 "key": pa.array(kept["key"].tolist(), pa.string()),

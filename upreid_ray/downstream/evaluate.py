@@ -4,19 +4,13 @@ Dimensions: N images, Q query images, G gallery images, F features.
 """
 
 import json
-import logging
 import time
-from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
-import ray
 import ray.data
 import torch
-from ray.data import ActorPoolStrategy
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from upreid_ray.config.downstream import EvaluateConfig
@@ -24,28 +18,28 @@ from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core.reranking import reranked_distances
 from upreid_ray.core.retrieval import score_features
 from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
+from upreid_ray.data.shards.page import thumbnail
+from upreid_ray.data.shards.progress import image_progress
 from upreid_ray.data.shards.requested import labelled_shards
 from upreid_ray.data.stream.damage import without_undecodable
 from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.labelled import LabelledImages
-from upreid_ray.downstream.extractor import Extractor
+from upreid_ray.downstream.extractor import extract_blocks
 from upreid_ray.downstream.ranking_page import (
     LEGEND,
     curve_of_ranks,
     histogram_of_pairs,
     pair_histograms,
-    query_section,
 )
-from upreid_ray.page import PageFigure, PageSection, render_page
+from upreid_ray.page import Mark, PageFigure, PageSection, render_page
 from upreid_ray.tracking import connection, runs
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.initialization import Initialization, requested
 
-logger = logging.getLogger(__name__)
-
 SCORES_FILE = "scores.json"
 PAGE_FILE = "rankings.html"
 NUM_SHOWN_QUERIES = 10
+NUM_SHOWN_RANKS = 10
 
 
 @dataclass(frozen=True)
@@ -169,7 +163,6 @@ class Features:
         precisions = found.average_precisions
         valid = (~precisions.isnan()).nonzero()[:, 0]
         order = valid[precisions[valid].argsort(stable=True)]
-        of_query = dict(zip(queries.tolist(), precisions.tolist(), strict=True))
         summary = found.summary()
         genuine, impostor = pair_histograms(self.values, self.pids, self.camids, self.is_query)
         sections = [
@@ -187,17 +180,34 @@ class Features:
             "Best queries": order[-NUM_SHOWN_QUERIES:].flip(0),
         }
         for heading, rows in chosen.items():
-            sections += query_section(
-                heading,
-                queries[rows].tolist(),
-                features=self.values,
-                pids=self.pids,
-                camids=self.camids,
-                gallery=(~self.is_query).nonzero()[:, 0],
-                picture=lambda image: images.encoded(int(self.places[image])),
-                caption=lambda query: f"average precision {of_query[query]:.3f}",
-            )
+            sections.append(PageSection(heading))
+            for row in rows.tolist():
+                figures = self._ranking(images, int(queries[row]), float(precisions[row]))
+                sections.append(PageSection(thumbnails=figures))
         return render_page(title, sections)
+
+    def _ranking(
+        self, images: LabelledImages, query: int, average_precision: float
+    ) -> list[PageFigure]:
+        """Return pictures of a query image and of the gallery images that are nearest to it."""
+
+        def shown(image: int, caption: str, mark: Mark) -> PageFigure:
+            return thumbnail(images.encoded(int(self.places[image])), caption, mark)
+
+        distances = 1 - self.values @ self.values[query]
+        gallery = (~self.is_query).nonzero()[:, 0]
+        same = self.pids == self.pids[query]
+        junk = (self.pids == -1) | (same & (self.camids == self.camids[query]))
+        figures = [shown(query, f"average precision {average_precision:.3f}", "asked")]
+        rank = 0
+        for image in gallery[distances[gallery].argsort(stable=True)].tolist():
+            rank += not junk[image]
+            place = "junk" if junk[image] else f"#{rank}"
+            mark: Mark = "junk" if junk[image] else "right" if same[image] else "wrong"
+            figures.append(shown(image, f"{place}, distance {distances[image]:.4f}", mark))
+            if rank == NUM_SHOWN_RANKS:
+                break
+        return figures
 
     def scores(self, *, rerank: bool) -> tuple[dict[str, float], int]:
         """Return the retrieval scores by name, and the number of queries without a match."""
@@ -227,28 +237,20 @@ def compute_features(
     def read_one(ids: Columns) -> Columns:
         return images.read(int(ids["id"][0]))
 
-    dataset = (
-        ray.data.range(images.num_blocks, override_num_blocks=images.num_blocks)
-        .map_batches(read_one, batch_size=None)
-        .map_batches(
-            Extractor,
-            fn_constructor_args=(ray.put(init), scaling),
-            batch_size=None,
-            # An actor computes one block while the next one arrives.
-            compute=ActorPoolStrategy(
-                size=min(scaling.num_workers, images.num_blocks),
-                max_tasks_in_flight_per_actor=2,
-            ),
-            num_cpus=scaling.cpus_per_worker,
-            num_gpus=scaling.gpus_per_worker if scaling.use_gpu else 0,
-        )
-    )
-    dataset.context.enable_progress_bars = False
-    logger.info("computing the features of %d blocks of images", images.num_blocks)
-    blocks, seconds = _collect(dataset.iter_batches(batch_size=None), images.num_blocks)
-    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    blocks = ray.data.range(images.num_blocks, override_num_blocks=images.num_blocks)
+    decoded = blocks.map_batches(read_one, batch_size=None)
+    arrived: list[Columns] = []
+    started = time.perf_counter()
+    with image_progress("computing features", images.num_images) as advance:
+        for block in extract_blocks(decoded, images.num_blocks, init, scaling):
+            if not arrived and images.num_blocks > 1:
+                started = time.perf_counter()  # the first block waited for the actors to start
+            arrived.append(block)
+            advance(len(block["pid"]))
+    seconds = time.perf_counter() - started
+    columns = {name: np.concatenate([each[name] for each in arrived]) for name in arrived[0]}
     num_images = len(columns["pid"])
-    num_timed = num_images - (len(blocks[0]["pid"]) if len(blocks) > 1 else 0)
+    num_timed = num_images - (len(arrived[0]["pid"]) if len(arrived) > 1 else 0)
     columns = without_undecodable(columns, images.row_groups, max_undecodable)
     return Features(
         values=torch.from_numpy(columns["features"]),
@@ -259,21 +261,3 @@ def compute_features(
         places=torch.from_numpy(columns["place"]),
         images_per_second=num_timed / seconds,
     )
-
-
-def _collect(arriving: Iterable[Columns], num_blocks: int) -> tuple[list[Columns], float]:
-    """Return all blocks, and the seconds from the arrival of the first one to the end.
-
-    The first block waits for the start of the actors. If it is the only one, that counts too.
-    """
-    blocks: list[Columns] = []
-    started = arrived = time.perf_counter()
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("computing features", total=num_blocks)
-        for block in arriving:
-            if len(blocks) == 1:
-                started = arrived
-            arrived = time.perf_counter()
-            blocks.append(block)
-            progress.advance(task)
-    return blocks, time.perf_counter() - started

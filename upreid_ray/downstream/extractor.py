@@ -1,8 +1,12 @@
-"""The actor that computes features on its device."""
+"""The features of blocks of images on Ray Data, computed by actors."""
+
+from collections.abc import Iterator
 
 import numpy as np
 import ray
+import ray.data
 import torch
+from ray.data import ActorPoolStrategy
 
 from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core.cpu import for_cpu
@@ -19,6 +23,9 @@ class Extractor:
         self,
         init: "ray.ObjectRef[Initialization]",
         scaling: ScalingConfig,
+        *,
+        flip: bool = False,
+        precision: str = "fp32",
     ) -> None:
         self.device = torch.device("cuda" if scaling.use_gpu else "cpu")
         start: Initialization = ray.get(init)
@@ -27,13 +34,45 @@ class Extractor:
             set_num_threads(scaling, scaling.num_workers)
             extractor = for_cpu(extractor)
         self.extractor = extractor.to(self.device)
-        self.normalization = start.description.normalization
+        self._normalization = start.description.normalization
+        self._flip, self._precision = flip, precision
 
     def __call__(self, block: Columns) -> Columns:
         """Replace the images of a block by their features."""
         # PyTorch warns of arrays that cannot be written, as those of Ray are.
         images = np.require(block.pop("image"), requirements="W")
         features = extract_features(
-            self.extractor, [torch.from_numpy(images)], self.normalization
+            self.extractor,
+            [torch.from_numpy(images)],
+            self._normalization,
+            flip=self._flip,
+            precision=self._precision,
         )
         return {**block, "features": features.cpu().numpy()}
+
+
+def extract_blocks(
+    blocks: ray.data.Dataset,
+    num_blocks: int,
+    init: Initialization,
+    scaling: ScalingConfig,
+    *,
+    flip: bool = False,
+    precision: str = "fp32",
+) -> Iterator[Columns]:
+    """Yield decoded blocks in their order, with features in the place of the images."""
+    extracted = blocks.map_batches(
+        Extractor,
+        fn_constructor_args=(ray.put(init), scaling),
+        fn_constructor_kwargs={"flip": flip, "precision": precision},
+        batch_size=None,
+        # An actor computes one block while the next one arrives.
+        compute=ActorPoolStrategy(
+            size=min(scaling.num_workers, num_blocks), max_tasks_in_flight_per_actor=2
+        ),
+        num_cpus=scaling.cpus_per_worker,
+        num_gpus=scaling.gpus_per_worker if scaling.use_gpu else 0,
+    )
+    extracted.context.enable_progress_bars = False
+    extracted.context.execution_options.preserve_order = True
+    yield from extracted.iter_batches(batch_size=None)

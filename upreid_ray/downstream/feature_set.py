@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from upreid_ray.config.errors import InputError, first_line
+from upreid_ray.data.shards.manifest import read_manifest
 from upreid_ray.storage import Location
 
 MANIFEST_FILE = "features.json"
@@ -105,18 +106,9 @@ class FeatureSet:
             InputError: There is no manifest, or it cannot be read.
         """
         folder = Location(uri)
-        try:
-            content = (folder / MANIFEST_FILE).read_bytes()
-            return cls(folder, FeatureManifest.model_validate_json(content))
-        except FileNotFoundError:
-            raise InputError(
-                f"{folder}: no {MANIFEST_FILE}; compute features with "
-                f"jobs/embed.py INIT SOURCE --out {folder}"
-            ) from None
-        except (pa.ArrowException, OSError, ValidationError) as error:
-            raise InputError(
-                f"{folder / MANIFEST_FILE}: cannot be read ({first_line(error)})"
-            ) from error
+        remedy = f"compute features with jobs/embed.py INIT SOURCE --out {folder}"
+        manifest = read_manifest(folder / MANIFEST_FILE, FeatureManifest, remedy=remedy)
+        return cls(folder, manifest)
 
     @staticmethod
     def exists(uri: str) -> bool:

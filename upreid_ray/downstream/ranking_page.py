@@ -4,20 +4,18 @@ Dimensions: N images, Q query images, G gallery images, F features, K images of 
 """
 
 import io
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from upreid_ray.core.retrieval import row_parts
-from upreid_ray.data.shards.images import RefusedImageError, usable_image
+from upreid_ray.data.shards.page import thumbnail
 from upreid_ray.downstream.embed_images import SourceImages
 from upreid_ray.downstream.search import Hit, Ranking
-from upreid_ray.page import PageFigure, PageSection, render_page
+from upreid_ray.page import Mark, PageSection, render_page
 
-THUMBNAIL_HEIGHT = 160
 MAX_SHOWN_QUERIES = 200
 LEGEND = (
     "The query is framed in blue. Green: the same person; red: another one; no frame: unknown. "
@@ -58,27 +56,12 @@ def _caption(hit: Hit) -> str:
     return f"{rank}, distance {hit.distance:.4f}: {hit.key}"
 
 
-def _mark(hit: Hit) -> Literal["", "right", "wrong", "junk"]:
+def _mark(hit: Hit) -> Mark:
     if hit.is_junk:
         return "junk"
     if hit.is_match is None:
         return ""
     return "right" if hit.is_match else "wrong"
-
-
-def thumbnail(
-    encoded: bytes | None,
-    caption: str,
-    mark: Literal["", "right", "wrong", "asked", "junk"] = "",
-) -> PageFigure:
-    """Return a small copy of an image; without a picture if the image does not decode."""
-    try:
-        usable = usable_image(encoded or b"", max_height=THUMBNAIL_HEIGHT)
-    except RefusedImageError:
-        return PageFigure(caption, None, mark)
-    buffer = io.BytesIO()
-    usable.picture.save(buffer, "JPEG")
-    return PageFigure(caption, buffer.getvalue(), mark)
 
 
 def curve_of_ranks(cmc: Tensor) -> bytes:
@@ -137,53 +120,6 @@ def pair_histograms(
         for number, chosen in enumerate((same & ~junk & known, ~same & known)):
             counts[number] += torch.histc(distances[chosen], num_bins, 0, 2)
     return counts[0], counts[1]
-
-
-def query_section(
-    heading: str,
-    queries: Sequence[int],
-    *,
-    features: Tensor,
-    pids: Tensor,
-    camids: Tensor,
-    gallery: Tensor,
-    picture: Callable[[int], bytes],
-    caption: Callable[[int], str],
-    top: int = 10,
-) -> list[PageSection]:
-    """Return sections that show some queries of an evaluation with their rankings.
-
-    Args:
-        heading: Heading of the first section.
-        queries: Numbers of the query images.
-        features: ``[N, F]``, unit length.
-        pids: ``[N]``, persons.
-        camids: ``[N]``, cameras.
-        gallery: ``[G]``, numbers of the gallery images.
-        picture: Function that returns an image as it is stored.
-        caption: Function that describes a query.
-        top: Number of ranked images of each query.
-    """
-    sections = [PageSection(heading)]
-    for query in queries:
-        distances = 1 - features[gallery] @ features[query]
-        order = gallery[distances.argsort(stable=True)]
-        figures = [thumbnail(picture(query), caption(query), "asked")]
-        rank = 0
-        for image in order.tolist():
-            same = bool(pids[image] == pids[query])
-            junk = int(pids[image]) == -1 or (same and bool(camids[image] == camids[query]))
-            rank += not junk
-            distance = float(1 - features[image] @ features[query])
-            text = f"{'junk' if junk else f'#{rank}'}, distance {distance:.4f}"
-            mark: Literal["right", "wrong", "junk"] = (
-                "junk" if junk else "right" if same else "wrong"
-            )
-            figures.append(thumbnail(picture(image), text, mark))
-            if rank == top:
-                break
-        sections.append(PageSection(thumbnails=figures))
-    return sections
 
 
 def _png(figure: Figure) -> bytes:

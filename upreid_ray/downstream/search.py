@@ -14,8 +14,9 @@ from torch import Tensor
 from upreid_ray.config.downstream import EmbedConfig
 from upreid_ray.config.errors import InputError
 from upreid_ray.core.reranking import reranked_distances
+from upreid_ray.core.retrieval import extract_features
 from upreid_ray.data.stream.decode import Columns
-from upreid_ray.downstream.embed import backbone_digest, features_of
+from upreid_ray.downstream.embed import backbone_digest
 from upreid_ray.downstream.embed_images import NULL, SourceImages
 from upreid_ray.downstream.feature_set import UNKNOWN, FeatureSet, Rows
 from upreid_ray.train.initialization import Initialization, for_images, resolve
@@ -286,8 +287,8 @@ class QueryEmbedder:
     def __init__(self, init: Initialization, *, flip: bool, precision: str) -> None:
         self._images = init.description
         self._flip, self._precision = flip, precision
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._extractor = init.extractor().eval().to(self._device)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._extractor = init.extractor().to(device)
 
     @classmethod
     def of(cls, features: FeatureSet) -> "QueryEmbedder":
@@ -334,7 +335,7 @@ class QueryEmbedder:
         )
         return Queries(
             keys=columns["key"].tolist(),
-            features=torch.from_numpy(columns["feature"]),
+            features=torch.from_numpy(columns["features"]),
             pids=pids,
             camids=camids,
             images=[(place, each) for each in columns["place"].tolist()],
@@ -344,14 +345,14 @@ class QueryEmbedder:
         """Return what is known of a few images, and their features."""
         read = images.reader(self._images.height, self._images.width)
         block = read(images.block(start, start + NUM_IMAGES_A_BATCH))
-        features = features_of(
+        features = extract_features(
             self._extractor,
-            torch.from_numpy(block.pop("image")).to(self._device),
+            [torch.from_numpy(block.pop("image"))],
             self._images.normalization,
             flip=self._flip,
             precision=self._precision,
         )
-        return {**block, "feature": features.cpu().numpy()}
+        return {**block, "features": features.cpu().numpy()}
 
 
 def similarity(two: Queries, pairs: FeatureSet | None) -> Similarity:

@@ -9,6 +9,7 @@ from typing import Literal
 from jinja2 import Environment
 
 TEMPLATE = Path(__file__).with_name("page.html")
+Mark = Literal["", "right", "wrong", "asked", "junk"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class PageFigure:
 
     caption: str
     image: bytes | None
-    mark: Literal["", "right", "wrong", "asked", "junk"] = ""
+    mark: Mark = ""
 
     @property
     def source(self) -> str | None:

@@ -3,25 +3,15 @@
 This module runs on the driver; what the workers run is in `finetune_worker`.
 """
 
-from collections.abc import Callable
-
-from upreid_ray.config.downstream import ClusterContrastConfig, DownstreamConfig, FinetuneConfig
+from upreid_ray.config.downstream import DownstreamConfig
 from upreid_ray.data.shards.requested import labelled_shards
-from upreid_ray.data.stream.persons import ClusterImages, PersonImages
+from upreid_ray.data.stream.persons import IMAGES
 from upreid_ray.tracking import registry
 from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.initialization import requested
 from upreid_ray.train.job import Task, TrainJob, TrainResult
 
-# The class of the settings decides the method.
-WORKERS: dict[type[DownstreamConfig], str] = {
-    FinetuneConfig: "upreid_ray.train.finetune_worker:finetune_worker",
-    ClusterContrastConfig: "upreid_ray.train.finetune_worker:cluster_contrast_worker",
-}
-IMAGES: dict[type[DownstreamConfig], Callable[..., PersonImages | ClusterImages]] = {
-    FinetuneConfig: PersonImages,
-    ClusterContrastConfig: ClusterImages,
-}
+WORKER = "upreid_ray.train.finetune_worker:finetune_worker"
 
 
 def finetune(
@@ -51,7 +41,7 @@ def finetune(
     shards = labelled_shards(config.data, folder.storage, scored=False)
     size = {"height": init.description.height, "width": init.description.width}
     task = Task(
-        worker=WORKERS[type(config)],
+        worker=WORKER,
         arguments={"init": init},
         shards=shards,
         images=IMAGES[type(config)](shards, config, **size),

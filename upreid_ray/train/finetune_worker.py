@@ -11,7 +11,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 from ray.data import DataIterator
-from torch import Tensor, nn
+from torch import Tensor
 
 from upreid_ray.config.downstream import ClusterContrastConfig, DownstreamConfig, FinetuneConfig
 from upreid_ray.config.errors import InputError, RunFailed
@@ -33,6 +33,7 @@ from upreid_ray.core.finetuning import (
 from upreid_ray.core.training import StepReport, train
 from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.persons import (
+    IMAGES,
     ChosenImages,
     ClusterImages,
     PersonBatches,
@@ -47,28 +48,32 @@ from upreid_ray.train.worker_settings import WorkerSettings
 
 
 def finetune_worker(
-    settings: WorkerSettings[FinetuneConfig], *, init: Initialization
+    settings: WorkerSettings[Any], *, init: Initialization
 ) -> RunFailed | InputError | None:
     """Train from the newest checkpoint, if any; return why training ended early."""
-    device = prepare_process(settings.config.scaling)
-    return FinetuneWorker(settings, init, device).train()
-
-
-def cluster_contrast_worker(
-    settings: WorkerSettings[ClusterContrastConfig], *, init: Initialization
-) -> RunFailed | InputError | None:
-    """Train from the newest checkpoint, if any; return why training ended early."""
-    device = prepare_process(settings.config.scaling)
-    return ClusterContrastWorker(settings, init, device).train()
-
-
-def initial_backbone(config: DownstreamConfig, init: Initialization) -> nn.Module:
-    """Return the backbone with which fine-tuning begins."""
-    images = init.description
-    last_stride = config.training.last_stride
-    backbone = build_backbone(images.backbone, size=images.size, last_stride=last_stride)
+    config, description = settings.config, init.description
+    device = prepare_process(config.scaling)
+    size = {"height": description.height, "width": description.width}
+    images = IMAGES[type(config)](settings.shards, config, **size)
+    backbone = build_backbone(
+        description.backbone, size=description.size, last_stride=config.training.last_stride
+    )
     backbone.load_state_dict(init.weights)
-    return backbone
+    if isinstance(images, ClusterImages):
+        state = ClusterContrastState(config, backbone, description, device=device)
+        return ClusterContrastWorker(settings, state, images).train()
+    return FinetuneWorker(
+        settings,
+        FinetuneState(
+            config,
+            backbone,
+            description,
+            num_persons=images.num_persons,
+            steps_per_epoch=images.steps_per_epoch,
+            device=device,
+        ),
+        images,
+    ).train()
 
 
 class PersonWorker(Worker):
@@ -93,29 +98,6 @@ class FinetuneWorker(PersonWorker):
     state: FinetuneState
     images: PersonImages
 
-    def __init__(
-        self,
-        settings: WorkerSettings[FinetuneConfig],
-        init: Initialization,
-        device: torch.device,
-    ) -> None:
-        images = init.description
-        self.images = PersonImages(
-            settings.shards,
-            settings.config,
-            height=images.height,
-            width=images.width,
-        )
-        state = FinetuneState(
-            settings.config,
-            initial_backbone(settings.config, init),
-            images,
-            num_persons=self.images.num_persons,
-            steps_per_epoch=self.images.steps_per_epoch,
-            device=device,
-        )
-        super().__init__(settings, state)
-
     def steps(self) -> Iterator[StepReport]:
         """Train from ``state.step`` to the end, and report each step."""
         encoded, stop = _put_encoded(self.images), self.state.num_steps
@@ -133,24 +115,6 @@ class ClusterContrastWorker(PersonWorker):
     config: ClusterContrastConfig
     state: ClusterContrastState
     images: ClusterImages
-
-    def __init__(
-        self,
-        settings: WorkerSettings[ClusterContrastConfig],
-        init: Initialization,
-        device: torch.device,
-    ) -> None:
-        images = init.description
-        self.images = ClusterImages(
-            settings.shards,
-            settings.config,
-            height=images.height,
-            width=images.width,
-        )
-        state = ClusterContrastState(
-            settings.config, initial_backbone(settings.config, init), images, device=device
-        )
-        super().__init__(settings, state)
 
     def steps(self) -> Iterator[StepReport]:
         """Train from ``state.step`` to the end, clustering before each epoch."""

@@ -49,11 +49,11 @@ class PretrainWorker(Worker):
         *,
         start: str | None,
     ) -> None:
-        config = settings.config
         self.start = start
-        self.images = TrainingImages(settings.shards, config)
-        state = TrainState(config, steps_per_epoch=self.images.steps_per_epoch, device=device)
-        super().__init__(settings, state)
+        images = TrainingImages(settings.shards, settings.config)
+        steps_per_epoch = images.steps_per_epoch
+        state = TrainState(settings.config, steps_per_epoch=steps_per_epoch, device=device)
+        super().__init__(settings, state, images)
 
     def begin(self) -> dict[str, float]:
         """Begin a new run, from a checkpoint of another one if that was named."""

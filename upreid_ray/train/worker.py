@@ -116,15 +116,23 @@ class Worker(ABC):
     Args:
         settings: Settings from the driver.
         state: State at the beginning of training.
+        images: Images to train on.
     """
 
     config: PretrainConfig | DownstreamConfig
+    state: State
     images: TrainingImages | PersonImages | ClusterImages
 
-    def __init__(self, settings: WorkerSettings[Any], state: State) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings[Any],
+        state: State,
+        images: TrainingImages | PersonImages | ClusterImages,
+    ) -> None:
         self.config = settings.config
         self.folder = settings.folder
         self.state = state
+        self.images = images
         self.evaluation = Evaluation(settings.evaluation_shards, state)
         self.best = BestBackbone()
         # Images of this epoch that do not decode, by shard: those of this worker since the last

@@ -6,10 +6,13 @@ A shard is a Parquet file with one row for each image. It holds a random part of
 
 import hashlib
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from upreid_ray.config.errors import InputError, first_line
+from upreid_ray.storage import Location
 
 MANIFEST_FILE = "manifest.json"
 REFUSED_FILE = "refused.jsonl"
@@ -89,3 +92,26 @@ class Manifest(BaseModel):
         for shard in self.shards:
             counts[shard.split] = counts.get(shard.split, 0) + shard.num_images
         return counts
+
+
+ManifestT = TypeVar("ManifestT", bound=BaseModel)
+
+
+def read_manifest(file: Location, model: type[ManifestT], *, remedy: str) -> ManifestT:
+    """Read the manifest of a set of files.
+
+    Args:
+        file: Manifest, which is written last, so that the set is complete.
+        model: Class of its content.
+        remedy: What to do if there is no such set, for the message.
+
+    Raises:
+        InputError: There is no manifest, or it cannot be read.
+    """
+    try:
+        return model.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        folder, _, name = file.uri.rpartition("/")
+        raise InputError(f"{folder}: no {name}; {remedy}") from None
+    except (pa.ArrowException, OSError, ValidationError) as error:
+        raise InputError(f"{file}: cannot be read ({first_line(error)})") from error

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from upreid_ray.data.shards.images import RefusedImageError, usable_image
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.records import Records, Refused
-from upreid_ray.page import PageFigure, PageSection, render_page
+from upreid_ray.page import Mark, PageFigure, PageSection, render_page
 
 PAGE_FILE = "samples.html"
 NUM_SAMPLES = 64
@@ -34,7 +34,7 @@ def write_page(shards: ShardSet, records: Records, *, seed: int) -> None:
         **{f"refused: {kind}": count for kind, count in manifest.num_refused.items()},
     }
     samples = [
-        _thumbnail(
+        thumbnail(
             row["image"],
             f"{row['key']}: {row['width']}x{row['height']}, sharpness {row['sharpness']:.0f}",
         )
@@ -52,7 +52,7 @@ def write_page(shards: ShardSet, records: Records, *, seed: int) -> None:
     ]
     for kind in Counter(one.kind for one in refused):
         shown = [one for one in refused if one.kind == kind][:NUM_SHOWN_OF_KIND]
-        figures = [_thumbnail(_read(records, one), f"{one.key}: {one.reason}") for one in shown]
+        figures = [thumbnail(_read(records, one), f"{one.key}: {one.reason}") for one in shown]
         sections.append(PageSection(f"Refused: {kind}", thumbnails=figures))
     page = render_page(manifest.source, sections)
     (shards.folder / PAGE_FILE).write_whole(page.encode())
@@ -85,12 +85,12 @@ def _read(records: Records, refused: Refused) -> bytes:
         return b""
 
 
-def _thumbnail(encoded: bytes, caption: str) -> PageFigure:
+def thumbnail(encoded: bytes | None, caption: str, mark: Mark = "") -> PageFigure:
     """Return a small copy of an image; without a picture if the image does not decode."""
     try:
-        usable = usable_image(encoded, max_height=THUMBNAIL_HEIGHT)
+        usable = usable_image(encoded or b"", max_height=THUMBNAIL_HEIGHT)
     except RefusedImageError:
-        return PageFigure(caption, None)
+        return PageFigure(caption, None, mark)
     buffer = io.BytesIO()
     usable.picture.save(buffer, "JPEG")
-    return PageFigure(caption, buffer.getvalue())
+    return PageFigure(caption, buffer.getvalue(), mark)

@@ -7,14 +7,14 @@ from typing import Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import ValidationError
 
-from upreid_ray.config.errors import InputError, first_line
+from upreid_ray.config.errors import InputError
 from upreid_ray.data.shards.manifest import (
     EVALUATION_SPLITS,
     MANIFEST_FILE,
     REFUSED_FILE,
     Manifest,
+    read_manifest,
 )
 from upreid_ray.data.shards.row_groups import RowGroups
 from upreid_ray.data.sources.records import Refused
@@ -45,18 +45,8 @@ class ShardSet:
             InputError: There is no manifest, or it cannot be read.
         """
         folder = Location(uri)
-        try:
-            content = (folder / MANIFEST_FILE).read_bytes()
-            return cls(folder, Manifest.model_validate_json(content))
-        except FileNotFoundError:
-            raise InputError(
-                f"{folder}: no {MANIFEST_FILE}; make shards with "
-                f"jobs/prepare.py SOURCE --out {folder}"
-            ) from None
-        except (pa.ArrowException, OSError, ValidationError) as error:
-            raise InputError(
-                f"{folder / MANIFEST_FILE}: cannot be read ({first_line(error)})"
-            ) from error
+        remedy = f"make shards with jobs/prepare.py SOURCE --out {folder}"
+        return cls(folder, read_manifest(folder / MANIFEST_FILE, Manifest, remedy=remedy))
 
     @staticmethod
     def exists(uri: str) -> bool:

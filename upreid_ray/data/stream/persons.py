@@ -6,7 +6,7 @@ Dimensions: N images, P persons in a batch, K images of a person in a batch, B =
 in a batch, n images in a block, H x W pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -342,3 +342,10 @@ class ClusterImages(ChosenImages):
         return PersonBatches(
             labels, self._config.training, size=self._size, seed=self._config.seed
         )
+
+
+# The class of the settings decides the method, and with it the images.
+IMAGES: dict[type[DownstreamConfig], Callable[..., PersonImages | ClusterImages]] = {
+    FinetuneConfig: PersonImages,
+    ClusterContrastConfig: ClusterImages,
+}
