@@ -28,13 +28,12 @@ Examples:
 import argparse
 import logging
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from upreid_ray.command_line import JobParser, connect_to_ray, path_or_uri, run_job
+from upreid_ray.command_line import JobParser, at_least, connect_to_ray, path_or_uri, run_job
 from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.run import SyntheticConfig
 
@@ -61,8 +60,6 @@ BOUNDS: tuple[tuple[str, float, str, str], ...] = (
     ),
 )
 
-NumberT = TypeVar("NumberT", int, float)
-
 
 def main() -> dict[str, Any]:
     """Run the job; return the content of its JSON line."""
@@ -84,7 +81,7 @@ def _parser() -> JobParser:
     add("--out", type=path_or_uri, metavar="DIR", help="folder or URI to write the shards to")
     add(
         "--seed",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         help="random seed of the order of the images (default: 0)",
     )
@@ -97,7 +94,7 @@ def _parser() -> JobParser:
     )
     bounds = parser.add_argument_group("images")
     for flag, least, unit, meaning in BOUNDS:
-        bounds.add_argument(flag, type=_at_least(least), metavar=unit, help=meaning)
+        bounds.add_argument(flag, type=at_least(least), metavar=unit, help=meaning)
     add = bounds.add_argument
     add(
         "--duplicates",
@@ -108,7 +105,7 @@ def _parser() -> JobParser:
     )
     add(
         "--max-distance",
-        type=_at_least(0),
+        type=at_least(0),
         default=argparse.SUPPRESS,
         metavar="BITS",
         help="bits in which the hashes of near duplicates may differ (default: 2; at most 6)",
@@ -192,18 +189,6 @@ def _check(arguments: argparse.Namespace) -> dict[str, Any]:
         "manifest": manifest.digest(),
         "images": manifest.counts(),
     }
-
-
-def _at_least(least: NumberT) -> Callable[[str], NumberT]:
-    """Return a parser of numbers that are at least this and of its type."""
-
-    def read(text: str) -> NumberT:
-        number = type(least)(text)
-        if not number >= least:
-            raise argparse.ArgumentTypeError(f"must be at least {least} (got {number})")
-        return number
-
-    return read
 
 
 def _source(text: str) -> str:

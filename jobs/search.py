@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from upreid_ray.command_line import JobParser, existing_init, path_or_uri, run_job
+from upreid_ray.command_line import JobParser, at_least, existing_init, path_or_uri, run_job
 from upreid_ray.config.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _parser() -> JobParser:
         metavar="PLACE",
         help="images to search for: image files, sources of images, or features",
     )
-    add("--top", type=_positive, default=10, help="images of each query (default: 10)")
+    add("--top", type=at_least(1), default=10, help="images of each query (default: 10)")
     add(
         "--rerank",
         action="store_true",
@@ -83,13 +83,6 @@ def _parser() -> JobParser:
         help="features of labelled images, among whose pairs two files are placed",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1 (got {number})")
-    return number
 
 
 def _search(arguments: argparse.Namespace) -> dict[str, Any]:

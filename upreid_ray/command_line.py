@@ -46,6 +46,7 @@ QUIET_LIBRARIES = {
 }
 
 SectionT = TypeVar("SectionT", bound=Section)
+NumberT = TypeVar("NumberT", int, float)
 
 
 class JobParser(argparse.ArgumentParser):
@@ -218,6 +219,18 @@ def path_or_uri(text: str) -> str:
         return absolute(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def at_least(least: NumberT) -> Callable[[str], NumberT]:
+    """Return a parser of numbers that are at least this and of its type."""
+
+    def read(text: str) -> NumberT:
+        number = type(least)(text)
+        if not number >= least:
+            raise argparse.ArgumentTypeError(f"must be at least {least} (got {number})")
+        return number
+
+    return read
 
 
 def existing_init(text: str) -> str:

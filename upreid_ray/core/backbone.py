@@ -1,6 +1,7 @@
 """The backbone that maps images to features, alone or with a neck, and its description."""
 
-from typing import Annotated, Literal
+import warnings
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -94,6 +95,21 @@ def check_size(name: str, size: Size, *, patches: str | None = None) -> None:
         backbones.find(name).check_size(name, size, of_patches=patches is not None)
     except ValueError as error:
         raise InputError(f"{flags}: {name} {error}") from error
+
+
+def export_program(
+    module: nn.Module, images: Tensor, sizes: dict[int, Any]
+) -> torch.export.ExportedProgram:
+    """Return a module in eval mode as a program.
+
+    Args:
+        module: Module that maps images to features.
+        images: Two images or more.
+        sizes: `torch.export.Dim` of each dimension of the images that may vary.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside torch.export
+        return torch.export.export(module, (images,), dynamic_shapes=(sizes,))
 
 
 class NeckedBackbone(nn.Module):

@@ -7,10 +7,12 @@ import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Self
+from functools import partial
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from PIL import Image
 
 from upreid_ray.config.errors import InputError, first_line
@@ -45,8 +47,7 @@ class SourceImages:
     name: str
     digest: str
     num_images: int
-    _groups: RowGroups | None = field(default=None, repr=False)
-    _records: Records | None = field(default=None, repr=False)
+    _content: RowGroups | Records = field(repr=False)
 
     @classmethod
     def open(cls, name: str) -> Self:
@@ -60,122 +61,122 @@ class SourceImages:
             groups = shards.row_groups((*TRAIN_SPLITS, *EVALUATION_SPLITS))
             if not groups.num_images:
                 raise InputError(f"{name}: holds no images")
-            return cls(name, shards.manifest.digest(), groups.num_images, _groups=groups)
+            return cls(name, shards.manifest.digest(), groups.num_images, groups)
         file = Location(name)
         if is_image_name(name) and file.is_file():
             columns = {"key": [name], "num_bytes": [file.num_bytes()]}
             records = make_records(name, columns, _read_file)
         else:
             records = source_records(name, {})
-        return cls(name, records.digest(), len(records), _records=records)
+        return cls(name, records.digest(), len(records), records)
 
     def block(self, start: int, stop: int) -> pa.Table:
         """Return a table from which `reader` reads the images ``start`` to ``stop``."""
-        if self._groups is not None:
+        if isinstance(self._content, RowGroups):
             return pa.table({"start": [start], "stop": [min(stop, self.num_images)]})
-        assert self._records is not None  # noqa: S101, one of the two is there
-        table = self._records.table.slice(start, stop - start)
+        table = self._content.table.slice(start, stop - start)
         return table.append_column("place", pa.array(np.arange(start, start + len(table))))
 
-    def reader(self, height: int, width: int) -> "BlockReader":
-        """Return a function that reads and decodes a block in any process."""
-        if self._groups is not None:
-            return BlockReader(height, width, groups=self._groups)
-        assert self._records is not None  # noqa: S101, one of the two is there
-        return BlockReader(
-            height, width, read=self._records.read, num_readers=self._records.num_readers
+    def reader(self, height: int, width: int) -> Callable[[pa.Table], Columns]:
+        """Return a function that reads and decodes a block in any process.
+
+        It returns ``image``, uint8 ``[n, 3, H, W]``; ``key``, ``split`` and ``error`` (empty
+        for an image that decodes), text ``[n]``; ``place``, ``pid``, ``camid``, ``width`` and
+        ``height``, int64 ``[n]``, `NULL` where unknown.
+        """
+        content = self._content
+        if isinstance(content, RowGroups):
+            return partial(_read_shards, groups=content, height=height, width=width)
+        return partial(
+            _read_records,
+            read=content.read,
+            num_readers=content.num_readers,
+            height=height,
+            width=width,
         )
 
     def encoded(self, place: int) -> bytes | None:
         """Return one image as it is stored, None if it cannot be read."""
+        content = self._content
         try:
-            if self._groups is not None:
-                ranges = self._groups.ranges(place, place + 1)
-                content: bytes = self._groups.read(ranges, ["image"])["image"][0].as_py()
-                return content
-            assert self._records is not None  # noqa: S101, one of the two is there
-            return self._records.read(self._records.table.slice(place, 1).to_pylist()[0])
+            if isinstance(content, RowGroups):
+                ranges = content.ranges(place, place + 1)
+                image: bytes = content.read(ranges, ["image"])["image"][0].as_py()
+                return image
+            return content.read(content.table.slice(place, 1).to_pylist()[0])
         except (OSError, ValueError, InputError):
             return None
 
 
 @dataclass(frozen=True)
-class BlockReader:
-    """Reads and decodes a block of `SourceImages`.
+class _Found:
+    """An encoded image, its size in pixels, and what is wrong with it."""
 
-    Attributes:
-        height: Height of the resized images in pixels.
-        width: Width of the resized images in pixels.
-        groups: Rows of a set of shards; None for records.
-        read: Function that reads the image of a record; None for shards.
-        num_readers: Number of images that are read at a time.
-    """
+    encoded: bytes = b""
+    width: int = 0
+    height: int = 0
+    error: str = ""
 
-    height: int
-    width: int
-    groups: RowGroups | None = None
-    read: Callable[[Record], bytes] | None = None
-    num_readers: int = 1
 
-    def __call__(self, block: pa.Table) -> Columns:
-        """Return the images of a block, and what is known of them.
+def _read_shards(block: pa.Table, *, groups: RowGroups, height: int, width: int) -> Columns:
+    start, stop = block["start"][0].as_py(), block["stop"][0].as_py()
+    table, _ = groups.read_intact(groups.ranges(start, stop), [*NAMES, "image"])
+    # `prepare` has made these images usable.
+    found = [_opened(each) for each in table["image"]]
+    return _columns(table, np.arange(start, stop), found, height, width)
 
-        Returns:
-            ``image``, uint8 ``[n, 3, H, W]``; ``key``, ``split`` and ``error`` (empty for an
-            image that decodes), text ``[n]``; ``place``, ``pid``, ``camid``, ``width`` and
-            ``height``, int64 ``[n]``, `NULL` where unknown.
-        """
-        if self.groups is not None:
-            start, stop = block["start"][0].as_py(), block["stop"][0].as_py()
-            ranges = self.groups.ranges(start, stop)
-            table, _ = self.groups.read_intact(ranges, [*NAMES, "image"])
-            place = np.arange(start, stop)
-            # `prepare` has made these images usable.
-            found = [_opened(each) for each in table["image"]]
-        else:
-            table, place = block, block["place"].to_numpy()
-            found = self._read_all(block.to_pylist())
-        encoded = pa.array([each for each, _, _, _ in found], pa.binary())
-        columns = decode_images(encoded, self.height, self.width)
-        decoded = columns.pop("decoded")
-        errors = [error for _, _, _, error in found]
-        for row in np.flatnonzero(~decoded).tolist():
-            errors[row] = errors[row] or "does not decode"
-        columns |= {
-            "width": np.array([width for _, width, _, _ in found], np.int64),
-            "height": np.array([height for _, _, height, _ in found], np.int64),
-            "error": np.array(errors, np.object_),
-            "place": place,
-        }
-        for name in ("key", "split"):
-            columns[name] = np.array(table[name].fill_null("").to_pylist(), np.object_)
-        for name in ("pid", "camid"):
-            columns[name] = table[name].cast(pa.int64()).fill_null(NULL).to_numpy()
-        return columns
 
-    def _read_all(self, records: list[dict[str, Any]]) -> list[tuple[bytes, int, int, str]]:
-        with ThreadPoolExecutor(self.num_readers) as pool:
-            return list(pool.map(self._read_one, records))
-
-    def _read_one(self, record: Record) -> tuple[bytes, int, int, str]:
-        """Return an image as `prepare` stores it, its width and height, and what is wrong."""
-        assert self.read is not None  # noqa: S101, records have it
+def _read_records(
+    block: pa.Table,
+    *,
+    read: Callable[[Record], bytes],
+    num_readers: int,
+    height: int,
+    width: int,
+) -> Columns:
+    def read_one(record: Record) -> _Found:
         try:
-            image = usable_image(self.read(record), max_height=None)
-        except RefusedImageError as error:
-            return b"", 0, 0, str(error)
+            image = usable_image(read(record), max_height=None)
         except (OSError, ValueError, InputError) as error:
-            return b"", 0, 0, first_line(error)
-        return image.encoded, image.picture.width, image.picture.height, ""
+            is_refusal = isinstance(error, RefusedImageError)
+            return _Found(error=str(error) if is_refusal else first_line(error))
+        return _Found(image.encoded, image.picture.width, image.picture.height)
+
+    with ThreadPoolExecutor(num_readers) as pool:
+        found = list(pool.map(read_one, block.to_pylist()))
+    return _columns(block, block["place"].to_numpy(), found, height, width)
 
 
-def _opened(stored: pa.Scalar) -> tuple[bytes, int, int, str]:
+def _columns(
+    table: pa.Table, place: NDArray[np.int64], found: list[_Found], height: int, width: int
+) -> Columns:
+    encoded = pa.array([each.encoded for each in found], pa.binary())
+    columns = decode_images(encoded, height, width)
+    decoded = columns.pop("decoded")
+    errors = [
+        "" if is_decoded else each.error or "does not decode"
+        for each, is_decoded in zip(found, decoded, strict=True)
+    ]
+    columns |= {
+        "width": np.array([each.width for each in found], np.int64),
+        "height": np.array([each.height for each in found], np.int64),
+        "error": np.array(errors, np.object_),
+        "place": place,
+    }
+    for name in ("key", "split"):
+        columns[name] = np.array(table[name].fill_null("").to_pylist(), np.object_)
+    for name in ("pid", "camid"):
+        columns[name] = table[name].cast(pa.int64()).fill_null(NULL).to_numpy()
+    return columns
+
+
+def _opened(stored: pa.Scalar) -> _Found:
     """Return an image of a shard, and its size, from its head alone."""
     if not stored.is_valid:
-        return b"", 0, 0, "its shard is damaged"
+        return _Found(error="its shard is damaged")
     encoded: bytes = stored.as_py()
     try:
         with Image.open(io.BytesIO(encoded), formats=STORED_FORMATS) as image:
-            return encoded, image.width, image.height, ""
+            return _Found(encoded, image.width, image.height)
     except (OSError, ValueError, SyntaxError) as error:
-        return b"", 0, 0, first_line(error)
+        return _Found(error=first_line(error))

@@ -6,8 +6,8 @@ Dimensions: B images of H x W pixels, F features.
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.core.augment import Normalization
+from upreid_ray.core.backbone import export_program
 from upreid_ray.downstream.consumers import MODULE_FORMATS
 from upreid_ray.train.initialization import Initialization
 
@@ -138,17 +139,10 @@ def _program(
     first = 1 if with_preprocessing else 2
     sizes: dict[int, Any] = {0: torch.export.Dim("batch"), first: height, first + 1: width}
     try:
-        return _traced(module, images, sizes), True
+        return export_program(module, images, sizes), True
     except Exception as error:  # torch.export raises whatever an operator raises
         logger.debug("images of any size: %s", first_line(error))
-        return _traced(module, images, {0: sizes[0]}), False
-
-
-def _traced(
-    module: nn.Module, images: Tensor, sizes: dict[int, Any]
-) -> torch.export.ExportedProgram:
-    with _quiet():
-        return torch.export.export(module, (images,), dynamic_shapes=(sizes,))
+        return export_program(module, images, {0: sizes[0]}), False
 
 
 def _write(
@@ -161,7 +155,8 @@ def _write(
         return lambda images: loaded(images).detach()
     import onnxruntime  # noqa: PLC0415, an optional package
 
-    with _quiet():
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")  # deprecations inside PyTorch
         found = torch.onnx.export(
             program,
             dynamo=True,
@@ -188,11 +183,3 @@ def _compare(
     if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
         worst = float((found - expected).abs().max())
         raise RuntimeError(f"{out}: computes features that differ by up to {worst:g}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide deprecations inside PyTorch, and keep standard output for the result of the job."""
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
-        warnings.simplefilter("ignore")
-        yield

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from upreid_ray.config.errors import InputError, first_line
-from upreid_ray.data.shards.manifest import read_manifest
+from upreid_ray.data.shards.manifest import read_manifest, written_for
 from upreid_ray.storage import Location
 
 MANIFEST_FILE = "features.json"
@@ -204,15 +204,8 @@ def write_part(
 
 def written_part(file: Location, plan: str) -> tuple[Part, list[dict[str, str]]] | None:
     """Return a file written for this plan, and its refused images; None if there is none."""
-    if not file.is_file():
+    found = written_for(file, plan)
+    if found is None:
         return None
-    try:
-        with file.open_input_file() as stream:
-            found = pq.ParquetFile(stream)
-            metadata = found.schema_arrow.metadata or {}
-            part = Part(name=file.name, num_images=found.metadata.num_rows)
-    except (pa.ArrowException, OSError):
-        return None
-    if metadata.get(b"plan") != plan.encode():
-        return None
-    return part, json.loads(metadata[b"refused"])
+    part = Part(name=file.name, num_images=found.num_rows)
+    return part, json.loads(found.metadata[b"refused"])

@@ -10,7 +10,6 @@ import io
 import json
 import platform
 import shutil
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 from PIL import Image
 
-from upreid_ray.core.backbone import Description
+from upreid_ray.core.backbone import Description, export_program
 from upreid_ray.core.checkpoint import read_exported
 
 CODE_FILE = Path(__file__).with_name("predict.py")
@@ -51,7 +50,7 @@ def write_model(exported: Path, out: Path, *, config: dict[str, Any]) -> None:
     description, weights, neck = read_exported(exported)
     extractor = description.extractor(weights, neck).eval().requires_grad_(False)
     images = torch.zeros(2, 3, description.height, description.width)
-    program = export_program(extractor, images)
+    program = export_program(extractor, images, {0: torch.export.Dim("batch")})
     shutil.copytree(exported, out)
     shutil.copy(CODE_FILE, out)
     (out / PROGRAM_FOLDER).mkdir()
@@ -100,19 +99,3 @@ def _write_example(out: Path, description: Description) -> dict[str, str]:
         "serving_input_path": REQUEST_FILE,
         "type": "json_object",
     }
-
-
-def export_program(
-    module: torch.nn.Module, images: torch.Tensor
-) -> torch.export.ExportedProgram:
-    """Return a module in eval mode as a program for any number of images of one size.
-
-    Args:
-        module: Module that maps images to features.
-        images: Two images or more, float32 ``[B, 3, H, W]``.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside torch.export
-        return torch.export.export(
-            module, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-        )

@@ -148,16 +148,6 @@ def log_dataset(client: MlflowClient, run_id: str, name: str, *, uri: str, diges
     client.log_inputs(run_id, [DatasetInput(dataset, tags)])
 
 
-def end_run(client: MlflowClient, run_id: str, status: str) -> None:
-    """Set the final status of a run whose own process cannot do so."""
-    client.set_terminated(run_id, status)
-
-
-def log_files(client: MlflowClient, run_id: str, folder: Path) -> None:
-    """Log the files of a folder as artifacts."""
-    client.log_artifacts(run_id, str(folder))
-
-
 def log_metrics(client: MlflowClient, run_id: str, values: Mapping[str, float]) -> None:
     """Log the metrics of a run that has no steps."""
     now = int(time.time() * 1000)

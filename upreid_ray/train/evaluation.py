@@ -7,7 +7,6 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,25 +15,15 @@ from torch import Tensor
 from upreid_ray.core import distributed
 from upreid_ray.core.retrieval import extract_features, score_features
 from upreid_ray.core.training import State
-from upreid_ray.data.shards.row_groups import RowGroups
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.damage import without_undecodable
 from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.labelled import LabelledImages
+from upreid_ray.data.stream.persons import ChosenImages
 
 logger = logging.getLogger(__name__)
 
 NUM_THREADS = 4
-
-
-class DecodedImages(Protocol):
-    """Images that are read in blocks, such as `LabelledImages`."""
-
-    num_blocks: int
-    row_groups: RowGroups
-
-    def read(self, number: int) -> Columns:
-        """Return ``image``, uint8 ``[n, 3, H, W]``, and other columns of ``n`` rows."""
 
 
 class Evaluation:
@@ -86,7 +75,7 @@ class Evaluation:
         return scores.summary()
 
 
-def decoded_features(state: State, images: DecodedImages) -> Columns | None:
+def decoded_features(state: State, images: LabelledImages | ChosenImages) -> Columns | None:
     """Compute the features of images; those that do not decode are left out.
 
     Every worker must call this, and computes its share.
@@ -121,7 +110,7 @@ def decoded_features(state: State, images: DecodedImages) -> Columns | None:
     return distributed.run_at_first(join)
 
 
-def _decode_share(images: DecodedImages) -> Iterator[Columns]:
+def _decode_share(images: LabelledImages | ChosenImages) -> Iterator[Columns]:
     """Yield this worker's blocks of some images, decoded a few blocks ahead."""
     mine = range(distributed.rank(), images.num_blocks, distributed.world_size())
     with ThreadPoolExecutor(NUM_THREADS) as pool:

@@ -98,4 +98,4 @@ def mark_run(client: runs.Client, settings: TrialSettings, record: TrialRecord) 
         tags = {"trial": str(record.candidate.number), "trial.state": record.state}
         runs.set_tags(client, run_id, tags)
         if record.state == "stopped":  # its process was killed before it could tell MLflow
-            runs.end_run(client, run_id, "KILLED")
+            client.set_terminated(run_id, "KILLED")

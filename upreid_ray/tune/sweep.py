@@ -217,7 +217,7 @@ def _write_report(
             Path(name, file).write_text(text)
         for file, content in figures.items():
             Path(name, file).write_bytes(content)
-        runs.log_files(client, settings.run_id, Path(name))
+        client.log_artifacts(settings.run_id, name)
 
 
 def _log_best(

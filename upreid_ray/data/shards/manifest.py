@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from upreid_ray.config.errors import InputError, first_line
@@ -115,3 +116,15 @@ def read_manifest(file: Location, model: type[ManifestT], *, remedy: str) -> Man
         raise InputError(f"{folder}: no {name}; {remedy}") from None
     except (pa.ArrowException, OSError, ValidationError) as error:
         raise InputError(f"{file}: cannot be read ({first_line(error)})") from error
+
+
+def written_for(file: Location, plan: str) -> pq.FileMetaData | None:
+    """Return the metadata of a Parquet file; None unless it is whole and has this plan."""
+    if not file.is_file():
+        return None
+    try:
+        with file.open_input_file() as stream:
+            found = pq.read_metadata(stream)
+    except (pa.ArrowException, OSError):
+        return None
+    return found if (found.metadata or {}).get(b"plan") == plan.encode() else None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
 from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.data.shards.duplicates import equal_originals, near_originals
@@ -41,6 +42,7 @@ from upreid_ray.data.shards.manifest import (
     TRAIN_SPLITS,
     Manifest,
     Shard,
+    written_for,
 )
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.records import Record, Records, Refused
@@ -55,8 +57,7 @@ NUM_SMALL_SHARDS = 8
 PLACE = "place"
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(BaseModel):
     """A shard on disk, described without its images.
 
     Attributes:
@@ -66,25 +67,12 @@ class Written:
         mean_square: Mean square of each channel over the images, ``[3]``.
     """
 
+    model_config = ConfigDict(frozen=True)
+
     shard: Shard
     refused: tuple[Refused, ...]
     mean: tuple[float, ...]
     mean_square: tuple[float, ...]
-
-    def to_json(self) -> str:
-        """Return this description as JSON."""
-        return json.dumps(asdict(self) | {"shard": self.shard.model_dump()})
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Return the description that `to_json` made this text of."""
-        fields = json.loads(text)
-        return cls(
-            shard=Shard(**fields["shard"]),
-            refused=tuple(Refused(**each) for each in fields["refused"]),
-            mean=tuple(fields["mean"]),
-            mean_square=tuple(fields["mean_square"]),
-        )
 
 
 def write_shards(
@@ -245,7 +233,7 @@ class ShardWriter:
             self.folder / part.column("name")[0].as_py(),
             part.column("split")[0].as_py(),
         )
-        if not self._is_mine(file):
+        if written_for(file, self.plan) is None:
             table, refused = self._table(part, split)
             self._save(file, table, refused)
         return self._written(file, split)
@@ -272,17 +260,6 @@ class ShardWriter:
         split = table.column("split")[0].as_py()
         self._save(file, table.filter(pa.array(stays)), refused)
         return self._written(file, split)
-
-    def _is_mine(self, file: Location) -> bool:
-        """Return whether a shard is there, whole, and was written for this plan."""
-        if not file.is_file():
-            return False
-        try:
-            with file.open_input_file() as stream:
-                metadata = pq.read_schema(stream).metadata or {}
-        except (pa.ArrowException, OSError):
-            return False
-        return bool(metadata.get(b"plan") == self.plan.encode())
 
     def _table(self, part: pa.Table, split: str) -> tuple[pa.Table, list[dict[str, str]]]:
         """Read and check the images of a shard; return the usable and the refused ones."""
@@ -357,7 +334,7 @@ class ShardWriter:
             for column in table
         )
         refused = json.loads(table.schema.metadata[b"refused"])
-        return Written(shard, tuple(Refused(**one) for one in refused), mean, mean_square)
+        return Written(shard=shard, refused=refused, mean=mean, mean_square=mean_square)
 
 
 def _leaves(schema: pa.Schema) -> list[str]:
@@ -372,12 +349,12 @@ def _in_tasks(inputs: ray.data.Dataset, do: Callable[[pa.Table], Written]) -> It
     """Call a function on each block of a dataset in a task; yield the results as they come."""
 
     def do_one(block: pa.Table) -> dict[str, list[str]]:
-        return {"written": [do(block).to_json()]}
+        return {"written": [do(block).model_dump_json()]}
 
     results = inputs.map_batches(do_one, batch_size=None, batch_format="pyarrow")
     results.context.enable_progress_bars = False
     for row in results.iter_rows():
-        yield Written.from_json(row["written"])
+        yield Written.model_validate_json(row["written"])
 
 
 def _duplicates(

@@ -25,7 +25,6 @@ from upreid_ray.data.sources.records import (
     Refused,
     is_image_name,
     make_records,
-    not_text,
     num_readers,
 )
 from upreid_ray.storage import Location, reading
@@ -58,12 +57,12 @@ def tar_records(source: str, tars: Sequence[str]) -> Records:
             try:
                 for member in _members(stream):
                     key = f"{prefix}{member.name}"
-                    refusal = not_text(key) or _not_plain(key, member)
-                    if refusal:
-                        refused.append(refusal)
-                    else:
+                    if member.isreg() and not member.issparse():
                         keys.append(key)
                         places.append((number, member.offset_data, member.size))
+                    else:
+                        reason = "is a link, a device or a sparse file"
+                        refused.append(Refused(key, "unreadable", reason))
             except tarfile.TarError as error:
                 refused.append(Refused(uri, "unreadable", f"ends early: {first_line(error)}"))
     if not keys and refused:
@@ -102,13 +101,6 @@ def _members(stream: pa.NativeFile) -> Iterable[tarfile.TarInfo]:
             tar.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps every member
             if not member.isdir() and is_image_name(member.name):
                 yield member
-
-
-def _not_plain(key: str, member: tarfile.TarInfo) -> Refused | None:
-    """Return the refusal of a member whose bytes are not in the file in one piece, or None."""
-    if member.isreg() and not member.issparse():
-        return None
-    return Refused(key, "unreadable", "is a link, a device or a sparse file")
 
 
 def lmdb_records(source: str) -> Records:
@@ -152,17 +144,13 @@ def lmdb_records(source: str) -> Records:
     mean_size = pages * stat["psize"] // max(1, stat["entries"])
     keys: list[str] = []
     pids: list[Any] = []
-    refused: list[Refused] = []
     for each, pid in zip(raw, raw_pids or itertools.repeat(None)):  # noqa: B905, one is endless
         key = each if isinstance(each, str) else each.decode(errors="surrogateescape")
-        refusal = not_text(key)
-        if refusal:
-            refused.append(refusal)
-        elif key not in LMDB_META_KEYS:
+        if key not in LMDB_META_KEYS:
             keys.append(key)
             pids.append(pid)
     columns = {"key": keys, "pid": pids, "num_bytes": np.full(len(keys), mean_size)}
-    return make_records(source, columns, LmdbReader(str(file)), refused=refused)
+    return make_records(source, columns, LmdbReader(str(file)))
 
 
 def inner_lmdb(folder: Location) -> Path | None:
@@ -307,9 +295,10 @@ def _column_names(uri: str, schema: pa.Schema, given: Mapping[str, str]) -> dict
         if name.partition(".")[0] in schema.names:
             names[ours] = name
         elif ours in given or ours == "image":
-            msg = f"{uri}: has no column {name}; name it with --columns {ours}=NAME (it has "
-            msg += ", ".join(schema.names[:20]) + ")"
-            raise InputError(msg)
+            raise InputError(
+                f"{uri}: has no column {name}; name it with --columns {ours}=NAME (it has "
+                f"{', '.join(schema.names[:20])})"
+            )
     return names
 
 

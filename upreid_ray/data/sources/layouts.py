@@ -307,10 +307,7 @@ def _labelled(folder: Location, layout: Layout, entries: Mapping[str, str]) -> R
     rows: list[ImageFile] = []
     refused: list[Refused] = []
     for each in layout(folder, entries):
-        refusal = not_text(each.key)
-        if refusal:
-            refused.append(refusal)
-        elif isinstance(each, Refused):
+        if isinstance(each, Refused):
             refused.append(each)
         else:
             rows.append(each)
@@ -328,7 +325,6 @@ def _labelled(folder: Location, layout: Layout, entries: Mapping[str, str]) -> R
 def _tree(folder: Location) -> Records:
     keys: list[str] = []
     sizes: list[int] = []
-    refused: list[Refused] = []
     places: set[str] = set()
     for key, num_bytes in folder.files_below():
         place, _, name = key.rpartition("/")
@@ -338,12 +334,8 @@ def _tree(folder: Location) -> Records:
             continue
         if not name.startswith(MACOS_PREFIX):
             places.add(place)
-        refusal = not_text(key)
-        if refusal:
-            refused.append(refusal)
-        else:
-            keys.append(key)
-            sizes.append(num_bytes)
+        keys.append(key)
+        sizes.append(num_bytes)
     inner = _set_in_tree(folder, places)
     if inner is not None:
         logger.info("%s: reading the labelled set in %s", folder, inner[0])
@@ -353,7 +345,6 @@ def _tree(folder: Location) -> Records:
         {"key": keys, "num_bytes": np.array(sizes, np.int64)},
         FileReader(folder),
         num_readers=num_readers([folder]),
-        refused=refused,
     )
 
 

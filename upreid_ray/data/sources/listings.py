@@ -15,7 +15,6 @@ from upreid_ray.data.sources.records import (
     IMAGE_SUFFIXES,
     Record,
     Records,
-    Refused,
     is_image_name,
     make_records,
     not_text,
@@ -112,14 +111,7 @@ def listed_records(source: str, paths: Sequence[str]) -> Records:
     Raises:
         InputError: The list is empty.
     """
-    refused: list[Refused] = []
-    keys: list[str] = []
-    for path in paths:
-        refusal = not_text(path)
-        if refusal:
-            refused.append(refusal)
-        else:
-            keys.append(path)
+    keys = [path for path in paths if not_text(path) is None]
     reader = ListedReader(
         Location(source.rpartition("/")[0] or ("/" if source[:1] == "/" else "."))
     )
@@ -129,10 +121,9 @@ def listed_records(source: str, paths: Sequence[str]) -> Records:
     mean_size = sum(known) // max(1, len(known))
     return make_records(
         source,
-        {"key": keys, "num_bytes": np.full(len(keys), mean_size)},
+        {"key": paths, "num_bytes": np.full(len(paths), mean_size)},
         reader,
         num_readers=num_readers(locations),
-        refused=refused,
     )
 
 

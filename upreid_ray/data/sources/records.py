@@ -7,6 +7,7 @@ function reads the image of a record in the process that needs it.
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Literal
 
 import numpy as np
@@ -96,6 +97,8 @@ def make_records(
 ) -> Records:
     """Return records: sorted by key, with all columns, and without repeated keys.
 
+    Names that are not text cannot be keys, and are refused.
+
     Args:
         source: Name of the source in errors.
         columns: Columns of `Records.table`; all but ``key`` and ``num_bytes`` may be missing.
@@ -106,6 +109,12 @@ def make_records(
     Raises:
         InputError: There are no images, or a column has values that do not fit it.
     """
+    refused = [not_text(each.key) or each for each in refused]
+    if not isinstance(columns["key"], pa.Array | pa.ChunkedArray):
+        untold = [not_text(key) for key in columns["key"]]
+        refused += filter(None, untold)
+        is_text = [each is None for each in untold]
+        columns = {name: list(compress(column, is_text)) for name, column in columns.items()}
     size = len(columns["key"])
     if size == 0:
         endings = " ".join(IMAGE_SUFFIXES)

@@ -24,7 +24,7 @@ from upreid_ray.core.groups import groups_of_workers
 from upreid_ray.data.shards.manifest import TRAIN_SPLITS
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.decode import Columns, decode_images, replacements
-from upreid_ray.data.stream.ray_data import MIN_BLOCK_IMAGES
+from upreid_ray.data.stream.ray_data import MIN_BLOCK_IMAGES, join_groups
 
 Indices = NDArray[np.int64]
 
@@ -192,14 +192,10 @@ class PersonBatches:
         num_workers: int = 1,
     ) -> Iterator[Columns]:
         """Yield the columns that `read` returns, of one worker's part of each step's batch."""
-        groups, size = groups_of_workers(self._num_groups, num_workers)[rank], self._group_size
+        groups = groups_of_workers(self._num_groups, num_workers)[rank]
         for _, num_steps in self._cuts(start_step, stop_step):
             mine = [next(blocks) for _ in groups]
-            for start in range(0, num_steps * size, size):
-                yield {
-                    name: np.concatenate([block[name][start : start + size] for block in mine])
-                    for name in ("image", "label", "decoded", "shard")
-                }
+            yield from join_groups(mine, num_steps, self._group_size)
 
     def _cuts(self, start_step: int, stop_step: int) -> Iterator[tuple[int, int]]:
         """Yield first step and number of steps of each part that is large enough for a task."""

@@ -78,8 +78,23 @@ def read_stream(iterator: DataIterator, *, rank: int, num_workers: int) -> Itera
                 f"Ray Data delivered block {columns[NUMBER][0]} where block {due} was due"
             )
         due += num_workers
-        if len(columns) > 1:  # otherwise this worker has no block in this turn
+        del columns[NUMBER]
+        if columns:  # otherwise this worker has no block in this turn
             yield columns
+
+
+def join_groups(
+    blocks: Sequence[Columns], num_steps: int, group_size: int
+) -> Iterator[Columns]:
+    """Yield a worker's part of the batch of each step, from one block for each of its groups.
+
+    A block has ``group_size`` rows for each step, one step after the other.
+    """
+    for start in range(0, num_steps * group_size, group_size):
+        rows = slice(start, start + group_size)
+        yield {
+            name: np.concatenate([each[name][rows] for each in blocks]) for name in blocks[0]
+        }
 
 
 def _warn_about_waits(blocks: Iterator[T]) -> Iterator[T]:

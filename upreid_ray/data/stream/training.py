@@ -26,7 +26,12 @@ from upreid_ray.data.shards.manifest import TRAIN_SPLITS
 from upreid_ray.data.shards.row_groups import RowRange
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.decode import Columns, decode_images
-from upreid_ray.data.stream.ray_data import BLOCK_BYTES, MAX_BLOCK_IMAGES, MIN_BLOCK_IMAGES
+from upreid_ray.data.stream.ray_data import (
+    BLOCK_BYTES,
+    MAX_BLOCK_IMAGES,
+    MIN_BLOCK_IMAGES,
+    join_groups,
+)
 
 
 @dataclass(frozen=True)
@@ -183,11 +188,6 @@ class TrainingImages:
         Yields:
             The columns that `read` returns, of ``b`` images.
         """
-        group_size = self._config.training.group_size
         for this in rounds:
             mine = list(islice(blocks, len(this.by_worker(num_workers)[rank])))
-            for start in range(0, this.num_steps * group_size, group_size):
-                yield {
-                    name: np.concatenate([b[name][start : start + group_size] for b in mine])
-                    for name in ("image", "decoded", "shard")
-                }
+            yield from join_groups(mine, this.num_steps, self._config.training.group_size)
