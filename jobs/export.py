@@ -15,7 +15,7 @@ Examples:
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +23,9 @@ from rich.table import Table
 from upreid_ray.command_line import JobParser, existing_init, path_or_uri, run_job
 from upreid_ray.config.errors import InputError
 from upreid_ray.downstream.consumers import CONSUMERS, MODULE_FORMATS
+
+if TYPE_CHECKING:
+    from upreid_ray.train.initialization import Initialization
 
 FASTREID_POOLING = (
     "fast-reid pools without padding (3x3, stride 2, ceil mode) after the first convolution: "
@@ -51,49 +54,55 @@ def main() -> dict[str, Any]:
         "--out", required=True, type=path_or_uri, metavar="FILE", help="file to write"
     )
     arguments = parser.parse(sys.argv[1:])
-    if arguments.to in MODULE_FORMATS:
-        return _export_module(arguments)
-    if arguments.with_preprocessing == "true":
+    if arguments.with_preprocessing == "true" and arguments.to not in MODULE_FORMATS:
         raise InputError(
             f"--with_preprocessing: not for --to {arguments.to}, which gets weights"
         )
     # Imported late: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.downstream.export import export  # noqa: PLC0415
     from upreid_ray.train.initialization import resolve  # noqa: PLC0415
 
     init = resolve(arguments.init)
+    export = _export_module if arguments.to in MODULE_FORMATS else _export_weights
+    lines, result = export(init, arguments)
+    for line in lines:
+        # Not wrapped, so that the line can be copied.
+        Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
+    folder = str(Path(arguments.out).parent)
+    return {"init": init.uri, "result_dir": folder, "file": arguments.out, **result}
+
+
+def _export_weights(
+    init: "Initialization", arguments: argparse.Namespace
+) -> tuple[list[str], dict[str, Any]]:
+    """Write weights; return what to print, and what belongs into the JSON line."""
+    from upreid_ray.downstream.export import export  # noqa: PLC0415
+
     report = export(init, arguments.to, Path(arguments.out))
     table = Table("tensors", "number", "first")
     for kind in ("matched", "missing", "unexpected"):
         names = getattr(report, kind)
         table.add_row(kind, str(len(names)), ", ".join(names[:3]))
-    console = Console(stderr=True)
-    console.print(table)
+    Console(stderr=True).print(table)
     images = init.description
-    for line in (
+    lines = [
         f"images: {images.height}x{images.width}, mean {images.mean}, std {images.std}",
         *([FASTREID_POOLING] if arguments.to == "fastreid" else []),
         "load the file with:",
         report.usage,
-    ):
-        # Not wrapped, so that the line can be copied.
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    return {
-        "init": init.uri,
-        "result_dir": str(Path(arguments.out).parent),
-        "file": arguments.out,
+    ]
+    return lines, {
         "matched": len(report.matched),
         "missing": report.missing,
         "unexpected": report.unexpected,
     }
 
 
-def _export_module(arguments: argparse.Namespace) -> dict[str, Any]:
-    # Imported late: it takes seconds, which a mistake or --help should not cost.
+def _export_module(
+    init: "Initialization", arguments: argparse.Namespace
+) -> tuple[list[str], dict[str, Any]]:
+    """Write a file that computes features; return what `_export_weights` does."""
     from upreid_ray.downstream.export_module import OPSET, export_module  # noqa: PLC0415
-    from upreid_ray.train.initialization import resolve  # noqa: PLC0415
 
-    init = resolve(arguments.init)
     images = init.description
     is_raw = arguments.with_preprocessing == "true"
     usage, compared = export_module(
@@ -105,21 +114,14 @@ def _export_module(arguments: argparse.Namespace) -> dict[str, Any]:
         else f"float32 images [B, 3, h, w], trained on {images.height}x{images.width}, as "
         f"(RGB / 255 - {images.mean}) / {images.std}"
     )
-    console = Console(stderr=True)
-    for line in (
+    lines = [
         f"takes {takes}; returns features that are not normalized",
         *([f"opset {OPSET}"] if arguments.to == "onnx" else []),
         f"same features as the backbone for images of {', '.join(compared)}",
         "run the file with:",
         usage,
-    ):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    return {
-        "init": init.uri,
-        "result_dir": str(Path(arguments.out).parent),
-        "file": arguments.out,
-        "compared": compared,
-    }
+    ]
+    return lines, {"compared": compared}
 
 
 if __name__ == "__main__":

@@ -172,11 +172,7 @@ def _line(ranking: "Ranking") -> dict[str, Any]:
 
 
 def _write(flag: str, file: str, text: str) -> None:
-    """Write a file whole.
-
-    Raises:
-        InputError: It cannot be written.
-    """
+    """Write a file whole; refuse one that cannot be written."""
     from upreid_ray.storage import Location  # noqa: PLC0415
 
     try:

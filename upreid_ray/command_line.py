@@ -55,10 +55,7 @@ class JobParser(argparse.ArgumentParser):
     def __init__(self, description: str | None, usage: str, *, add_help: bool = True) -> None:
         """Make a parser without flags of a job.
 
-        Args:
-            description: What the job does, and examples.
-            usage: What follows the name of the job; argparse would list every flag.
-            add_help: Whether ``--help`` shows all that.
+        ``usage`` follows the name of the job, where argparse would list every flag.
         """
         super().__init__(
             usage=f"%(prog)s {usage}",
@@ -281,10 +278,8 @@ def read_pretrain_settings(
 ) -> PretrainConfig:
     """Return the configuration that the arguments of `add_pretrain_settings` describe.
 
-    Args:
-        arguments: Parsed command line.
-        recorded: Settings of the run that is resumed, from which it starts if neither a preset
-            nor a file is given.
+    If neither a preset nor a file is given, it starts from the recorded settings of the run
+    that is resumed.
 
     Raises:
         InputError: A file cannot be read, or a setting is refused.

@@ -30,10 +30,10 @@ from upreid_ray.core.backbone import Description, build_backbone
 from upreid_ray.core.checkpoint import Position, read_exported
 from upreid_ray.core.retrieval import extract_features
 from upreid_ray.data.stream.decode import decode_images
-from upreid_ray.tracking import connection, runs
+from upreid_ray.tracking import connection, load_backbone, runs
 from upreid_ray.tracking.model import write_model
 from upreid_ray.tracking.model_card import model_card
-from upreid_ray.tracking.registry import load_backbone, register_backbone
+from upreid_ray.tracking.registry import register_backbone
 
 HEIGHT, WIDTH = 64, 32
 # Python runs a module of this name at its start.

@@ -30,8 +30,8 @@ from tests.tracking.store import tracking_in
 from upreid_ray.config.errors import InputError, RunStopped
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.core.backbone import build_backbone
-from upreid_ray.tracking import connection, run_log, runs
-from upreid_ray.tracking.registry import load_backbone, promote, register_backbone
+from upreid_ray.tracking import connection, load_backbone, run_log, runs
+from upreid_ray.tracking.registry import promote, register_backbone
 from upreid_ray.tracking.run_log import RunLog
 from upreid_ray.tracking.runs import start_run
 

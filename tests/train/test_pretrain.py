@@ -27,7 +27,7 @@ from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.memory import KEEP_FREED_MEMORY
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.training import TrainingImages
-from upreid_ray.tracking import connection, registry, runs
+from upreid_ray.tracking import connection, load_backbone, runs
 from upreid_ray.train.pretrain import fit
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -167,7 +167,7 @@ def test_a_picture_of_the_views_is_in_mlflow(finished):
 
 
 def test_the_registered_backbone_was_trained(finished):
-    other = registry.load_backbone(finished.result.model_uri)
+    other = load_backbone(finished.result.model_uri)
 
     features = other(torch.rand(4, 3, 64, 32))
     assert (features.isfinite().all(), features.std() > 0) == (True, True)

@@ -28,6 +28,7 @@ from upreid_ray.config.section import (
     Init,
     PathOrUri,
     Pixels,
+    Precision,
     Probability,
     Section,
     Share,
@@ -67,7 +68,7 @@ class EmbedConfig(Section):
     """Test-time augmentation; flip adds the features of the mirrored image."""
     number_type: Literal["float32", "float16"] = "float32"
     """Type of the numbers of a feature in the files."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Precision of the forward passes; auto is bf16 if the device supports it, else fp32."""
     images: ImagesConfig = ImagesConfig()
     """Settings of the images."""
@@ -75,14 +76,19 @@ class EmbedConfig(Section):
     """Settings of the workers that compute features."""
 
 
-class EvaluateConfig(Section):
-    """The evaluation of a frozen backbone."""
+class InitConfig(Section):
+    """The backbone that a job starts from."""
 
     init: Init = RANDOM
     """Backbone to start from: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, a
     file of weights, or random."""
     backbone: BackboneName = "resnet50"
     """Architecture of the backbone if --init is random."""
+
+
+class EvaluateConfig(InitConfig):
+    """The evaluation of a frozen backbone."""
+
     seed: NonNegativeInt = 0
     """Random seed of the weights if --init is random."""
     rerank: bool = False
@@ -148,7 +154,7 @@ class PersonTrainingConfig(Section):
     """Number of groups of a batch; batch normalization and triplets stay within a group."""
     last_stride: Annotated[int, Field(ge=1, le=2)] = 1
     """Stride of the last stage of the backbone; 1 doubles the resolution of the feature map."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Precision of the forward passes; auto is bf16 if the device supports it, otherwise fp32.
     Weights are always fp32."""
     log_every_steps: PositiveInt = 20
@@ -199,14 +205,9 @@ class ClusteringConfig(Section):
     """Number of nearest neighbours whose encodings are averaged (k2)."""
 
 
-class DownstreamConfig(Section):
+class DownstreamConfig(InitConfig):
     """A fine-tuning run."""
 
-    init: Init = RANDOM
-    """Backbone to start from: models:/NAME@ALIAS, models:/NAME/VERSION, a checkpoint folder, a
-    file of weights, or random."""
-    backbone: BackboneName = "resnet50"
-    """Architecture of the backbone if --init is random."""
     seed: NonNegativeInt = 0
     """Random seed of the image order, the augmentation, new weights and subsets."""
     data: LabelledDataConfig = LabelledDataConfig()

@@ -26,6 +26,7 @@ from upreid_ray.config.section import (
     PathOrUri,
     Pixels,
     PositiveRange,
+    Precision,
     Probability,
     Section,
     ShareRange,
@@ -210,7 +211,7 @@ class TrainingConfig(Section):
     """Number of images in a training step, over all workers."""
     group_size: Annotated[int, Field(ge=2)] = 320
     """Number of images in a group: batch normalization sees one group at a time."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Precision of the forward passes; auto is bf16 if the device supports it, otherwise fp32.
     Weights are always fp32."""
     compile: bool = True

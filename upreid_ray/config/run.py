@@ -87,14 +87,9 @@ class ScalingConfig(Section):
         return self.min_workers or self.num_workers, self.max_workers or self.num_workers
 
     def check_workers(self, num_groups: int, source: str) -> None:
-        """Refuse more workers than a batch has groups.
+        """Raise ValueError if there are more workers than groups of a batch.
 
-        Args:
-            num_groups: Number of groups of a batch.
-            source: Flags that decide the number of groups, for the message.
-
-        Raises:
-            ValueError: There are more workers than groups.
+        The message names ``source``, the flags that decide the number of groups.
         """
         flag = "max" if self.max_workers else "num"
         if self.bounds[1] > num_groups:

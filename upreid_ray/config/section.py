@@ -92,6 +92,7 @@ Color = tuple[Probability, Probability, Probability]
 Deviation = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 Jitter = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=32, le=1024)]
+Precision = Literal["auto", "fp32", "bf16"]
 MAX_NAME = 100
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MAX_NAME)]
 

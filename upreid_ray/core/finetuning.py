@@ -71,13 +71,8 @@ class DownstreamState(State):
     ) -> None:
         """Make the model and its optimizer.
 
-        Args:
-            config: Settings of the run.
-            make_model: Returns the model, from random numbers of the run's seed. Its
-                ``extractor`` is a `NeckedBackbone` with the last stride of ``config``.
-            images: Describes the images of this run.
-            steps_per_epoch: Steps of one pass over the data.
-            device: Device of the model.
+        ``make_model`` returns the model, from random numbers of the run's seed. The model's
+        ``extractor`` is a `NeckedBackbone` with the last stride of the settings.
         """
         self._images = images
         self.augmentation = AugmentationConfig(

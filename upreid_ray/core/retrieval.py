@@ -30,12 +30,7 @@ PART_ELEMENTS = 2**24  # of a distance matrix at once; ranking them takes some 2
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels of N images.
-
-    Attributes:
-        pids: ``[N]``, persons.
-        camids: ``[N]``, cameras.
-    """
+    """Persons and cameras of N images, ``[N]`` each."""
 
     pids: Tensor
     camids: Tensor

@@ -79,11 +79,7 @@ def num_side_by_side(scaling: ScalingConfig, nodes: Sequence[Resources]) -> int:
 
 
 def _variants(config: CompareConfig) -> list[Variant]:
-    """Return the variants that the user wants to compare.
-
-    Raises:
-        InputError: A variant is malformed, or has initializations for which there is no seed.
-    """
+    """Return the variants that the user wants to compare; refuse one with too few seeds."""
     variants = [Variant.parse(text) for text in config.init]
     for variant in variants:
         if len(variant.inits) > config.seeds:

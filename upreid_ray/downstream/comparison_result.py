@@ -1,6 +1,5 @@
 """The result of a comparison: means and deviations, as a table, a picture and a file."""
 
-import io
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from matplotlib.ticker import NullLocator, PercentFormatter
 from rich.table import Table
 
 from upreid_ray.downstream.comparison_runs import FROZEN, ComparisonRun
+from upreid_ray.page import png
 from upreid_ray.tracking import runs
 from upreid_ray.train.folder import RunFolder
 
@@ -92,15 +92,7 @@ def summarize(
     run_id: str,
     result_dir: str,
 ) -> CompareResult:
-    """Gather the runs of each cell.
-
-    Args:
-        planned: All runs of the comparison.
-        scores: Scores of the runs that ended, by the name of the run.
-        failures: Reasons of the runs that failed, by the name of the run.
-        run_id: Id of the MLflow run.
-        result_dir: Folder of the comparison.
-    """
+    """Gather the runs of each cell; scores and failures come by the name of the run."""
     spreads: dict[str, dict[str, dict[str, Spread]]] = {}
     failed: dict[str, dict[str, list[str]]] = {}
     for label, column in dict.fromkeys((each.label, each.column) for each in planned):
@@ -121,9 +113,8 @@ def publish(result: CompareResult, folder: RunFolder, client: runs.Client) -> No
     content = json.dumps(
         {"scores": asdict(result)["scores"], "failed": result.failed}, indent=1
     )
-    buffer = io.BytesIO()
-    plot(result, "mAP").savefig(buffer, format="png", dpi=120)
-    for file, written in ((COMPARISON_FILE, content.encode()), (PLOT_FILE, buffer.getvalue())):
+    picture = png(plot(result, "mAP"), dpi=120)
+    for file, written in ((COMPARISON_FILE, content.encode()), (PLOT_FILE, picture)):
         folder.write(file, written)
         runs.log_file(client, result.run_id, file, written)
     means = {

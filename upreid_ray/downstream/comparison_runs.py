@@ -127,15 +127,9 @@ def list_runs(
 ) -> list[ComparisonRun]:
     """Return the runs of a comparison, those on frozen features first, for they are quickest.
 
-    A frozen backbone is scored once, a random one with each seed.
-
-    Args:
-        config: Settings of the comparison.
-        variants: Variants from `resolve_variants`.
-        descriptions: Descriptions from `resolve_variants`. A random initialization has the
-            architecture and the image size of the first one.
-        shards: Labelled shards.
-        storage: Folder or URI in which each run has its folder.
+    A frozen backbone is scored once, a random one with each seed. Random initializations have
+    the architecture and the image size of the first description. Each run has its folder in
+    ``storage``.
 
     Raises:
         InputError: The set cannot be scored, or a split has too few persons for a batch.
@@ -174,12 +168,8 @@ def list_runs(
 class _RunMaker:
     """The settings that all runs share, from which those of each run are made.
 
-    Attributes:
-        common: Settings of the fine-tuning.
-        of_random: Settings of the runs that start from random weights.
-        shards: URI of the labelled shards.
-        evaluation: URI of the shards with query and gallery.
-        storage: Folder or URI in which each run has its folder.
+    Shards, evaluation set and storage are URIs; ``of_random`` are the settings of the runs that
+    start from random weights.
     """
 
     common: DownstreamConfig

@@ -69,9 +69,7 @@ class EvaluateResult:
 def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> EvaluateResult:
     """Score a frozen backbone on the connected Ray cluster.
 
-    Args:
-        config: Settings of the evaluation.
-        parent_run_id: ID of the MLflow run in which this run is nested.
+    The MLflow run is nested in that of ``parent_run_id`` if it is given.
 
     Raises:
         InputError: A setting cannot be used; nothing was started.

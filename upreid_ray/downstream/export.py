@@ -41,12 +41,9 @@ class ExportReport:
 
 
 def export(init: Initialization, to: str, out: Path) -> ExportReport:
-    """Write the weights for a consumer, and read them back.
+    """Write the weights for a consumer, a key of `CONSUMERS`, and read them back.
 
-    Args:
-        init: Backbone to write.
-        to: Consumer, a key of `CONSUMERS`.
-        out: File to write; it never exists in part.
+    The file never exists in part.
 
     Raises:
         InputError: The file cannot be written, or the consumer reads no safetensors, or has no
@@ -114,11 +111,7 @@ def _write(
 
 
 def _check(init: Initialization, file: Path) -> None:
-    """Compare the tensors of the file with those of the backbone.
-
-    Raises:
-        RuntimeError: They differ.
-    """
+    """Raise RuntimeError if the tensors of the file differ from those of the backbone."""
     images = init.description
     _, written = read_backbone(file, expected=images.backbone, size=images.size)
     differing = [n for n, tensor in init.weights.items() if not written[n].equal(tensor)]

@@ -32,14 +32,7 @@ TOLERANCE = 1e-4
 
 
 class Preprocessed(nn.Module):
-    """A backbone that resizes and normalizes its images itself.
-
-    Args:
-        extractor: Module that maps normalized images ``[B, 3, H, W]`` to features.
-        height: Height of the resized images in pixels.
-        width: Width of the resized images in pixels.
-        normalization: Normalization that the module expects.
-    """
+    """A backbone that resizes and normalizes its images itself."""
 
     mean: Tensor
     std: Tensor
@@ -174,11 +167,7 @@ def _write(
 def _compare(
     module: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, out: Path
 ) -> None:
-    """Compare what a file computes with the module.
-
-    Raises:
-        RuntimeError: They differ.
-    """
+    """Raise RuntimeError if the file does not compute what the module computes."""
     expected, found = module(images), run(images)
     if not torch.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
         worst = float((found - expected).abs().max())

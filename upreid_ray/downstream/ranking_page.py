@@ -3,7 +3,6 @@
 Dimensions: N images, Q query images, G gallery images, F features, K images of a ranking.
 """
 
-import io
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +13,7 @@ from upreid_ray.core.retrieval import row_parts
 from upreid_ray.data.shards.page import thumbnail
 from upreid_ray.downstream.embed_images import SourceImages
 from upreid_ray.downstream.search import Hit, Ranking
-from upreid_ray.page import Mark, PageSection, render_page
+from upreid_ray.page import Mark, PageSection, png, render_page
 
 MAX_SHOWN_QUERIES = 200
 LEGEND = (
@@ -71,7 +70,7 @@ def curve_of_ranks(cmc: Tensor) -> bytes:
     axes.plot(range(1, len(cmc) + 1), 100 * cmc)
     axes.set(xlabel="rank", ylabel="queries with a match, %", xlim=(1, len(cmc)))
     axes.set_ylim(top=100)
-    return _png(figure)
+    return png(figure)
 
 
 def histogram_of_pairs(genuine: Tensor, impostor: Tensor) -> bytes:
@@ -90,7 +89,7 @@ def histogram_of_pairs(genuine: Tensor, impostor: Tensor) -> bytes:
         )
     axes.set(xlabel="cosine distance of query and gallery image", ylabel="pairs, %")
     axes.legend()
-    return _png(figure)
+    return png(figure)
 
 
 def pair_histograms(
@@ -120,9 +119,3 @@ def pair_histograms(
         for number, chosen in enumerate((same & ~junk & known, ~same & known)):
             counts[number] += torch.histc(distances[chosen], num_bins, 0, 2)
     return counts[0], counts[1]
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -117,16 +117,11 @@ class Similarity:
 
 
 def search(gallery: FeatureSet, queries: Queries, *, top: int, rerank: bool) -> list[Ranking]:
-    """Return the nearest gallery images of each query.
+    """Return the nearest gallery images of each query, up to ``top`` of them with a rank.
 
     If the gallery has images of the split ``gallery``, only these are searched. Images of the
-    query's person under the query's camera are junk: they are shown, and have no rank.
-
-    Args:
-        gallery: Features to search.
-        queries: Features to search for.
-        top: Number of ranked images of each query, K.
-        rerank: Whether to sort by k-reciprocal re-ranking, which needs all features in memory.
+    query's person under the query's camera are junk: they are shown, and have no rank. The
+    k-reciprocal re-ranking needs all features in memory.
 
     Raises:
         InputError: The gallery is too large to be re-ranked.

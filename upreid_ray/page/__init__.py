@@ -1,12 +1,16 @@
 """Pages of HTML that need no other file: tables, figures and preformatted text."""
 
 import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import Environment
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_name("page.html")
 Mark = Literal["", "right", "wrong", "asked", "junk"]
@@ -55,6 +59,13 @@ class PageSection:
     figures: Sequence[PageFigure] = ()
     thumbnails: Sequence[PageFigure] = ()
     preformatted: str = ""
+
+
+def png(figure: "Figure", **options: Any) -> bytes:  # noqa: ANN401, those of ``savefig``
+    """Return a figure of matplotlib as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", **options)
+    return buffer.getvalue()
 
 
 def render_page(title: str, sections: Sequence[PageSection]) -> str:

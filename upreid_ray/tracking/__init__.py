@@ -7,10 +7,20 @@ if TYPE_CHECKING:
 
 
 def load_backbone(uri: str) -> "nn.Module":
-    """Return a registered backbone; see `upreid_ray.tracking.registry.load_backbone`.
+    """Return the backbone of a version, such as ``models:/upreid-resnet50@champion``.
 
-    MLflow and torch are imported in the call, so that importing the package stays fast.
+    Returns:
+        The module of torchvision or timm in eval mode, followed by its neck if it was
+        fine-tuned. It maps images ``[B, 3, H, W]`` to features ``[B, F]``.
+
+    Raises:
+        InputError: The version does not exist, or its files are not those of a backbone.
     """
-    from upreid_ray.tracking import registry  # noqa: PLC0415
+    # Imported late: MLflow and torch take seconds, and importing the package must not.
+    from upreid_ray.core.checkpoint import read_exported  # noqa: PLC0415
+    from upreid_ray.tracking import connection, registry  # noqa: PLC0415
 
-    return registry.load_backbone(uri)
+    client = connection.connect()
+    folder = registry.download(client, registry.find_version(client, uri))
+    description, weights, neck = read_exported(folder)
+    return description.extractor(weights, neck).eval()

@@ -40,11 +40,11 @@ REQUIREMENTS = ("mlflow", "pillow", "torch")
 
 
 def write_model(exported: Path, out: Path, *, config: dict[str, Any]) -> None:
-    """Write the folder of a version.
+    """Write the folder of a version, which does not exist.
 
     Args:
         exported: Folder of `upreid_ray.core.checkpoint.export_backbone`.
-        out: Folder to write, which does not exist.
+        out: Folder to write.
         config: Settings of the run that trained the backbone.
     """
     description, weights, neck = read_exported(exported)

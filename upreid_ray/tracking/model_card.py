@@ -58,10 +58,7 @@ The terms of the training images apply to this backbone, too."""
 def model_card(name: str, position: Position, tags: Mapping[str, str]) -> str:
     """Return the description of a version, with ``{uri}`` in the place of its URI.
 
-    Args:
-        name: Name of the registered model.
-        position: Position of the checkpoint that holds the backbone.
-        tags: Lineage of the version.
+    The position is that of the checkpoint that holds the backbone; tags are the lineage.
     """
     config, method = _config(position.config)
     preset, settings = _nearest_preset(config)

@@ -90,11 +90,7 @@ class ImagesToFeatures(mlflow.pyfunc.PythonModel):
 
 
 def _items(model_input: Any) -> list[Any]:  # noqa: ANN401
-    """Return the images of an input of `ImagesToFeatures.predict`, one by one.
-
-    Raises:
-        ValueError: There are none.
-    """
+    """Return the images of an input of `ImagesToFeatures.predict`, one at least."""
     if isinstance(model_input, pd.DataFrame | dict):
         if COLUMN not in model_input:
             raise ValueError(f"the images must be in a column named {COLUMN!r}")

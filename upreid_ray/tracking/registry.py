@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlflow.artifacts
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus, Metric
@@ -18,16 +17,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from upreid_ray.config.errors import InputError, first_line
-from upreid_ray.tracking.connection import connect, shown_uri
+from upreid_ray.tracking.connection import shown_uri
 from upreid_ray.tracking.runs import (
     EVALUATION_DATASET,
     MAX_DIGEST,
     check_not_deleted,
     ignore_existing,
 )
-
-if TYPE_CHECKING:
-    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +49,9 @@ def register_backbone(
     does not, the log says why. A run registers one version: another call returns the same one,
     and completes what a killed call left undone.
 
-    Args:
-        client: Client from `connect`.
-        run_id: ID of the run, whose output the logged model of the folder becomes.
-        name: Name of the registered model.
-        folder: Folder with ``backbone.safetensors`` and ``backbone.json``, usually from
-            `upreid_ray.tracking.model.write_model`.
-        tags: Lineage of the version.
-        description: Text for people (Markdown), in which ``{uri}`` stands for the version.
+    The folder, usually from `upreid_ray.tracking.model.write_model`, holds
+    ``backbone.safetensors`` and ``backbone.json``. It becomes a logged model, an output of the
+    run. In the description (Markdown), ``{uri}`` stands for the version.
 
     Returns:
         The URI of the version, ``models:/NAME/VERSION``.
@@ -105,11 +96,6 @@ def promote(client: MlflowClient, uri: str, reason: str) -> tuple[str, str | Non
     """Make a version the champion of its model, whatever its scores are.
 
     Tags of the version record the reason, the time and the champion before it.
-
-    Args:
-        client: Client from `connect`.
-        uri: ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
-        reason: Reason in a sentence.
 
     Returns:
         The URIs of the version and of the champion before it, None if there was none.
@@ -180,35 +166,13 @@ def _log_model(client: MlflowClient, run_id: str, folder: Path, tags: Mapping[st
 def link_descendant(client: MlflowClient, *, ancestor: str, descendant: str) -> None:
     """Add a tag to a version that names a version trained from it.
 
-    Args:
-        client: Client from `connect`.
-        ancestor: URI of the version; any other initialization is ignored.
-        descendant: URI of the version trained from it.
+    An ancestor that is no registered version is ignored.
     """
     match = MODEL_URI.match(ancestor)
     if match is not None:
         name, _, version = descendant.removeprefix("models:/").rpartition("/")
         key = f"descendant.{name}.{version}"
         client.set_model_version_tag(match["name"], match["version"], key, descendant)
-
-
-def load_backbone(uri: str) -> "nn.Module":
-    """Return the backbone of a version, such as ``models:/upreid-resnet50@champion``.
-
-    Returns:
-        The module of torchvision or timm in eval mode, followed by its neck if it was
-        fine-tuned. It maps images ``[B, 3, H, W]`` to features ``[B, F]``.
-
-    Raises:
-        InputError: The version does not exist, or its files are not those of a backbone.
-    """
-    # Imported late: torch, which takes seconds, is needed here only.
-    from upreid_ray.core.checkpoint import read_exported  # noqa: PLC0415
-
-    client = connect()
-    folder = download(client, find_version(client, uri))
-    description, weights, neck = read_exported(folder)
-    return description.extractor(weights, neck).eval()
 
 
 def find_version(client: MlflowClient, uri: str) -> ModelVersion:

@@ -51,14 +51,7 @@ def start_run(
     """Create a run and log its settings; return its ID.
 
     The names of the parameters are the dotted paths of the settings. Tags record the commit
-    and the versions of the libraries.
-
-    Args:
-        client: Client from `connect`.
-        experiment: Name of the experiment, which is created if it does not exist.
-        name: Name of the run.
-        config: Settings of the run.
-        parent_run_id: ID of the run under which MLflow shows this one, or None.
+    and the versions of the libraries. An experiment that does not exist is created.
 
     Raises:
         InputError: The experiment was deleted, or its artifacts cannot be written.
@@ -112,11 +105,7 @@ def _experiment(client: MlflowClient, name: str) -> str:
 
 
 def _check_writable(folder: Path, experiment: str) -> None:
-    """Refuse a folder of artifacts that cannot be written.
-
-    Raises:
-        InputError: It cannot.
-    """
+    """Raise InputError if a folder of artifacts cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -135,12 +124,8 @@ def set_tags(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> None
 def log_dataset(client: MlflowClient, run_id: str, name: str, *, uri: str, digest: str) -> None:
     """Log a data set as an input of a run; a second call changes nothing.
 
-    Args:
-        client: Client from `connect`.
-        run_id: ID of the run.
-        name: What the run does with the set: training or evaluation.
-        uri: Folder or URI of the set.
-        digest: Digest of its manifest.
+    ``name`` says what the run does with the set (training or evaluation), ``digest`` is that of
+    its manifest.
     """
     source = json.dumps({"uri": uri, "manifest": digest})
     dataset = Dataset(name, digest[:MAX_DIGEST], "local", source)

@@ -33,13 +33,10 @@ def stage(text: str) -> Iterator[None]:
 
 @contextmanager
 def training_line(text: str) -> Iterator[None]:
-    """Show the progress of training in this block.
+    """Show the progress of training in this block; first ``text``, until a step was taken.
 
     In a log, the lines of the workers come as they are. On a terminal, the newest line about a
     step becomes one live line with a bar; all other lines are printed above it.
-
-    Args:
-        text: What happens until the first line about a step arrives.
     """
     if not sys.stderr.isatty():
         logger.info("%s", text)

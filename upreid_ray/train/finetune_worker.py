@@ -194,11 +194,7 @@ def stream_batches(
 ) -> Iterator[Columns]:
     """Yield this worker's batches from the next step to ``stop_step``, decoded on Ray Data.
 
-    Args:
-        batches: Batches of the run.
-        encoded: Encoded images at rank 0, None elsewhere.
-        state: State of training, whose ``step`` is the next step.
-        stop_step: Step after the last one.
+    The encoded images are needed at rank 0 only.
     """
     rank, num_workers = distributed.rank(), distributed.world_size()
     num_steps = batches.steps_per_block * max(1, MAX_DATASET_BLOCKS // state.config.num_groups)

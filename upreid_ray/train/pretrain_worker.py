@@ -27,9 +27,7 @@ def pretrain_worker(
 ) -> RunFailed | InputError | None:
     """Train from the newest checkpoint, if any; return why training ended early.
 
-    Args:
-        settings: Settings from the driver.
-        start: Folder or URI of the checkpoint of another run, from which a new run continues.
+    A new run continues from ``start``, a checkpoint of another run, if it is given.
     """
     device = prepare_process(settings.config.scaling)
     return PretrainWorker(settings, device, start=start).train()

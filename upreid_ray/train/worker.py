@@ -111,13 +111,7 @@ class Due:
 
 
 class Worker(ABC):
-    """One process of a run: the state of training, and the bookkeeping around each step.
-
-    Args:
-        settings: Settings from the driver.
-        state: State at the beginning of training.
-        images: Images to train on.
-    """
+    """One process of a run: the state of training, and the bookkeeping around each step."""
 
     config: PretrainConfig | DownstreamConfig
     state: State

@@ -1,6 +1,5 @@
 """The result of a sweep: its ranked points, as tables, figures and one page of HTML."""
 
-import io
 import statistics
 import warnings
 from collections import Counter
@@ -16,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, create_trial
 from rich.table import Table
 
-from upreid_ray.page import PageFigure, PageSection, render_page
+from upreid_ray.page import PageFigure, PageSection, png, render_page
 from upreid_ray.tune.points import distribution, to_optuna
 from upreid_ray.tune.space import Point, SweepPlan, format_value
 from upreid_ray.tune.trial_record import METRIC, TrialRecord
@@ -130,9 +129,7 @@ def point_table(ranked: Sequence[PointOutcome], num_epochs: int) -> Table:
 def draw_figures(plan: SweepPlan, records: Sequence[TrialRecord]) -> dict[str, bytes]:
     """Return figures as PNG files by name: rungs, parallel coordinates and importance.
 
-    Args:
-        plan: Plan of the sweep.
-        records: Trials of the sweep; those without a score are left out.
+    Trials without a score are left out.
     """
     mpl.use("agg")
     study = _study(plan, records)
@@ -191,13 +188,8 @@ def report_page(
 ) -> str:
     """Return the report as one page of HTML that needs no other file.
 
-    Args:
-        name: Name of the sweep.
-        plan: Plan of the sweep.
-        records: Trials of the sweep.
-        ranked: Points from `best_first`.
-        figures: Figures from `draw_figures`.
-        best: Best settings, as JSON.
+    ``ranked`` is from `best_first`, ``figures`` from `draw_figures`; ``best`` are the best
+    settings as JSON.
     """
     states = Counter(record.state for record in records)
     summary = f"{len(records)} trials of {plan.num_epochs} epochs: " + ", ".join(
@@ -230,10 +222,9 @@ def _png(axes: Axes) -> bytes:
     figure = axes.get_figure(root=True)
     assert figure is not None  # noqa: S101, these axes come from a figure
     figure.set_size_inches(11, 5)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
+    content = png(figure, dpi=110, bbox_inches="tight")
     plt.close(figure)
-    return file.getvalue()
+    return content
 
 
 def _labels(paths: Iterable[str]) -> dict[str, str]:

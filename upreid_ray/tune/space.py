@@ -164,13 +164,10 @@ def check_plan(plan: SweepPlan) -> None:
 
 
 def read_axis(base: PretrainConfig, path: str, text: str) -> Axis:
-    """Return the axis of a setting.
+    """Return the axis of the setting at a dotted path.
 
-    Args:
-        base: Settings that the path belongs to.
-        path: Dotted path of the setting.
-        text: ``uniform(a,b)``, ``loguniform(a,b)``, ``loguniform(a,b,zero)``,
-            ``choice(a,b,...)`` or ``grid(a,b,...)``.
+    The text is ``uniform(a,b)``, ``loguniform(a,b)``, ``loguniform(a,b,zero)``,
+    ``choice(a,b,...)`` or ``grid(a,b,...)``.
 
     Raises:
         InputError: The setting does not exist or may not be swept, the text has another form,

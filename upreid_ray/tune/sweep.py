@@ -67,11 +67,7 @@ class SweepResult:
 
 
 def start(plan: SweepPlan, folder: RunFolder) -> SweepResult:
-    """Sweep on the connected Ray cluster.
-
-    Args:
-        plan: Plan of the sweep.
-        folder: Folder of the sweep, which does not exist yet.
+    """Sweep on the connected Ray cluster, in a folder that does not exist yet.
 
     Raises:
         InputError: A setting cannot be used; nothing was started.

@@ -97,11 +97,7 @@ def _candidates(settings: TrialSettings) -> tuple[int, dict[str, Any], dict[str,
 
 
 def _check_all_ended(settings: TrialSettings, num_trials: int) -> None:
-    """Check that Ray Tune was not interrupted.
-
-    Raises:
-        RunStopped: A trial has not ended.
-    """
+    """Raise RunStopped if a trial has not ended, because Ray Tune was interrupted."""
     name, records = settings.sweep.name, settings.records()
     if len(records) < num_trials or any(record.state == "running" for record in records):
         raise RunStopped(f"sweep {name} was stopped; continue it with --resume {name}")

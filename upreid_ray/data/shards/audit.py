@@ -19,11 +19,7 @@ def audit(
 ) -> dict[str, str]:
     """Read every shard of a set in a Ray Data task, and compare it with the manifest.
 
-    Args:
-        shards: Set to check.
-        decode: Whether to decode every image too.
-        on_progress: Function that is called with the number of images checked since the last
-            call.
+    ``on_progress`` is called with the number of images checked since the last call.
 
     Returns:
         Damage of each damaged file, by its name.

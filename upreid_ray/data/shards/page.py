@@ -23,10 +23,7 @@ THUMBNAIL_HEIGHT = 160
 def write_page(shards: ShardSet, records: Records, *, seed: int) -> None:
     """Write ``samples.html`` beside the manifest: counts, random images, refused images.
 
-    Args:
-        shards: The set of shards.
-        records: Records that the shards were made of, for pictures of refused images.
-        seed: Seed of the choice of images.
+    The records are those that the shards were made of, from which refused images are read.
     """
     manifest, refused = shards.manifest, shards.refused()
     counts = {

@@ -87,16 +87,7 @@ def write_shards(
     """Write the records as shards, and the manifest last.
 
     A complete set is left as it is. Shards that a killed call with the same arguments finished
-    are kept.
-
-    Args:
-        records: Images to write.
-        uri: Folder or URI, made if it does not exist.
-        source: Name of the source in the manifest and in errors.
-        seed: Seed of the order of the images.
-        rules: Rules for the images.
-        on_progress: Function that is called with the number of images done since the last
-            call.
+    are kept. ``on_progress`` is called with the number of images done since the last call.
 
     Raises:
         InputError: The folder holds another set or cannot be written, or no image is usable.
@@ -207,15 +198,7 @@ def _random_parts(members: pa.Table, num_parts: int, seed: int) -> list[NDArray[
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes the shards of a set; tasks call its methods.
-
-    Attributes:
-        folder: Folder of the set.
-        plan: Digest in the manifest.
-        rules: Rules for the images.
-        read: Function of `Records` that reads an image.
-        num_readers: Number of images that a process reads at a time.
-    """
+    """Writes the shards of a set; tasks call its methods. ``read`` is that of `Records`."""
 
     folder: Location
     plan: str
@@ -224,11 +207,7 @@ class ShardWriter:
     num_readers: int
 
     def write(self, part: pa.Table) -> Written:
-        """Write a shard unless it is there.
-
-        Args:
-            part: Records of the shard, from `plan_shards`.
-        """
+        """Write the shard of these records, from `plan_shards`, unless it is there."""
         file, split = (
             self.folder / part.column("name")[0].as_py(),
             part.column("split")[0].as_py(),

@@ -38,14 +38,10 @@ def training_shards(data: DataConfig, storage: str) -> ShardSet:
 def labelled_shards(
     data: LabelledDataConfig, storage: str, *, scored: bool, ignore_cameras: bool = False
 ) -> ShardSet:
-    """Return the shards of a labelled set, made first if they are not there.
+    """Return the shards of a labelled set, made first in ``storage`` if they are not there.
 
-    Args:
-        data: Settings that name the set.
-        storage: Folder or URI for the shards that are made.
-        scored: Whether the set must have query and gallery images that can be scored. This is
-            checked before shards are made.
-        ignore_cameras: Whether a match may be by the query's own camera.
+    If ``scored``, the set must have query and gallery images that can be scored, which is
+    checked before shards are made; see `check_labels`.
 
     Raises:
         InputError: The source cannot be used.

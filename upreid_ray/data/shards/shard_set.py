@@ -75,14 +75,7 @@ class ShardSet:
         return not self.manifest.counts().keys().isdisjoint(EVALUATION_SPLITS)
 
     def check_labels(self, *, ignore_cameras: bool = False) -> None:
-        """Check that the query and gallery images can be scored.
-
-        Args:
-            ignore_cameras: Whether a match may be by the query's own camera.
-
-        Raises:
-            InputError: There are none, persons or cameras are unknown, or no query has a match.
-        """
+        """Check that the query and gallery images can be scored; see `check_labels`."""
         groups = self.row_groups(EVALUATION_SPLITS)
         if groups.num_images == 0:
             raise InputError(f"{self.uri}: has no query images")

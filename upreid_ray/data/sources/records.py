@@ -97,14 +97,8 @@ def make_records(
 ) -> Records:
     """Return records: sorted by key, with all columns, and without repeated keys.
 
-    Names that are not text cannot be keys, and are refused.
-
-    Args:
-        source: Name of the source in errors.
-        columns: Columns of `Records.table`; all but ``key`` and ``num_bytes`` may be missing.
-        read: Function that returns the encoded image of a record.
-        num_readers: Number of images that a process reads at a time.
-        refused: Entries of the source that cannot be images.
+    Names that are not text cannot be keys, and are refused. All columns of `Records.table` but
+    ``key`` and ``num_bytes`` may be missing. Errors name the source.
 
     Raises:
         InputError: There are no images, or a column has values that do not fit it.

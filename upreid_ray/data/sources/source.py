@@ -35,11 +35,8 @@ def source_records(source: str, columns: Mapping[str, str]) -> Records:
     - A folder: labelled or a plain tree (`folder_records`); with ``data.mdb``, or with
       a single folder that has it, an LMDB; with tar or Parquet files at its top, these.
     - A file: an LMDB (``.mdb``, ``.lmdb``), a tar file, a Parquet file, or a list of paths
-      (``.txt``, ``.lst``, ``.list``, ``.pkl``) of images or of tar or Parquet files.
-
-    Args:
-        source: Path or URI.
-        columns: Names of columns of Parquet files, as in `parquet_records`.
+      (``.txt``, ``.lst``, ``.list``, ``.pkl``) of images or of tar or Parquet files, whose
+      columns may have other names (see `parquet_records`).
 
     Raises:
         InputError: The source cannot be used.

@@ -89,25 +89,16 @@ def portraits(
     num_cameras: int,
     images_per_camera: int,
 ) -> list[Portrait]:
-    """Return the images of a data set, without drawing any.
+    """Return the images of a data set, ordered by identity and index, without drawing any.
 
     Identities are numbered from 1: first train, then test, then unlabeled. Each is seen by 2
     to `num_cameras` cameras (in equal shares), `images_per_camera` times by each. Of a test
     identity, each camera's first image is a query and the others are gallery, so that every
     query has a match from another camera.
 
-    Args:
-        num_train_identities: Labelled identities to train on; at least 0.
-        num_test_identities: Identities of query and gallery; at least 0.
-        num_unlabeled_identities: Identities drawn without labels; at least 0.
-        num_cameras: At least 2.
-        images_per_camera: At least 2, one for the query and one for the gallery.
-
-    Returns:
-        The portraits, ordered by identity and then by index.
-
     Raises:
-        ValueError: A number is below its least value.
+        ValueError: There are less than two cameras or images of a camera, or a number of
+            identities is negative.
     """
     if min(num_train_identities, num_test_identities, num_unlabeled_identities) < 0:
         raise ValueError("the numbers of identities must not be negative")
@@ -137,19 +128,10 @@ def portraits(
 
 
 def draw(portrait: Portrait, *, seed: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Draw one image; the same arguments give the same pixels in every process.
-
-    Args:
-        portrait: Image to draw.
-        seed: Seed of the whole data set, at least 0.
-        height: Height of the image in pixels, at least 64.
-        width: Width of the image in pixels, at least 32.
-
-    Returns:
-        The RGB image, [height, width, 3].
+    """Draw one RGB image ``[height, width, 3]``; the same arguments give the same pixels.
 
     Raises:
-        ValueError: The size is too small, the seed negative or the split unknown.
+        ValueError: The size is less than 64x32, the seed negative or the split unknown.
     """
     if height < MIN_HEIGHT or width < MIN_WIDTH:
         raise ValueError(

@@ -177,16 +177,9 @@ class TrainingImages:
         rank: int = 0,
         num_workers: int = 1,
     ) -> Iterator[Columns]:
-        """Yield one worker's part of each step's batch.
+        """Yield one worker's part of each step's batch: the columns that `read` returns.
 
-        Args:
-            rounds: Rounds, from the method `rounds`.
-            blocks: Decoded blocks of the worker's groups, in the order of the rounds.
-            rank: Rank of the worker.
-            num_workers: Number of workers W.
-
-        Yields:
-            The columns that `read` returns, of ``b`` images.
+        The blocks are the decoded ones of the worker's groups, in the order of the rounds.
         """
         for this in rounds:
             mine = list(islice(blocks, len(this.by_worker(num_workers)[rank])))
