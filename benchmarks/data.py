@@ -165,7 +165,7 @@ def companions(config: PretrainConfig, num_images: int) -> tuple[float, float]:
         Shard(name=f"{n}", split="unlabeled", num_images=12_800, num_bytes=0, sha256="")
         for n in range(num_images // 12_800)
     )
-    manifest = Manifest(version=2, source="", plan="", row_group_images=64, shards=shards)
+    manifest = Manifest(version=2, source="", made_from="", row_group_images=64, shards=shards)
     images = TrainingImages(ShardSet(Location("/"), manifest), config)
     steps = [np.full(images.num_images, -1) for _ in range(2)]
     size = config.training.group_size

@@ -21,7 +21,7 @@ from upreid_ray.core.checkpoint import DESCRIPTION_FILE, WEIGHTS_FILE
 from upreid_ray.core.retrieval import extract_features
 from upreid_ray.data.shards.images import ImageRules
 from upreid_ray.data.shards.manifest import Manifest
-from upreid_ray.data.shards.preparation import ShardWriter, plan_shards
+from upreid_ray.data.shards.preparation import ShardWriter, cut_into_shards
 from upreid_ray.data.sources.source import source_records
 from upreid_ray.data.stream.decode import decode_images
 from upreid_ray.downstream import embed as embed_module
@@ -201,10 +201,10 @@ def test_shards_have_the_features_of_their_images(without_ray, init, market, tmp
     records = source_records(str(market), {})
     folder = Location(str(tmp_path / "shards"))
     folder.make_folder()
-    writer = ShardWriter(folder, "plan", ImageRules(), records.read, 1)
-    shards = [writer.write(part).shard for part in plan_shards(records.table, seed=0)]
+    writer = ShardWriter(folder, "digest", ImageRules(), records.read, 1)
+    shards = [writer.write(part).shard for part in cut_into_shards(records.table, seed=0)]
     manifest = Manifest(
-        version=2, source="a", plan="plan", row_group_images=64, shards=tuple(shards)
+        version=2, source="a", made_from="digest", row_group_images=64, shards=tuple(shards)
     )
     (folder / "manifest.json").write_whole(manifest.model_dump_json().encode())
     (folder / shards[0].name).write_whole(b"damaged")

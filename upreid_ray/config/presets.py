@@ -142,12 +142,8 @@ def has_preset_shapes(config: PretrainConfig) -> bool:
 
     def shapes(of: PretrainConfig) -> tuple[object, ...]:
         model, data, patches = of.model, of.data, of.patches
-        frozen = (model.drop_path, model.freeze_patch_projection)
-        return (
-            model.backbone,
-            *frozen,
-            *(data.height, data.width, patches.rows, patches.columns),
-        )
+        built = (model.backbone, model.drop_path, model.freeze_patch_projection)
+        return (*built, data.height, data.width, patches.rows, patches.columns)
 
     return any(
         shapes(config) == shapes(preset)

@@ -137,15 +137,28 @@ def list_runs(
     chosen = config.finetune.evaluation.shards
     evaluation = ShardSet.open(chosen) if chosen else shards
     evaluation.check_labels()
-    maker = _RunMaker(
-        common=config.finetune,
-        of_random=_settings_of_random(config.finetune, next(iter(descriptions.values()), None)),
-        shards=shards.uri,
-        evaluation=evaluation.uri,
-        storage=storage,
-    )
+    common = config.finetune
+    of_random = _settings_of_random(common, next(iter(descriptions.values()), None))
+
+    def start(name: str, k: int, init: str) -> dict[str, Any]:
+        """Return the settings that name a run and say what it starts from."""
+        return {
+            "run.name": name,
+            "run.storage_path": storage,
+            "init": init,
+            "seed": common.seed + k,
+            **(of_random if init == RANDOM else {}),
+        }
+
+    scoring = EvaluateConfig(
+        backbone=common.backbone,
+        data=common.data,
+        scaling=common.scaling,
+        run=JobConfig(experiment=common.run.experiment),
+    ).override({"data.root": evaluation.uri})
+    training = common.override({"data.root": shards.uri, "evaluation.shards": evaluation.uri})
     splits = {
-        split: _settings_of_split(config.finetune, shards, split, config.min_steps)
+        split: _settings_of_split(common, shards, split, config.min_steps)
         for split in config.splits
     }
     frozen: list[ComparisonRun] = []
@@ -154,62 +167,14 @@ def list_runs(
         prefix = f"{number}-{variant.slug}"
         for place, (k, init) in enumerate(variant.frozen_starts(config.seeds)):
             name = f"{prefix}-{FROZEN}-{place}"
-            settings = maker.frozen(name, k, init)
-            frozen.append(ComparisonRun(name, variant.label, FROZEN, settings))
+            scored = scoring.override(start(name, k, init))
+            frozen.append(ComparisonRun(name, variant.label, FROZEN, scored))
         for k, init in variant.starts(config.seeds):
             for split, of_split in splits.items():
                 name = f"{prefix}-{split:g}-{k}"
-                trained = maker.finetuned(name, k, init, of_split)
+                trained = training.override({**start(name, k, init), **of_split})
                 finetuned.append(ComparisonRun(name, variant.label, f"{split:g}", trained))
     return frozen + finetuned
-
-
-@dataclass(frozen=True)
-class _RunMaker:
-    """The settings that all runs share, from which those of each run are made.
-
-    Shards, evaluation set and storage are URIs; ``of_random`` are the settings of the runs that
-    start from random weights.
-    """
-
-    common: DownstreamConfig
-    of_random: Mapping[str, Any]
-    shards: str
-    evaluation: str
-    storage: str
-
-    def frozen(self, name: str, k: int, init: str) -> EvaluateConfig:
-        """Return the settings of a run that scores frozen features."""
-        shared = EvaluateConfig(
-            backbone=self.common.backbone,
-            data=self.common.data,
-            scaling=self.common.scaling,
-            run=JobConfig(experiment=self.common.run.experiment),
-        )
-        return shared.override({**self._start(name, k, init), "data.root": self.evaluation})
-
-    def finetuned(
-        self, name: str, k: int, init: str, of_split: Mapping[str, Any]
-    ) -> DownstreamConfig:
-        """Return the settings of a run that fine-tunes on a split."""
-        return self.common.override(
-            {
-                **self._start(name, k, init),
-                **of_split,
-                "data.root": self.shards,
-                "evaluation.shards": self.evaluation,
-            }
-        )
-
-    def _start(self, name: str, k: int, init: str) -> dict[str, Any]:
-        """Return the settings that name a run and say what it starts from."""
-        return {
-            "run.name": name,
-            "run.storage_path": self.storage,
-            "init": init,
-            "seed": self.common.seed + k,
-            **(self.of_random if init == RANDOM else {}),
-        }
 
 
 def _settings_of_random(common: DownstreamConfig, first: Description | None) -> dict[str, Any]:

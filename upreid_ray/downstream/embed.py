@@ -82,17 +82,17 @@ def embed(init: str, source: str, out: str, config: EmbedConfig) -> EmbedResult:
     images = SourceImages.open(source)
     backbone = backbone_digest(start, config.tta)
     fixed = config.model_dump(mode="json", exclude={"scaling"})
-    plan = _digest(FORMAT_VERSION, backbone, images.digest, fixed)
+    made_from = _digest(FORMAT_VERSION, backbone, images.digest, fixed)
     if FeatureSet.exists(out):
         manifest = FeatureSet.open(out).manifest
-        if manifest.plan != plan:
+        if manifest.made_from != made_from:
             raise InputError(f"--out {out}: holds other features; choose an empty folder")
         return _result(manifest, 0.0, out)
     folder = Location(out)
     try:
         folder.make_folder()
         size = (start.description.height, start.description.width)
-        writer = _Writer(folder, plan, images, size, config)
+        writer = _Writer(folder, made_from, images, size, config)
         with image_progress("computing features", images.num_images) as advance:
             speed = writer.write_all(start, advance)
         manifest = writer.finish(start, backbone)
@@ -117,12 +117,12 @@ class _Writer:
     def __init__(
         self,
         folder: Location,
-        plan: str,
+        made_from: str,
         images: SourceImages,
         size: tuple[int, int],
         config: EmbedConfig,
     ) -> None:
-        self._folder, self._plan = folder, plan
+        self._folder, self._made_from = folder, made_from
         self._images, self._config = images, config
         self._size = size
         # Ray Data would cut a larger block of decoded images.
@@ -136,7 +136,7 @@ class _Writer:
         """Write the files that are missing; return the speed in images/s."""
         missing = []
         for number in range(self._num_parts):
-            found = written_part(self._file(number), self._plan)
+            found = written_part(self._file(number), self._made_from)
             if found is None:
                 missing.append(number)
             else:
@@ -177,7 +177,7 @@ class _Writer:
             (self._folder / REFUSED_FILE).write_whole(lines.encode())
         manifest = FeatureManifest(
             version=FORMAT_VERSION,
-            plan=self._plan,
+            made_from=self._made_from,
             init=init.uri,
             backbone=backbone,
             num_features=_num_features(init),
@@ -255,7 +255,7 @@ class _Writer:
                 "place": pa.array(kept["place"], pa.int64()),
             }
         )
-        write_part(self._file(number), table, self._plan, refused)
+        write_part(self._file(number), table, self._made_from, refused)
         name = self._file(number).name
         self._parts[number] = Part(name=name, num_images=len(table))
         self._refused[number] = refused

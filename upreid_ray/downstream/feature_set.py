@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from upreid_ray.config.errors import InputError, first_line
-from upreid_ray.data.shards.manifest import read_manifest, written_for
+from upreid_ray.data.shards.manifest import MADE_FROM, read_manifest, written_from
 from upreid_ray.storage import Location
 
 MANIFEST_FILE = "features.json"
@@ -43,7 +43,7 @@ class FeatureManifest(BaseModel):
 
     Attributes:
         version: Version of the format.
-        plan: Digest of the images and the settings that the set was made with.
+        made_from: Digest of the images and the settings; "plan" in the file.
         init: Origin of the backbone, such as ``models:/NAME/VERSION``.
         backbone: Digest of the backbone's tensors and image settings, and of the augmentation.
         num_features: Number of features of an image, F.
@@ -53,10 +53,10 @@ class FeatureManifest(BaseModel):
         settings: Settings of the job.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, validate_by_name=True, serialize_by_alias=True)
 
     version: int
-    plan: str
+    made_from: str = Field(alias=MADE_FROM)
     init: str
     backbone: str
     num_features: int
@@ -186,12 +186,12 @@ class FeatureSet:
 
 
 def write_part(
-    file: Location, table: pa.Table, plan: str, refused: list[dict[str, str]]
+    file: Location, table: pa.Table, made_from: str, refused: list[dict[str, str]]
 ) -> None:
-    """Write a file of a set whole, with its plan and the refused images of its rows."""
+    """Write a file of a set whole; its metadata hold its refused images, too."""
     buffer = io.BytesIO()
     pq.write_table(
-        table.replace_schema_metadata({"plan": plan, "refused": json.dumps(refused)}),
+        table.replace_schema_metadata({MADE_FROM: made_from, "refused": json.dumps(refused)}),
         buffer,
         # Features are noise to a compressor, and rarely repeat.
         compression={name: "zstd" for name in table.column_names if name != "feature"}
@@ -202,9 +202,9 @@ def write_part(
     file.write_whole(buffer.getvalue())
 
 
-def written_part(file: Location, plan: str) -> tuple[Part, list[dict[str, str]]] | None:
-    """Return a file written for this plan, and its refused images; None if there is none."""
-    found = written_for(file, plan)
+def written_part(file: Location, made_from: str) -> tuple[Part, list[dict[str, str]]] | None:
+    """Return a file made from this, and its refused images; None if there is none."""
+    found = written_from(file, made_from)
     if found is None:
         return None
     part = Part(name=file.name, num_images=found.num_rows)

@@ -8,6 +8,7 @@ from upreid_ray.config.presets import CLUSTER_CONTRAST_PRESETS, FINETUNE_PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.checkpoint import Position
 
+Config = PretrainConfig | DownstreamConfig
 # Settings of a run that say nothing about its backbone.
 LEFT_OUT = ("run.", "scaling.", "checkpoint.", "init", "data.shards", "data.root")
 
@@ -60,8 +61,8 @@ def model_card(name: str, position: Position, tags: Mapping[str, str]) -> str:
 
     The position is that of the checkpoint that holds the backbone; tags are the lineage.
     """
-    config, method = _config(position.config)
-    preset, settings = _nearest_preset(config)
+    kind, presets, method = _method(position.config)
+    preset, settings = _nearest_preset(kind.parse(position.config), presets)
     start = f" It was trained from `{tags['init']}`." if "init" in tags else ""
     images = position.description
     return CARD.format(
@@ -79,22 +80,20 @@ def model_card(name: str, position: Position, tags: Mapping[str, str]) -> str:
     )
 
 
-def _config(tree: Mapping[str, Any]) -> tuple[PretrainConfig | DownstreamConfig, str]:
-    """Return the settings of a run as those of its job, and its method in words."""
+def _method(tree: Mapping[str, Any]) -> tuple[type[Config], Mapping[str, Config], str]:
+    """Return the class of the settings of a run, its presets, and its method in words."""
     if "loss" in tree:
-        return PretrainConfig.parse(tree), "pre-trained without labels (UP-ReID)"
+        return PretrainConfig, PRESETS, "pre-trained without labels (UP-ReID)"
     if "clustering" in tree:
-        return ClusterContrastConfig.parse(tree), "fine-tuned without labels (cluster contrast)"
-    return FinetuneConfig.parse(tree), "fine-tuned with labels"
+        words = "fine-tuned without labels (cluster contrast)"
+        return ClusterContrastConfig, CLUSTER_CONTRAST_PRESETS, words
+    return FinetuneConfig, FINETUNE_PRESETS, "fine-tuned with labels"
 
 
-def _nearest_preset(config: PretrainConfig | DownstreamConfig) -> tuple[str, dict[str, Any]]:
+def _nearest_preset(
+    config: Config, presets: Mapping[str, Config]
+) -> tuple[str, dict[str, Any]]:
     """Return the preset from which the fewest settings differ, and these settings."""
-    presets: Mapping[str, PretrainConfig | DownstreamConfig] = PRESETS
-    if isinstance(config, ClusterContrastConfig):
-        presets = CLUSTER_CONTRAST_PRESETS
-    elif isinstance(config, FinetuneConfig):
-        presets = FINETUNE_PRESETS
     differing = {
         name: {
             path: value

@@ -215,15 +215,8 @@ def _commit() -> str:
 
     Without a repository, as in a container image, it is ``UPREID_RAY_COMMIT``, or ``unknown``.
     """
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty",
-    ]
+    here = str(Path(__file__).parent)
+    command = ["git", "-C", here, "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         # Only the path of this file varies in the command line.
         done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603

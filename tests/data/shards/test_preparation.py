@@ -24,7 +24,7 @@ from upreid_ray.data.shards.audit import audit
 from upreid_ray.data.shards.images import ImageRules
 from upreid_ray.data.shards.manifest import Manifest
 from upreid_ray.data.shards.page import write_page
-from upreid_ray.data.shards.preparation import ShardWriter, plan_shards, write_shards
+from upreid_ray.data.shards.preparation import ShardWriter, cut_into_shards, write_shards
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.layouts import folder_records
 from upreid_ray.storage import Location
@@ -419,8 +419,8 @@ def test_a_preparation_killed_while_it_removes_duplicates_is_completed(
 ):
     out, manifest = filtered
     records, rules = folder_records(str(film)), ImageRules(**ASKED)
-    writer = ShardWriter(Location(str(tmp_path)), manifest.plan, rules, records.read, 1)
-    parts = list(plan_shards(records.table, seed=0))
+    writer = ShardWriter(Location(str(tmp_path)), manifest.made_from, rules, records.read, 1)
+    parts = list(cut_into_shards(records.table, seed=0))
     for part in parts:
         writer.write(part)
     done = parts[-1].column("name")[0].as_py()
@@ -444,7 +444,7 @@ preparation.SMALL_SHARD_IMAGES = 4
 records = folder_records(source)
 rules = ImageRules(min_width=16, min_aspect=1.0, duplicates="near")
 writer = preparation.ShardWriter(Location(out), plan, rules, records.read, 1)
-for part in preparation.plan_shards(records.table, seed=0):
+for part in preparation.cut_into_shards(records.table, seed=0):
     writer.write(part)
 """
 
@@ -456,7 +456,7 @@ def test_a_preparation_killed_again_and_again_ends_like_one_that_was_not(
     out, manifest = filtered
 
     for num_files in (1, 4, 9):
-        words = [sys.executable, "-c", WRITE, str(film), str(tmp_path), manifest.plan]
+        words = [sys.executable, "-c", WRITE, str(film), str(tmp_path), manifest.made_from]
         with subprocess.Popen(words) as process:
             while process.poll() is None and len(list(tmp_path.iterdir())) < num_files:
                 time.sleep(0.001)
@@ -576,7 +576,7 @@ def test_a_plan_holds_each_record_once_in_shards_of_bounded_size(num_units):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparation, "SHARD_BYTES", 8 * 2**20)
-        parts = list(plan_shards(table, seed=0))
+        parts = list(cut_into_shards(table, seed=0))
 
     keys = [key for part in parts for key in part.column("key").to_pylist()]
     assert sorted(keys) == table.column("key").to_pylist()
@@ -586,7 +586,7 @@ def test_a_plan_holds_each_record_once_in_shards_of_bounded_size(num_units):
 def test_a_unit_stays_in_one_shard_and_its_images_do_not_stay_together():
     table = table_of(400, 20)
 
-    parts = list(plan_shards(table, seed=0))
+    parts = list(cut_into_shards(table, seed=0))
 
     units = [part.column("unit").to_pylist() for part in parts]
     assert sum(len(set(each)) for each in units) == 20

@@ -99,7 +99,7 @@ def write_set(
     held = Manifest(
         version=manifest.FORMAT_VERSION,
         source="test",
-        plan="",
+        made_from="",
         row_group_images=row_group,
         shards=tuple(described),
     )

@@ -99,16 +99,14 @@ class Family(ABC):
         Raises:
             ValueError: It does not; the message says what it takes, after its name.
         """
-        del name, size, of_patches  # most families take any size
+        return  # most families take any size
 
     def frozen(self, backbone: Backbone) -> Iterable[nn.Parameter]:
         """Yield the parameters that pre-training leaves as they are."""
-        del backbone
         return ()
 
     def heads(self, name: str) -> tuple[str, ...]:
         """Return the first parts of the names of what follows the features in files."""
-        del name
         return HEADS
 
     def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,12 +128,10 @@ class Family(ABC):
             size: New size of the images.
             old_size: Size for which the weights were made; None if it is unknown.
         """
-        del name, size, old_size
         return weights
 
     def constructors(self, name: str, size: Size) -> Mapping[str, Constructor]:
         """Return how other tools make this member, by the name of the tool."""
-        del name, size
         return {}
 
 

@@ -26,7 +26,6 @@ class ResNets(Family):
 
     def build(self, name: str, *, size: Size, last_stride: int, drop_path: float) -> Backbone:
         """Return a ResNet; it takes images of any size."""
-        del size
         if drop_path:
             raise InputError(f"--model.drop_path {drop_path:g}: {name} has no stochastic depth")
         backbone = getattr(torchvision.models, name)(weights=None)
@@ -46,7 +45,6 @@ class ResNets(Family):
 
     def landmarks(self, name: str | None = None) -> tuple[str, ...]:
         """Return a tensor of the stem and one of the first block."""
-        del name
         return ("conv1.weight", "layer1.0.bn1.weight")
 
     def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +67,6 @@ class ResNets(Family):
 
     def constructors(self, name: str, size: Size) -> Mapping[str, Constructor]:
         """Return the constructors of torchvision, timm, fast-reid and torchreid."""
-        del size
         head = ("fc.weight", "fc.bias")
         return {
             "torchvision": Constructor(f"torchvision.models.{name}()", head),

@@ -56,12 +56,10 @@ class ResNetsIBN(ResNets):
 
     def landmarks(self, name: str | None = None) -> tuple[str, ...]:
         """Return a tensor of the stem and one of the first block."""
-        del name
         return ("conv1.weight", "layer1.0.bn1.IN.weight")
 
     def constructors(self, name: str, size: Size) -> Mapping[str, Constructor]:
         """Return the constructors of IBN-Net (by torch.hub) and fast-reid."""
-        del size
         depth = name.removeprefix("resnet").removesuffix(SUFFIX)
         words = f"MODEL.BACKBONE.DEPTH {depth}x MODEL.BACKBONE.WITH_IBN True"
         hub = f"torch.hub.load('XingangPan/IBN-Net', {name!r})"

@@ -36,7 +36,6 @@ class TimmModels(Family):
 
     def build(self, name: str, *, size: Size, last_stride: int, drop_path: float) -> Backbone:
         """Return a model of timm, which may take some sizes of images only."""
-        del size, last_stride
         options = {"drop_path_rate": drop_path} if drop_path else {}
         try:
             backbone = timm.create_model(name.removeprefix(PREFIX), num_classes=0, **options)
@@ -58,7 +57,6 @@ class TimmModels(Family):
 
     def check_size(self, name: str, size: Size, *, of_patches: bool = False) -> None:
         """Check that the model computes pooled features of such images; nothing is computed."""
-        del of_patches
         height, width = size
         try:
             shape = _shape_of_features(name, size)
@@ -86,7 +84,6 @@ class TimmModels(Family):
 
     def constructors(self, name: str, size: Size) -> Mapping[str, Constructor]:
         """Return the constructor of timm."""
-        del size
         return {"timm": Constructor(f"{name.removeprefix(PREFIX)!r}, num_classes=0")}
 
 

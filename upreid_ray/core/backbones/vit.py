@@ -78,7 +78,6 @@ class VisionTransformers(Family):
 
     def build(self, name: str, *, size: Size, last_stride: int, drop_path: float) -> Backbone:
         """Return a Vision Transformer; it fills up what is no multiple of its tokens."""
-        del last_stride
         variant: dict[str, Any] = {}
         if name.endswith(STEM):
             variant = {"embed_layer": ConvolutionalEmbedding}
@@ -121,12 +120,10 @@ class VisionTransformers(Family):
 
     def landmarks(self, name: str | None = None) -> tuple[str, ...]:
         """Return the embedding of patches and the first attention."""
-        del name
         return ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
 
     def heads(self, name: str) -> tuple[str, ...]:
         """Return the usual heads, and the token of masked patches (iBOT, PersonViT, DINOv2)."""
-        del name
         return (*HEADS, "mask_token")
 
     def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from upreid_ray.config.errors import InputError, first_line
 from upreid_ray.storage import Location
@@ -18,6 +18,7 @@ from upreid_ray.storage import Location
 MANIFEST_FILE = "manifest.json"
 REFUSED_FILE = "refused.jsonl"
 FORMAT_VERSION = 2
+MADE_FROM = "plan"  # its name in manifests and in the metadata of Parquet files
 TRAIN_SPLITS = ("train", "unlabeled")
 EVALUATION_SPLITS = ("query", "gallery")
 
@@ -58,7 +59,7 @@ class Manifest(BaseModel):
     Attributes:
         version: Version of the format.
         source: Folder, file or name that the images came from.
-        plan: Digest of the records, the seed and the rules that the set was made with.
+        made_from: Digest of the records, the seed and the rules; "plan" in the file.
         rules: Rules that the images met, see `images.ImageRules`.
         row_group_images: Number of images in each row group of a shard, except the last one.
         shards: Shards, in order.
@@ -68,11 +69,11 @@ class Manifest(BaseModel):
         std: Standard deviation of each colour channel over the pixels of these images.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, validate_by_name=True, serialize_by_alias=True)
 
     version: int
     source: str
-    plan: str
+    made_from: str = Field(alias=MADE_FROM)
     rules: Mapping[str, Any] = {}
     row_group_images: int
     shards: tuple[Shard, ...]
@@ -118,8 +119,8 @@ def read_manifest(file: Location, model: type[ManifestT], *, remedy: str) -> Man
         raise InputError(f"{file}: cannot be read ({first_line(error)})") from error
 
 
-def written_for(file: Location, plan: str) -> pq.FileMetaData | None:
-    """Return the metadata of a Parquet file; None unless it is whole and has this plan."""
+def written_from(file: Location, made_from: str) -> pq.FileMetaData | None:
+    """Return the metadata of a Parquet file; None unless it is whole and made from this."""
     if not file.is_file():
         return None
     try:
@@ -127,4 +128,6 @@ def written_for(file: Location, plan: str) -> pq.FileMetaData | None:
             found = pq.read_metadata(stream)
     except (pa.ArrowException, OSError):
         return None
-    return found if (found.metadata or {}).get(b"plan") == plan.encode() else None
+    return (
+        found if (found.metadata or {}).get(MADE_FROM.encode()) == made_from.encode() else None
+    )

@@ -2,7 +2,7 @@
 
 A task reads, checks and measures the images of a shard, and writes it. Duplicates are found
 when all images were measured: then shards with duplicates are written again, without decoding
-anything. Each file appears whole, with the plan that it was written for in its metadata. A
+anything. Each file appears whole; its metadata say what it was made from. A
 later call with the same arguments keeps such files, so that it continues a killed one.
 """
 
@@ -36,13 +36,14 @@ from upreid_ray.data.shards.images import (
 )
 from upreid_ray.data.shards.manifest import (
     FORMAT_VERSION,
+    MADE_FROM,
     MANIFEST_FILE,
     REFUSED_FILE,
     SCHEMA,
     TRAIN_SPLITS,
     Manifest,
     Shard,
-    written_for,
+    written_from,
 )
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.records import Record, Records, Refused
@@ -92,10 +93,10 @@ def write_shards(
     Raises:
         InputError: The folder holds another set or cannot be written, or no image is usable.
     """
-    plan = records.digest(FORMAT_VERSION, seed, rules)
+    made_from = records.digest(FORMAT_VERSION, seed, rules)
     if ShardSet.exists(uri):
         shards = ShardSet.open(uri)
-        if shards.manifest.plan != plan:
+        if shards.manifest.made_from != made_from:
             raise InputError(
                 f"--out {uri}: holds another set of shards; choose an empty folder"
             )
@@ -107,8 +108,8 @@ def write_shards(
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({first_line(error)})") from error
 
-    writer = ShardWriter(folder, plan, rules, records.read, records.num_readers)
-    parts = plan_shards(records.table, seed=seed)
+    writer = ShardWriter(folder, made_from, rules, records.read, records.num_readers)
+    parts = cut_into_shards(records.table, seed=seed)
     written: dict[str, Written] = {}
     for each in _in_tasks(ray.data.from_arrow(list(parts)), writer.write):
         written[each.shard.name] = each
@@ -129,7 +130,7 @@ def write_shards(
     manifest = Manifest(
         version=FORMAT_VERSION,
         source=source,
-        plan=plan,
+        made_from=made_from,
         rules=asdict(rules),
         row_group_images=ROW_GROUP_IMAGES,
         shards=tuple(each.shard for each in used),
@@ -160,7 +161,7 @@ def _outcome(
     return used, sorted(refused, key=lambda one: one.key)
 
 
-def plan_shards(table: pa.Table, *, seed: int) -> Iterator[pa.Table]:
+def cut_into_shards(table: pa.Table, *, seed: int) -> Iterator[pa.Table]:
     """Yield the records of each shard: a random part of a split, of bounded size.
 
     Returns:
@@ -201,18 +202,18 @@ class ShardWriter:
     """Writes the shards of a set; tasks call its methods. ``read`` is that of `Records`."""
 
     folder: Location
-    plan: str
+    made_from: str
     rules: ImageRules
     read: Callable[[Record], bytes]
     num_readers: int
 
     def write(self, part: pa.Table) -> Written:
-        """Write the shard of these records, from `plan_shards`, unless it is there."""
+        """Write the shard of these records, from `cut_into_shards`, unless it is there."""
         file, split = (
             self.folder / part.column("name")[0].as_py(),
             part.column("split")[0].as_py(),
         )
-        if written_for(file, self.plan) is None:
+        if written_from(file, self.made_from) is None:
             table, refused = self._table(part, split)
             self._save(file, table, refused)
         return self._written(file, split)
@@ -279,7 +280,7 @@ class ShardWriter:
             yield from pool.map(read_one, records)
 
     def _save(self, file: Location, table: pa.Table, refused: list[dict[str, str]]) -> None:
-        metadata = {"plan": self.plan, "refused": json.dumps(refused)}
+        metadata = {MADE_FROM: self.made_from, "refused": json.dumps(refused)}
         buffer = io.BytesIO()
         small = [name for name in _leaves(table.schema) if name != "image"]
         pq.write_table(

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 Colour: TypeAlias = tuple[int, int, int]
-Point: TypeAlias = tuple[float, float]
+XY: TypeAlias = tuple[float, float]
 Pair: TypeAlias = tuple[float, float]
 T = TypeVar("T")
 
@@ -276,7 +276,7 @@ class Pose:
     swing: float
     lean: float
     scale: float
-    soles: Point
+    soles: XY
 
     @classmethod
     def sample(cls, rng: np.random.Generator, path: float) -> Self:
@@ -314,16 +314,14 @@ class _Figure:
     def __init__(self, pose: Pose, build: float) -> None:
         self._pose, self._build = pose, build
         self._cos, self._sin = math.cos(pose.yaw), math.sin(pose.yaw)
-        self._parts: list[tuple[float, bool, Sequence[Point], Colour]] = []
+        self._parts: list[tuple[float, bool, Sequence[XY], Colour]] = []
 
     def turn(self, x: float, z: float) -> Pair:
         """Return where the camera sees a place of the body: offset to the right, and depth."""
         x *= self._build
         return x * self._cos + z * self._sin, z * self._cos - x * self._sin
 
-    def joints(
-        self, x: float, y: float, lengths: Pair, angles: Pair
-    ) -> list[tuple[Point, float]]:
+    def joints(self, x: float, y: float, lengths: Pair, angles: Pair) -> list[tuple[XY, float]]:
         """Return where an arm or leg that hangs at (x, y) begins, bends and ends, with depths.
 
         The angles of its two parts are to the vertical, in radians; positive is forwards.
@@ -343,12 +341,12 @@ class _Figure:
         """Return half the visible width of the trunk at a height."""
         return self.breadth(0.12 - 0.045 * y, 0.6)
 
-    def ellipse(self, centre: Point, radii: Pair, colour: Colour, depth: float) -> None:
+    def ellipse(self, centre: XY, radii: Pair, colour: Colour, depth: float) -> None:
         """Add an upright ellipse."""
         (x, y), (rx, ry) = centre, radii
         self._parts.append((depth, True, ((x - rx, y - ry), (x + rx, y + ry)), colour))
 
-    def limb(self, a: Point, b: Point, radii: Pair, colour: Colour, depth: float) -> None:
+    def limb(self, a: XY, b: XY, radii: Pair, colour: Colour, depth: float) -> None:
         """Add a tapered stroke with round ends."""
         dx, dy = b[0] - a[0], b[1] - a[1]
         length = math.hypot(dx, dy)
@@ -368,7 +366,7 @@ class _Figure:
         """Add a ring around the trunk."""
         self.block(0.0, (self.girth(top), self.girth(bottom)), (top, bottom), colour, 0.0)
 
-    def patch(self, bearing: float, outline: Sequence[Point], colour: Colour) -> None:
+    def patch(self, bearing: float, outline: Sequence[XY], colour: Colour) -> None:
         """Add a patch on the trunk, as far as it is on the side that the camera sees.
 
         Args:
@@ -512,7 +510,7 @@ def _draw_worn_bag(figure: _Figure, who: Appearance) -> None:
         figure.block(x, (half, half), (0.44, 0.55), colour, depth + 0.03)
 
 
-def _rectangle(half_angle: float, top: float, bottom: float) -> tuple[Point, ...]:
+def _rectangle(half_angle: float, top: float, bottom: float) -> tuple[XY, ...]:
     """The outline of an upright patch on the trunk."""
     left, right = -half_angle, half_angle
     return ((left, top), (right, top), (right, bottom), (left, bottom))
