@@ -219,7 +219,7 @@ def path_or_uri(text: str) -> str:
 
 
 def at_least(least: NumberT) -> Callable[[str], NumberT]:
-    """Return a parser of numbers that are at least this and of its type."""
+    """Return a parser of numbers that have the type of ``least`` and are not smaller."""
 
     def read(text: str) -> NumberT:
         number = type(least)(text)
@@ -371,10 +371,8 @@ def connect_to_ray(*, show_workers: bool = True) -> None:
     """Connect to the Ray cluster of ``RAY_ADDRESS``, or start a local one for this process.
 
     A process that is connected stays as it is. Ray itself would also look for a cluster that
-    was once started on this machine, and wait for minutes if it is gone.
-
-    Args:
-        show_workers: Whether to show the logs of workers.
+    was once started on this machine, and wait for minutes if it is gone. The logs of workers
+    can be hidden.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return

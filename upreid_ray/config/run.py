@@ -41,7 +41,7 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the state of training is saved, and how often."""
+    """How often the state of training is saved, and how many checkpoints are kept."""
 
     every_steps: PositiveInt = 1000
     """Training steps between two checkpoints."""

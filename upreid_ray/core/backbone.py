@@ -82,10 +82,7 @@ def choose_optimizer(config: PretrainConfig) -> Literal["sgd", "adamw"]:
 def check_size(name: str, size: Size, *, patches: str | None = None) -> None:
     """Check that a backbone takes images of this size, or patches of them.
 
-    Args:
-        name: Name of the backbone.
-        size: Height and width, in pixels.
-        patches: Flags that decide the size of the patches; None for whole images.
+    For patches, the flags that decide their size are given; the message names them.
 
     Raises:
         InputError: It does not.
@@ -102,10 +99,7 @@ def export_program(
 ) -> torch.export.ExportedProgram:
     """Return a module in eval mode as a program.
 
-    Args:
-        module: Module that maps images to features.
-        images: Two images or more.
-        sizes: `torch.export.Dim` of each dimension of the images that may vary.
+    ``sizes`` has a `torch.export.Dim` for each dimension of the images that may vary.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside torch.export
@@ -170,9 +164,7 @@ class Description(BaseModel):
     def extractor(self, weights: dict[str, Tensor], neck: dict[str, Tensor]) -> nn.Module:
         """Return the module that computes features ``[B, F]`` of images ``[B, 3, H, W]``.
 
-        Args:
-            weights: State dict of the backbone.
-            neck: State dict of the neck; empty if there is none.
+        It gets these state dicts of backbone and neck; the latter is empty if there is no neck.
         """
         backbone = build_backbone(self.backbone, size=self.size, last_stride=self.last_stride)
         backbone.load_state_dict(weights)

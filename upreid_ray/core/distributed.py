@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Number of training processes."""
+    """Return the number of training processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Index of this process among the training processes."""
+    """Return the index of this process among the training processes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 

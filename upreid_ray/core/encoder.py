@@ -93,11 +93,7 @@ def running_statistics(encoder: nn.Module, *, momentum: float) -> Iterator[None]
 
 
 class StatisticsCopy:
-    """A copy of BatchNorm's running statistics, with which a step can be taken back.
-
-    Args:
-        module: Module whose running statistics, and the counts of their updates, are copied.
-    """
+    """A copy of BatchNorm's running statistics, with which a step can be taken back."""
 
     def __init__(self, module: nn.Module) -> None:
         by_type: dict[torch.dtype, list[Tensor]] = {}

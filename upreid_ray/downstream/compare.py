@@ -36,13 +36,9 @@ from upreid_ray.train.resources import Resources, check_resources, living_nodes,
 def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
     """Score initializations frozen and fine-tuned on the connected Ray cluster.
 
-    As many runs are side by side as the cluster holds. On one machine without GPUs, set
-    ``scaling.threads_per_worker``, otherwise each run takes all cores. A run that fails stops
-    no other, and a resumed comparison repeats it.
-
-    Args:
-        config: Settings of the comparison; random weights are always compared too.
-        resume: Continue the comparison that ``config.finetune.run.name`` names.
+    Random weights are always compared too. As many runs are side by side as the cluster holds.
+    On one machine without GPUs, set ``scaling.threads_per_worker``, otherwise each run takes
+    all cores. A run that fails stops no other, and a resumed comparison repeats it.
 
     Raises:
         InputError: A setting cannot be used; nothing was started.

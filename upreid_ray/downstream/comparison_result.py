@@ -25,12 +25,9 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Spread:
-    """A score over several runs.
+    """A score over several runs: their mean and sample standard deviation.
 
-    Attributes:
-        mean: Mean of the runs.
-        std: Sample standard deviation; None for a single run.
-        values: Score of each run.
+    There is no deviation of a single run.
     """
 
     mean: float

@@ -77,8 +77,8 @@ class Rows:
 
     Attributes:
         rows: ``[N]``, numbers of the rows in the set, ascending.
-        pids: ``[N]``, persons; `UNKNOWN` where nobody knows.
-        camids: ``[N]``, cameras.
+        pids: ``[N]``, persons; `UNKNOWN` if they are unknown.
+        camids: ``[N]``, cameras; as above.
     """
 
     rows: Tensor
@@ -88,12 +88,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """A whole set of features.
-
-    Attributes:
-        folder: Folder of the set.
-        manifest: What the set holds.
-    """
+    """A whole set of features."""
 
     folder: Location
     manifest: FeatureManifest

@@ -33,7 +33,7 @@ class PageFigure:
 
     @property
     def source(self) -> str | None:
-        """Return the image as a data URL."""
+        """The image as a data URL; None without an image."""
         if self.image is None:
             return None
         kind = "png" if self.image.startswith(b"\x89PNG") else "jpeg"

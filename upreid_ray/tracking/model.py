@@ -40,12 +40,9 @@ REQUIREMENTS = ("mlflow", "pillow", "torch")
 
 
 def write_model(exported: Path, out: Path, *, config: dict[str, Any]) -> None:
-    """Write the folder of a version, which does not exist.
+    """Write the folder of a version, which does not exist, from that of `export_backbone`.
 
-    Args:
-        exported: Folder of `upreid_ray.core.checkpoint.export_backbone`.
-        out: Folder to write.
-        config: Settings of the run that trained the backbone.
+    The settings are those of the run that trained the backbone.
     """
     description, weights, neck = read_exported(exported)
     extractor = description.extractor(weights, neck).eval().requires_grad_(False)

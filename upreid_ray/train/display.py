@@ -20,7 +20,7 @@ STEP_LINE = re.compile(r"step (\d+)/(\d+)  (.+ left)")
 
 @contextmanager
 def stage(text: str) -> Iterator[None]:
-    """Show what a job does in this block: a log line, or a spinner with the time it takes."""
+    """Show what a job does in this block: a log line, or a spinner with the time."""
     if not sys.stderr.isatty():
         logger.info("%s", text)
         yield

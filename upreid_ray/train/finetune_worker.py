@@ -10,7 +10,6 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.data import DataIterator
 from torch import Tensor
 
 from upreid_ray.config.downstream import ClusterContrastConfig, DownstreamConfig, FinetuneConfig
@@ -40,10 +39,10 @@ from upreid_ray.data.stream.persons import (
     PersonBlock,
     PersonImages,
 )
-from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS, read_stream, stream_blocks
+from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS
 from upreid_ray.train.evaluation import decoded_features
 from upreid_ray.train.initialization import Initialization
-from upreid_ray.train.worker import Worker, logger, prepare_process
+from upreid_ray.train.worker import Worker, logger, prepare_process, stream
 from upreid_ray.train.worker_settings import WorkerSettings
 
 
@@ -205,9 +204,5 @@ def stream_batches(
     while state.step < stop_step:
         start = state.step
         stop = min(start + num_steps, stop_step)
-        iterators: list[DataIterator] = []
-        if rank == 0:
-            iterators = stream_blocks(read, batches.rounds(start, stop, num_workers))
-        mine = distributed.share_from_first(iterators)[rank]
-        decoded = read_stream(mine, rank=rank, num_workers=num_workers)
+        decoded = stream(read, batches.rounds(start, stop, num_workers))
         yield from batches.batches(start, stop, decoded, rank=rank, num_workers=num_workers)

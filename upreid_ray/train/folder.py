@@ -32,12 +32,7 @@ CHECKPOINT = "step-"  # how the name of a checkpoint begins; digits follow, so t
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder ``storage/name`` of a run, which holds Ray Train's checkpoints too.
-
-    Attributes:
-        storage: Folder (absolute) or URI of all runs.
-        name: Name of the run.
-    """
+    """The folder ``storage/name`` of a run, which holds Ray Train's checkpoints too."""
 
     storage: str
     name: str
@@ -163,9 +158,7 @@ class RunFolder:
     def recorded_run(self, config: Section, free: Sequence[str]) -> str:
         """Return the ID of the MLflow run that was started here with the same settings.
 
-        Args:
-            config: Settings of the resumed run; they may differ in the free settings.
-            free: Prefixes of the settings that do not change the weights.
+        Settings with a free prefix do not change the weights, and may differ.
 
         Raises:
             InputError: No run was started here, or a setting that is not free differs.

@@ -54,11 +54,9 @@ def random(backbone: str, *, seed: int) -> Initialization:
 def resolve(init: str, *, backbone: str | None = None) -> Initialization:
     """Return the initialization that the user asks for.
 
-    Args:
-        init: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, a checkpoint folder, or a file
-            of weights in a format of `read_backbone`.
-        backbone: Backbone that a file of weights may hold whose architecture its tensors do not
-            tell.
+    It is ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, a checkpoint folder, or a file of
+    weights in a format of `read_backbone`, which may hold the named backbone if its tensors do
+    not tell the architecture.
 
     Raises:
         InputError: The initialization does not exist, or lacks weights of the backbone.

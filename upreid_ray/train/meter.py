@@ -15,11 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class Gauges:
-    """The newest metrics of a run, which Prometheus scrapes along with Ray's own metrics.
-
-    Args:
-        run: Name of the run, the tag of every metric.
-    """
+    """The newest metrics of a run, which Prometheus scrapes along with Ray's own metrics."""
 
     def __init__(self, run: str) -> None:
         self._run = run

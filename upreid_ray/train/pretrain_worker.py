@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from itertools import islice
 
 import torch
-from ray.data import DataIterator
 from torch import Tensor
 
 from upreid_ray.config.errors import InputError, RunFailed
@@ -15,10 +14,10 @@ from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core import distributed
 from upreid_ray.core.sheet import view_sheet
 from upreid_ray.core.training import StepDraw, StepReport, TrainState, train, train_step
-from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS, read_stream, stream_blocks
+from upreid_ray.data.stream.ray_data import MAX_DATASET_BLOCKS
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.train.continuation import begin_from
-from upreid_ray.train.worker import Worker, prepare_process
+from upreid_ray.train.worker import Worker, prepare_process, stream
 from upreid_ray.train.worker_settings import WorkerSettings
 
 
@@ -75,12 +74,8 @@ class PretrainWorker(Worker):
         while step < self.state.num_steps:
             rounds = list(islice(self.images.rounds(step, self.state.num_steps), num_rounds))
             step = rounds[-1].first_step + rounds[-1].num_steps
-            iterators: list[DataIterator] = []
-            if rank == 0:
-                blocks = [each.by_worker(num_workers) for each in rounds]
-                iterators = stream_blocks(self.images.read, blocks)
-            mine = distributed.share_from_first(iterators)[rank]
-            decoded = read_stream(mine, rank=rank, num_workers=num_workers)
+            blocks = [each.by_worker(num_workers) for each in rounds]
+            decoded = stream(self.images.read, blocks)
             for columns in self.images.batches(
                 rounds, decoded, rank=rank, num_workers=num_workers
             ):

@@ -10,10 +10,10 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import pyarrow as pa
 import ray.train
@@ -36,6 +36,7 @@ from upreid_ray.core.training import State, StepReport
 from upreid_ray.data.stream.damage import check_undecodable, count_undecodable
 from upreid_ray.data.stream.decode import Columns
 from upreid_ray.data.stream.persons import ClusterImages, PersonImages
+from upreid_ray.data.stream.ray_data import read_stream, stream_blocks
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking.run_log import RunLog
 from upreid_ray.train import stop_signal
@@ -45,6 +46,8 @@ from upreid_ray.train.meter import Gauges, Meter
 from upreid_ray.train.worker_settings import DELIVERY_SECONDS, WorkerSettings
 
 logger = logging.getLogger(__name__)
+
+BlockT = TypeVar("BlockT", bound=Sized)
 
 
 def prepare_process(scaling: ScalingConfig) -> torch.device:
@@ -375,6 +378,16 @@ class Worker(ABC):
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
+
+
+def stream(
+    read: Callable[[BlockT], Columns], rounds: Iterable[Sequence[Sequence[BlockT]]]
+) -> Iterator[Columns]:
+    """Yield this worker's decoded blocks, as `stream_blocks` starts them at rank 0."""
+    rank, num_workers = distributed.rank(), distributed.world_size()
+    iterators = stream_blocks(read, rounds) if rank == 0 else []
+    mine = distributed.share_from_first(iterators)[rank]
+    return read_stream(mine, rank=rank, num_workers=num_workers)
 
 
 def newest_intact(checkpoints: Sequence[Checkpoint]) -> int | None:

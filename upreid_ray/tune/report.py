@@ -37,12 +37,9 @@ CAPTIONS = {
 
 @dataclass(frozen=True)
 class PointOutcome:
-    """The trials of a point and their scores.
+    """The trials of a point that have a score, at least one.
 
-    Attributes:
-        point: Value of each swept setting.
-        records: Trials that have a score, at least one.
-        has_diverged: Whether the loss of one of the trials became NaN or infinite.
+    It has diverged if the loss of any of its trials became NaN or infinite.
     """
 
     point: Point

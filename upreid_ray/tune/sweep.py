@@ -142,7 +142,8 @@ def _run(settings: TrialSettings, client: runs.Client) -> SweepResult:
         ranked = best_first(records)
         _print_table(settings, records, ranked)
         if not ranked:
-            raise RunFailed(_say_why_none_has_a_score(settings, records))
+            reason = next((record.reason for record in records if record.reason), "")
+            raise RunFailed(f"no trial of {settings.sweep.name} has a score; {reason}")
         best = ranked[0]
         config = plan.base.override(best.point)
         states = dict(Counter(str(record.state) for record in records))
@@ -185,12 +186,6 @@ def _print_table(
     num_epochs = settings.plan.num_epochs
     table = point_table(ranked, num_epochs) if ranked else trial_table(records, num_epochs)
     console.print(table)
-
-
-def _say_why_none_has_a_score(settings: TrialSettings, records: Sequence[TrialRecord]) -> str:
-    """Return a message with the first reason that a trial has noted."""
-    reason = next((record.reason for record in records if record.reason), "")
-    return f"no trial of {settings.sweep.name} has a score; {reason}"
 
 
 def _write_report(

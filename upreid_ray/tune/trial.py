@@ -25,13 +25,8 @@ def run_trial(config: dict[str, Any], settings: TrialSettings, tracking_uri: str
     """Train one candidate, from its newest checkpoint if it has one.
 
     A failure that would occur again ends the trial and is recorded. Any other failure is
-    raised, and Ray Tune starts the trial again.
-
-    Args:
-        config: Configuration from Ray Tune, which holds the candidate.
-        settings: Settings of all trials.
-        tracking_uri: URI of the MLflow server. It is no part of the settings, which Ray Tune
-            writes to a file, since it may hold a password.
+    raised, and Ray Tune starts the trial again. The tracking URI is no part of the settings,
+    which Ray Tune writes to a file, since it may hold a password.
     """
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
     # Interval at which Ray Train checks whether its workers have started, reported or ended.

@@ -69,12 +69,7 @@ class TrialRecord(Section):
 class TrialSettings:
     """What all trials of a sweep share, and access to their records.
 
-    Attributes:
-        plan: Plan of the sweep.
-        sweep: Folder of the sweep, which contains the folders of the trials.
-        shards: Training shards.
-        evaluation: Shards with query and gallery images.
-        run_id: ID of the MLflow run of the sweep.
+    The folder of the sweep contains those of the trials; the run ID is that of the sweep.
     """
 
     plan: SweepPlan

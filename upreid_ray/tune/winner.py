@@ -20,13 +20,7 @@ RETRAINED = "-best"
 
 @dataclass(frozen=True)
 class Winner:
-    """A registered backbone.
-
-    Attributes:
-        model_uri: URI of the registered version.
-        scores: Scores of the backbone, 0..1 by name.
-        images_per_second: Speed of the run that trained it.
-    """
+    """A registered backbone, its scores, and the speed of the run that trained it."""
 
     model_uri: str | None
     scores: dict[str, float]

@@ -87,10 +87,7 @@ class Family(ABC):
         """Return names of tensors that a file of weights of the family holds.
 
         No other part of a model has all of them under one prefix. There are none if members
-        differ in all names and ``name`` is not given.
-
-        Args:
-            name: Name of the member, if it is known.
+        differ in all names and the name of the member is not given.
         """
 
     def check_size(self, name: str, size: Size, *, of_patches: bool = False) -> None:
@@ -106,15 +103,11 @@ class Family(ABC):
         return ()
 
     def heads(self, name: str) -> tuple[str, ...]:
-        """Return the first parts of the names of what follows the features in files."""
+        """Return the names of modules behind the features in a file, such as a classifier."""
         return HEADS
 
     def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of a whole file under the names of the family.
-
-        Args:
-            tensors: Tensors by their names in the file, with prefixes.
-        """
+        """Return the tensors of a whole file, with prefixes, under the names of the family."""
         return tensors
 
     def fit(
@@ -136,7 +129,7 @@ class Family(ABC):
 
 
 def families() -> Iterator[Family]:
-    """Yield the families in the order of their files, whose libraries are imported by then."""
+    """Yield the families in the order of their files, each imported when its turn comes."""
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
         yield importlib.import_module(f"{__name__}.{module.name}").FAMILY
 

@@ -48,7 +48,7 @@ class ResNets(Family):
         return ("conv1.weight", "layer1.0.bn1.weight")
 
     def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Give the parts of ResNets that were made a ``torch.nn.Sequential`` their names."""
+        """Name the parts of ResNets that were built as a ``torch.nn.Sequential``."""
         first, block = "0.weight", "4.0.conv1.weight"
         prefixes = [
             name.removesuffix(block)

@@ -12,11 +12,7 @@ SUFFIX = "_ibn_a"
 
 
 class IBN(nn.Module):
-    """Instance normalization of the first half of the channels, and batch norm of the rest.
-
-    Args:
-        num_channels: Number of channels, which is even.
-    """
+    """Instance normalization of the first half of the channels, and batch norm of the rest."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()

@@ -77,7 +77,7 @@ class VisionTransformers(Family):
         )
 
     def build(self, name: str, *, size: Size, last_stride: int, drop_path: float) -> Backbone:
-        """Return a Vision Transformer; it fills up what is no multiple of its tokens."""
+        """Return a Vision Transformer, which pads images to whole tokens."""
         variant: dict[str, Any] = {}
         if name.endswith(STEM):
             variant = {"embed_layer": ConvolutionalEmbedding}
@@ -127,7 +127,7 @@ class VisionTransformers(Family):
         return (*HEADS, "mask_token")
 
     def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the blocks of DINOv2 without chunks, and the tokens of PASS as timm has them.
+        """Rename the chunked blocks of DINOv2 and the tokens of PASS as timm names them.
 
         PASS (Zhu et al. 2022, https://arxiv.org/abs/2203.03931) adds positions to the tokens of
         class and parts too. Here these tokens hold the sums.
@@ -187,7 +187,7 @@ def _name_in_timm(name: str) -> str:
 
 @cache
 def _layout(name: str) -> tuple[int, int]:
-    """Return the size of a token in pixels, and how many positions are those of no token."""
+    """Return the width of a token in pixels, and the number of positions of other tokens."""
     with torch.device("meta"):
         model = FAMILY.build(name, size=(224, 224), last_stride=2, drop_path=0)
     return model.patch_embed.patch_size[0], model.pos_embed.shape[

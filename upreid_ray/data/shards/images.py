@@ -77,12 +77,7 @@ class ImageRules:
 
 @dataclass(frozen=True)
 class UsableImage:
-    """An image that decodes to upright RGB.
-
-    Attributes:
-        encoded: JPEG or PNG file.
-        picture: Decoded RGB image.
-    """
+    """An image that decodes to upright RGB: its JPEG or PNG file, and the decoded picture."""
 
     encoded: bytes
     picture: Image.Image

@@ -61,11 +61,8 @@ PLACE = "place"
 class Written(BaseModel):
     """A shard on disk, described without its images.
 
-    Attributes:
-        shard: Entry in the manifest.
-        refused: Images that the task of the shard refused.
-        mean: Mean of each channel over the images, ``[3]``, zero if there are none.
-        mean_square: Mean square of each channel over the images, ``[3]``.
+    It has the images that the task of the shard refused, and mean and mean square of each
+    channel over the others, ``[3]``, zero if there are none.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -23,14 +23,7 @@ MAX_OPEN_SHARDS = 64
 
 @dataclass(frozen=True)
 class RowRange:
-    """Rows ``start`` to ``stop`` of one row group of one shard.
-
-    Attributes:
-        shard: Place of the shard in the manifest.
-        row_group: Number of the row group in the shard.
-        start: First row, counted in the row group.
-        stop: Row after the last.
-    """
+    """Rows ``start`` to ``stop`` of a row group of a shard, by its place in the manifest."""
 
     shard: int
     row_group: int

@@ -28,10 +28,6 @@ class ShardSet:
     The manifest is read once, by the process that opens the set, and travels with it: it has a
     line for each shard of about 128 MB, thus about 400 lines for ten million images. Pickling
     carries no connection.
-
-    Attributes:
-        folder: Folder of the set.
-        manifest: What the set holds.
     """
 
     folder: Location
@@ -86,10 +82,8 @@ class ShardSet:
 def check_labels(name: str, table: pa.Table, *, ignore_cameras: bool = False) -> None:
     """Check that the query and gallery images of a set can be scored.
 
-    Args:
-        name: Name of the set in errors.
-        table: ``split``, ``pid`` and ``camid`` of each image.
-        ignore_cameras: Whether a match may be by the query's own camera.
+    The table has ``split``, ``pid`` and ``camid`` of each image; errors name the set.
+    If cameras are ignored, a match may be by the query's own camera.
 
     Raises:
         InputError: There are none, persons or cameras are unknown, or no query has a match.

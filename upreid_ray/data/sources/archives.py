@@ -106,13 +106,11 @@ def _members(stream: pa.NativeFile) -> Iterable[tarfile.TarInfo]:
 def lmdb_records(source: str) -> Records:
     """Return the images in an LMDB, as LUPerson comes.
 
-    The keys are those of a pickled list, or of ``keys`` in a pickled dictionary, in
-    ``keys.pkl`` in or beside the folder; without it, all keys of the LMDB. The ``pids`` of the
-    dictionary, if there are any, are kept. The images stay unlabeled all the same,
-    since those of LUPerson-NL are noisy: a tracker gave them.
-
-    Args:
-        source: The file, its folder, or a folder that holds this folder alone.
+    The source is its file, its folder, or a folder that holds this folder alone. The keys are
+    those of a pickled list, or of ``keys`` in a pickled dictionary, in ``keys.pkl`` in or
+    beside the folder; without it, all keys of the LMDB. The ``pids`` of the dictionary, if
+    there are any, are kept. The images stay unlabeled all the same, since those of LUPerson-NL
+    are noisy: a tracker gave them.
 
     Raises:
         InputError: It cannot be read, is not local, or has no images.

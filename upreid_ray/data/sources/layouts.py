@@ -353,9 +353,7 @@ def _set_in_tree(
 ) -> tuple[Location, Layout, dict[str, str]] | None:
     """Return the labelled set that has all images of a tree; None if there is no such set.
 
-    Args:
-        folder: Root of the tree.
-        places: Paths of the folders of images, and of lists of MSMT17.
+    ``places`` are the paths of the folders of images, and of lists of MSMT17.
 
     Raises:
         InputError: There are several sets, other images beside a set, or test images without

@@ -105,9 +105,9 @@ def make_records(
     """
     refused = [not_text(each.key) or each for each in refused]
     if not isinstance(columns["key"], pa.Array | pa.ChunkedArray):
-        untold = [not_text(key) for key in columns["key"]]
-        refused += filter(None, untold)
-        is_text = [each is None for each in untold]
+        refusals = [not_text(key) for key in columns["key"]]
+        refused += filter(None, refusals)
+        is_text = [each is None for each in refusals]
         columns = {name: list(compress(column, is_text)) for name, column in columns.items()}
     size = len(columns["key"])
     if size == 0:
@@ -150,7 +150,7 @@ def is_image_name(name: str) -> bool:
 
 
 def not_text(name: str) -> Refused | None:
-    """Return the refusal of a name that is not text, thus cannot be a key; None if it is."""
+    """Return the refusal of a name that is not text and cannot be a key; None for text."""
     try:
         name.encode()
     except UnicodeEncodeError:

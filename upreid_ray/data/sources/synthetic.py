@@ -511,7 +511,7 @@ def _draw_worn_bag(figure: _Figure, who: Appearance) -> None:
 
 
 def _rectangle(half_angle: float, top: float, bottom: float) -> tuple[XY, ...]:
-    """The outline of an upright patch on the trunk."""
+    """Return the outline of an upright patch on the trunk."""
     left, right = -half_angle, half_angle
     return ((left, top), (right, top), (right, bottom), (left, bottom))
 
