@@ -73,7 +73,7 @@ class RetrievalScores:
             )
 
     def summary(self) -> dict[str, float]:
-        """Return the usual scores by their usual names."""
+        """Return mAP, rank-1, rank-5, rank-10 and mINP by their usual names."""
         ranks = {f"rank{k}": float(self.cmc[k - 1]) for k in (1, 5, 10) if k <= len(self.cmc)}
         return {
             "mAP": self.mean_average_precision,
@@ -202,7 +202,7 @@ def row_parts(num_rows: int, num_columns: int) -> Iterator[slice]:
 def _score_queries(
     distances: Tensor, query: Labels, gallery: Labels
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return average precision, rank of the first hit and INP of the valid queries, and which.
+    """Return average precision, rank of the first hit and INP of the valid queries.
 
     The last tensor, bool ``[n]``, tells which queries are valid.
     """

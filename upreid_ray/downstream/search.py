@@ -277,7 +277,7 @@ def queries_of_set(features: FeatureSet, gallery: FeatureSet) -> Queries:
 
 
 class QueryEmbedder:
-    """Computes the features of a few images in this process."""
+    """A backbone that computes the features of a few images in this process."""
 
     def __init__(self, init: Initialization, *, flip: bool, precision: str) -> None:
         self._images = init.description
@@ -287,7 +287,7 @@ class QueryEmbedder:
 
     @classmethod
     def of(cls, features: FeatureSet) -> "QueryEmbedder":
-        """Return one that computes features as those of a set were computed.
+        """Return an embedder that computes features as those of a set were computed.
 
         Raises:
             InputError: The backbone of the set is gone, or has changed since.
@@ -319,11 +319,9 @@ class QueryEmbedder:
         columns = {name: np.concatenate([each[name] for each in blocks]) for name in blocks[0]}
         wrong = np.flatnonzero(columns["error"] != "")
         if len(wrong):
-            first = wrong[0]
-            raise InputError(
-                f"--query {place}: {columns['key'][first]}: {columns['error'][first]}"
-                + (f"; so do {len(wrong) - 1} other images" if len(wrong) > 1 else "")
-            )
+            key, error = (columns[name][wrong[0]] for name in ("key", "error"))
+            more = f" ({len(wrong)} images cannot be used)" if len(wrong) > 1 else ""
+            raise InputError(f"--query {place}: {key}: {error}{more}")
         pids, camids = (
             torch.from_numpy(np.where(columns[name] == NULL, UNKNOWN, columns[name]))
             for name in ("pid", "camid")

@@ -196,7 +196,7 @@ def _random_parts(members: pa.Table, num_parts: int, seed: int) -> list[NDArray[
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Writes the shards of a set; tasks call its methods. ``read`` is that of `Records`."""
+    """Writer of the shards of a set; tasks call its methods. ``read`` is that of `Records`."""
 
     folder: Location
     made_from: str

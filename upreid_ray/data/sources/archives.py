@@ -77,7 +77,7 @@ def tar_records(source: str, tars: Sequence[str]) -> Records:
 
 @dataclass(frozen=True)
 class TarReader:
-    """Reads images out of tar files."""
+    """Function that reads images out of tar files."""
 
     tars: tuple[str, ...]
 
@@ -201,7 +201,7 @@ def _listed_keys(file: Path) -> tuple[Sequence[str | bytes], Sequence[Any] | Non
 
 @dataclass(frozen=True)
 class LmdbReader:
-    """Reads images out of an LMDB."""
+    """Function that reads images out of an LMDB."""
 
     file: str
 
@@ -286,7 +286,7 @@ def parquet_records(source: str, files: Sequence[str], columns: Mapping[str, str
 
 
 def _column_names(uri: str, schema: pa.Schema, given: Mapping[str, str]) -> dict[str, str]:
-    """Return the column of the file for each of ours that it has."""
+    """Return the names in the file of the columns that it has for records."""
     names = {}
     for ours in PARQUET_COLUMNS:
         name = given.get(ours, ours)
@@ -319,7 +319,7 @@ def _mean_sizes(file: pq.ParquetFile, image: str) -> np.ndarray[tuple[int], np.d
 
 @dataclass(frozen=True)
 class ParquetReader:
-    """Reads images out of Parquet files."""
+    """Function that reads images out of Parquet files."""
 
     files: tuple[str, ...]
     image: str

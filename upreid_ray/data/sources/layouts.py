@@ -86,7 +86,7 @@ Layout = Callable[[Location, Mapping[str, str]], Iterator[ImageFile | Refused]]
 
 @dataclass(frozen=True)
 class FileReader:
-    """Reads image files, whose keys are paths below a folder."""
+    """Function that reads image files, whose keys are paths below a folder."""
 
     folder: Location
 

@@ -129,7 +129,7 @@ def listed_records(source: str, paths: Sequence[str]) -> Records:
 
 @dataclass(frozen=True)
 class ListedReader:
-    """Reads image files, whose keys are absolute paths, paths below a folder, or URIs."""
+    """Function that reads files, whose keys are paths (maybe below a folder) or URIs."""
 
     folder: Location
 

@@ -8,7 +8,7 @@ from upreid_ray.config.errors import InputError, first_line
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Builds lists, tuples, dictionaries, numbers, text and bytes, which need no class."""
+    """Unpickler of lists, tuples, dictionaries, numbers, text and bytes alone."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")

@@ -145,7 +145,7 @@ def num_readers(files: Iterable[Location]) -> int:
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether a name ends as those of images do."""
+    """Return whether a file name has a suffix of images."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 

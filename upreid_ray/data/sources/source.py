@@ -129,7 +129,7 @@ def synthetic_records(config: SyntheticConfig) -> Records:
 
 @dataclass(frozen=True)
 class Drawings:
-    """Draws the synthetic people when they are read."""
+    """Function that draws the synthetic people when they are read."""
 
     seed: int
     height: int
