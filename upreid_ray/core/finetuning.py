@@ -213,11 +213,8 @@ def draw_shifted_views(
 ) -> ViewParameters:
     """Draw the views of a whole batch: shifted, flipped, and erased in part.
 
-    Args:
-        config: Settings of the run; ``config.augmentation.padding`` is the largest shift.
-        size: Height and width of the images.
-        augmentation: Ranges to draw from.
-        step: Step, counted from 0; the draw is a function of it and of the seed.
+    The largest shift is the padding of the settings. The draw is a function of their seed and
+    of the step, counted from 0.
     """
     generator = step_generator(seed=config.seed, step=step)
     batch_size, padding = config.training.batch_size, config.augmentation.padding

@@ -16,7 +16,12 @@ from torch import Tensor
 from upreid_ray.config.downstream import EvaluateConfig
 from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core.reranking import reranked_distances
-from upreid_ray.core.retrieval import score_features
+from upreid_ray.core.retrieval import (
+    DistanceRows,
+    RetrievalScores,
+    cosine_distances,
+    score_features,
+)
 from upreid_ray.data.shards.manifest import EVALUATION_SPLITS
 from upreid_ray.data.shards.page import thumbnail
 from upreid_ray.data.shards.progress import image_progress
@@ -103,9 +108,14 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
         if config.ignore_cameras:
             # No query image is by the camera of a gallery image then.
             features = replace(features, camids=features.is_query.long())
-        scores, num_without_match = features.scores(rerank=config.rerank)
+        found = features.score()
+        found.warn_if_incomplete()
+        scores = found.summary()
+        if config.rerank:
+            reranked = features.score(reranked_distances).summary()
+            scores |= {f"{name}_reranked": value for name, value in reranked.items()}
         counts = {
-            "num_queries_without_match": num_without_match,
+            "num_queries_without_match": found.num_queries_without_match,
             "num_undecodable": features.num_undecodable,
         }
         metrics = {f"eval/{name}": value for name, value in (scores | counts).items()}
@@ -126,7 +136,7 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
         )
         folder.write(SCORES_FILE, json.dumps({**lineage, "scores": scores, **counts}, indent=1))
         if parent_run_id is None:
-            page = features.page(images, f"{init.uri} on {shards.uri}").encode()
+            page = features.page(images, found, f"{init.uri} on {shards.uri}").encode()
             folder.write(PAGE_FILE, page)
             runs.log_file(client, run_id, PAGE_FILE, page)
     return result
@@ -154,9 +164,13 @@ class Features:
     places: Tensor
     images_per_second: float
 
-    def page(self, images: LabelledImages, title: str) -> str:
+    def score(self, distances: DistanceRows = cosine_distances) -> RetrievalScores:
+        """Return the retrieval scores by these distances."""
+        images = (self.values, self.pids, self.camids, self.is_query)
+        return score_features(*images, distances=distances)
+
+    def page(self, images: LabelledImages, found: RetrievalScores, title: str) -> str:
         """Return a page with the best and the worst queries, the CMC curve and histograms."""
-        found = score_features(self.values, self.pids, self.camids, self.is_query)
         queries = self.is_query.nonzero()[:, 0]
         precisions = found.average_precisions
         valid = (~precisions.isnan()).nonzero()[:, 0]
@@ -206,17 +220,6 @@ class Features:
             if rank == NUM_SHOWN_RANKS:
                 break
         return figures
-
-    def scores(self, *, rerank: bool) -> tuple[dict[str, float], int]:
-        """Return the retrieval scores by name, and the number of queries without a match."""
-        images = (self.values, self.pids, self.camids, self.is_query)
-        found = score_features(*images)
-        found.warn_if_incomplete()
-        scores = found.summary()
-        if rerank:
-            reranked = score_features(*images, distances=reranked_distances).summary()
-            scores |= {f"{name}_reranked": value for name, value in reranked.items()}
-        return scores, found.num_queries_without_match
 
 
 def compute_features(

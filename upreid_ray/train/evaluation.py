@@ -27,11 +27,7 @@ NUM_THREADS = 4
 
 
 class Evaluation:
-    """The scores of a run's backbone on query and gallery images.
-
-    Args:
-        shards: Shards with query and gallery images; None if nothing is scored.
-        state: State of training, whose extractor is scored.
+    """The scores of a run's backbone on query and gallery images, if there are any.
 
     Attributes:
         scores_untrained: Scores before training at rank 0; empty until they are set.

@@ -19,14 +19,10 @@ def finetune(
 ) -> TrainResult:
     """Fine-tune, score and register a backbone on the connected Ray cluster.
 
-    The tag ``init`` of the registered version names the version from which it was trained, and
-    that one lists its descendants in tags ``descendant.NAME.VERSION``.
-
-    Args:
-        config: Settings of the run; their class decides the method.
-        resume: Continue the run called ``config.run.name``.
-        parent_run_id: ID of the MLflow run of which this run is a trial; a trial registers
-            nothing.
+    The class of the settings decides the method. A run with the ID of a parent MLflow run is a
+    trial, which registers nothing. The tag ``init`` of the registered version names the version
+    from which it was trained, and that one lists its descendants in tags
+    ``descendant.NAME.VERSION``.
 
     Raises:
         InputError: A setting cannot be used; nothing was started. Or images cannot be

@@ -43,12 +43,8 @@ def fit(
 ) -> TrainResult:
     """Pre-train, score and register a backbone on the connected Ray cluster.
 
-    Args:
-        config: Settings of the run.
-        resume: Continue the run called ``config.run.name``.
-        parent_run_id: ID of the MLflow run of which this run is a trial; a trial registers
-            nothing.
-        callbacks: Callbacks of Ray Train.
+    A run with the ID of a parent MLflow run is a trial, which registers nothing. The callbacks
+    are those of Ray Train.
 
     Raises:
         InputError: A setting cannot be used; nothing was started.
