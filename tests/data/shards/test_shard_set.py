@@ -1,5 +1,6 @@
 """Sets of shards are opened, or refused in one line; processes get them without files."""
 
+import json
 import pickle
 
 import pytest
@@ -8,9 +9,11 @@ from tests.data.stream.test_stream import SIZE, flat, write_set
 from upreid_ray.config.downstream import LabelledDataConfig
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.presets import PRESETS
-from upreid_ray.data.shards.manifest import MANIFEST_FILE
+from upreid_ray.data.shards.manifest import MANIFEST_FILE, Shard
+from upreid_ray.data.shards.preparation import Written
 from upreid_ray.data.shards.requested import labelled_shards
 from upreid_ray.data.shards.shard_set import ShardSet
+from upreid_ray.data.sources.records import Refused
 from upreid_ray.data.stream.labelled import LabelledImages
 from upreid_ray.data.stream.training import TrainingImages
 
@@ -70,3 +73,19 @@ def test_a_set_knows_whether_it_has_images_to_score(tmp_path):
     for split, expected in (("train", False), ("query", True), ("gallery", True)):
         shards = write_set(tmp_path / split, {split: [flat(0)]}, num_shards=1)
         assert shards.has_evaluation_images() is expected
+
+
+def test_manifests_on_disk_keep_the_names_of_the_first_versions(tmp_path):
+    written = write_set(tmp_path, {"query": [flat(0)]}).manifest
+    content = written.model_copy(update={"made_from": "a digest"}).model_dump_json()
+
+    assert json.loads(content)["plan"] == "a digest"
+    assert type(written).model_validate_json(content).made_from == "a digest"
+
+
+def test_what_a_task_has_written_survives_the_way_to_the_driver():
+    shard = Shard(name="a", split="train", num_images=1, num_bytes=2, sha256="b")
+    refused = (Refused("c", "small", "is 1x1 pixels"),)
+    written = Written(shard=shard, refused=refused, mean=(0.1, 1 / 3, 0), mean_square=(0, 0, 1))
+
+    assert Written.model_validate_json(written.model_dump_json()) == written
