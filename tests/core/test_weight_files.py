@@ -2,6 +2,7 @@
 
 import argparse
 import string
+import warnings
 
 import numpy as np
 import pytest
@@ -140,7 +141,12 @@ def test_a_file_that_is_no_weights_is_called_what_it_is(tmp_path, content, what)
 def test_torchscript_is_called_what_it_is(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "weights.pth"))
 
-    assert "it is a TorchScript module" in refusal(tmp_path / "weights.pth")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        message = refusal(tmp_path / "weights.pth")
+
+    assert "it is a TorchScript module" in message
+    assert not shown
 
 
 def test_a_pickled_module_names_the_class_that_is_not_loaded(tmp_path):

@@ -12,6 +12,7 @@ MMPretrain.
 
 import argparse
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -127,7 +128,9 @@ def _read(path: Path) -> Any:  # noqa: ANN401, whatever a tool has saved
     try:
         if _is_safetensors(path):
             return load_file(path)
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        # PyTorch warns of TorchScript, which the error below says in one line.
+        with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises anything
         reason = _explain(path, error)
