@@ -386,12 +386,9 @@ def _set_in_tree(
     root = folder / below if below else folder
     layout = _layout(root) if below else None
     if layout is None:
-        train, other = (
-            next(
-                (f"{root / part}" for name, part in sets[below].items() if "train" in name), ""
-            ),
-            next((part for name, part in sets[below].items() if "train" not in name), ""),
-        )
+        inside = sets[below].items()
+        train = next((f"{root / part}" for name, part in inside if "train" in name), "")
+        other = next((part for name, part in inside if "train" not in name), "")
         raise InputError(
             f"{root}: holds {other or train} like a labelled set, but its layout is not known; "
             f"give {train or 'a folder of training images'}, or a list of images"
