@@ -203,7 +203,7 @@ def _columns(text: str) -> dict[str, str]:
     unknown = [ours for ours, _, theirs in pairs if ours not in PARQUET_COLUMNS or not theirs]
     if unknown:
         raise argparse.ArgumentTypeError(
-            f"{unknown[0]!r} must be one of {', '.join(PARQUET_COLUMNS)}, then =NAME"
+            f"{unknown[0]!r} must be one of {', '.join(PARQUET_COLUMNS)} followed by =NAME"
         )
     return {ours: theirs for ours, _, theirs in pairs}
 

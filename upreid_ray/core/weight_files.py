@@ -212,7 +212,7 @@ def _recognize(
         if found:
             return family, translated, found
     if not tensors:
-        raise InputError(f"{file}: holds no tensors under names")
+        raise InputError(f"{file}: holds no named tensors")
     raise InputError(
         f"{file}: holds no known backbone; its first tensors are "
         f"{', '.join(sorted(tensors)[:3])}"

@@ -107,7 +107,9 @@ def _score(
             scores[name] = outcome
             folder.write(f"{name}.json", json.dumps(outcome))
     if not scores:
-        raise RuntimeError(f"every run failed, the first with: {next(iter(failures.values()))}")
+        raise RuntimeError(
+            f"every run failed; the first reason: {next(iter(failures.values()))}"
+        )
     return scores, failures
 
 

@@ -400,5 +400,7 @@ def newest_intact(checkpoints: Sequence[Checkpoint]) -> int | None:
             wrong = first_line(error)
         if wrong is None:
             return index
-        logger.warning("%s is damaged (%s): taking the one before", checkpoint.path, wrong)
+        logger.warning(
+            "%s is damaged (%s); the checkpoint before it is taken", checkpoint.path, wrong
+        )
     return None
