@@ -6,11 +6,9 @@ The training loss judges nothing, since it changes with the weights that are swe
 """
 
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 
@@ -200,15 +198,11 @@ def _write_report(
     figures = draw_figures(plan, records)
     best_json = best.model_dump_json(indent=1)
     page = report_page(folder.name, plan, records, ranked, figures=figures, best=best_json)
-    texts = {BEST_FILE: best_json, REPORT_FILE: page}
+    texts = {BEST_FILE: best_json.encode(), REPORT_FILE: page.encode()}
     for file, text in texts.items():
         folder.write(file, text)
-    with tempfile.TemporaryDirectory() as name:
-        for file, text in texts.items():
-            Path(name, file).write_text(text)
-        for file, content in figures.items():
-            Path(name, file).write_bytes(content)
-        client.log_artifacts(settings.run_id, name)
+    for file, content in (texts | figures).items():
+        runs.log_file(client, settings.run_id, file, content)
 
 
 def _log_best(
