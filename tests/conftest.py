@@ -50,29 +50,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory, new_database: Path) -> Iter
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return a program in place of Python, whose Ray forks its workers from one process."""
+    from tests.ray_workers import forked_workers  # noqa: PLC0415
+
+    with forked_workers(tmp_path_factory.mktemp("workers")) as program:
+        yield program
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(python: str) -> Iterator[str]:
     """Start a Ray cluster of this process, whatever else runs on the machine; its address."""
     import ray  # noqa: PLC0415
 
-    from tests.ray_workers import forked_workers  # noqa: PLC0415
-
-    with forked_workers(tmp_path_factory.mktemp("workers")) as python:
-        with pytest.MonkeyPatch.context() as patch:
-            # What Ray starts its processes with.
-            patch.setattr(sys, "executable", python)
-            context = ray.init(
-                address="local",
-                num_cpus=4,
-                # Without its own dashboard, Ray Train asks another cluster's on the usual port,
-                # which does not know the run, takes it for dead and removes its workers.
-                include_dashboard=True,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                # The same for workers with environment variables of their own.
-                runtime_env={"py_executable": python},
-            )
-        yield context.address_info["address"]
-        ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # What Ray starts its processes with.
+        patch.setattr(sys, "executable", python)
+        context = ray.init(
+            address="local",
+            num_cpus=4,
+            # Without its own dashboard, Ray Train asks another cluster's on the usual port,
+            # which does not know the run, takes it for dead and removes its workers.
+            include_dashboard=True,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    yield context.address_info["address"]
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from typing import Self
 from tests.cluster.network import Host, Network, this_machine
 from tests.cluster.processes import free_ports, tree
 
-RAY = str(Path(sys.executable).parent / "ray")
 START_SECONDS = 90.0
 
 
@@ -24,6 +23,7 @@ class Nodes:
         folder: For logs, the token and Ray's own files; its path must be short, for sockets.
         settings: Environment variables of all processes of the cluster.
         network: Where every node becomes a host; all run on this machine's own if None.
+        python: The program that Ray runs its processes with.
     """
 
     def __init__(
@@ -31,8 +31,10 @@ class Nodes:
         folder: Path,
         settings: dict[str, str] | None = None,
         network: Network | None = None,
+        python: str = sys.executable,
     ) -> None:
         self._folder = folder
+        self._ray = (python, "-m", "ray.scripts.scripts")
         self._network = network
         self.outside = self._new_host()
         self._head_host = self._new_host()
@@ -112,7 +114,12 @@ class Nodes:
         subprocess.run(
             [
                 *self._head_host.prefix,
-                *(RAY, "drain-node", f"--address={self.address}", f"--node-id={node_id}"),
+                *(
+                    *self._ray,
+                    "drain-node",
+                    f"--address={self.address}",
+                    f"--node-id={node_id}",
+                ),
                 *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"),
                 f"--deadline-remaining-seconds={seconds}",
             ],
@@ -145,7 +152,7 @@ class Nodes:
         with (self._folder / f"{name}.log").open("wb") as log:
             node = subprocess.Popen(
                 [
-                    *(*host.prefix, RAY, "start", "--block", "--log-color=false"),
+                    *(*host.prefix, *self._ray, "start", "--block", "--log-color=false"),
                     f"--node-ip-address={host.address}",
                     *("--min-worker-port=0", "--max-worker-port=0"),
                     *("--dashboard-agent-listen-port=0", "--object-store-memory=300000000"),

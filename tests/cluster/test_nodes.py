@@ -18,6 +18,7 @@ import pytest
 from tests.cluster.network import Network
 from tests.cluster.nodes import Nodes
 from tests.cluster.processes import ROOT, tree
+from tests.ray_workers import worker_of
 from tests.train.test_pretrain import TINY, newest_checkpoint
 from upreid_ray.tune.trial_record import TrialRecord
 
@@ -27,6 +28,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 TRAIN_NODE, DATA_NODE = "--num-cpus=2", "--num-cpus=1"
 CONFIG = TINY.override(
     {
+        # Of twice as many images, or a node would come after the run's end.
+        "data.synthetic.num_train_identities": 8,
+        "data.synthetic.num_unlabeled_identities": 20,
+        "training.batch_size": 16,
+        "training.group_size": 8,
         "training.log_every_steps": 1,
         "evaluation.every_epochs": 1,
         "scaling.cpus_per_worker": 2,
@@ -34,6 +40,9 @@ CONFIG = TINY.override(
         "run.name": None,
     }
 )
+# So many that a node can come while the run trains on without it.
+NUM_EPOCHS = 12
+STEPS_PER_EPOCH = 7
 SECONDS = 600.0
 STEP = r"step (\d+)/(\d+) +loss"
 
@@ -100,12 +109,14 @@ class Cluster:
     folder: Path
     train_nodes: list[subprocess.Popen[bytes]]
     data_node: subprocess.Popen[bytes]
+    python: str
 
 
-def processes(node: subprocess.Popen[bytes], title: str) -> set[int]:
+def processes(cluster: Cluster, node: subprocess.Popen[bytes], title: str) -> set[int]:
     """Return the processes of a node whose title begins like this."""
     found = set()
-    for pid in tree(node.pid):
+    for program in tree(node.pid):
+        pid = worker_of(cluster.python, program) or program
         with suppress(OSError):
             if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title.encode()):
                 found.add(pid)
@@ -113,20 +124,25 @@ def processes(node: subprocess.Popen[bytes], title: str) -> set[int]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def cluster(python: str) -> Iterator[Cluster]:
     # Sockets need a short path, which pytest's folders do not have.
     folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))
     settings = {
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
         "UPREID_RAY_STORAGE": str(folder / "runs"),
+        # How soon Ray sees that a worker has ended, that a node will end or has ended,
+        # and that a worker finds no place.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
+        "RAY_health_check_period_ms": "1000",
     }
     try:
         with ExitStack() as stack:
             network = stack.enter_context(Network()) if Network.is_allowed() else None
-            nodes = stack.enter_context(Nodes(folder, settings, network))
+            nodes = stack.enter_context(Nodes(folder, settings, network, python))
             train_nodes = [nodes.add(TRAIN_NODE) for _ in range(2)]
-            yield Cluster(nodes, folder, train_nodes, nodes.add(DATA_NODE))
+            yield Cluster(nodes, folder, train_nodes, nodes.add(DATA_NODE), python)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -134,15 +150,17 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def resized(cluster: Cluster) -> SimpleNamespace:
     """Submit an elastic run, take a node away that had said so, and bring another one."""
-    words = ("jobs/pretrain.py", "--run.name=resized", "--training.epochs=12")
+    words = ("jobs/pretrain.py", "--run.name=resized", f"--training.epochs={NUM_EPOCHS}")
     elastic = ("--scaling.min_workers=1", "--scaling.resize_seconds=2")
     # So that the checkpoint can only be the one that the end of a node brings about.
-    seldom = ("--evaluation.every_epochs=12", "--checkpoint.every_steps=1000")
+    seldom = (f"--evaluation.every_epochs={NUM_EPOCHS}", "--checkpoint.every_steps=1000")
     job = Submission(cluster.nodes, cluster.folder, *words, *elastic, *seldom)
     run = cluster.folder / "runs/resized"
 
     def workers() -> list[int]:
-        return [len(processes(node, "ray::RayTrainWorker")) for node in cluster.train_nodes]
+        return [
+            len(processes(cluster, node, "ray::RayTrainWorker")) for node in cluster.train_nodes
+        ]
 
     job.wait_for(lambda: job.newest_step() > 2)
     numbers = [workers()]
@@ -150,7 +168,7 @@ def resized(cluster: Cluster) -> SimpleNamespace:
     job.wait_for(lambda: newest_checkpoint(run) > 0)
     saved = [int(each.name.removeprefix("step-")) for each in run.glob("step-*")]
     before = job.newest_step()
-    decoding = processes(cluster.data_node, "ray::")
+    decoding = processes(cluster, cluster.data_node, "ray::")
     cluster.nodes.lose(cluster.train_nodes.pop())
     job.wait_for(lambda: job.newest_step() > before + 2)
     numbers.append(workers())
@@ -190,7 +208,7 @@ def test_each_node_is_a_host_of_its_own(cluster, resized):
 
 def test_a_checkpoint_is_saved_when_the_end_of_a_node_is_announced(resized):
     assert len(resized.saved) == 1
-    assert 2 < resized.saved[0] < 84
+    assert 2 < resized.saved[0] < NUM_EPOCHS * STEPS_PER_EPOCH
 
 
 def test_an_elastic_run_goes_on_from_that_checkpoint_when_a_node_is_lost(resized):

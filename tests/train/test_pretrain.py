@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.cluster.processes import tree
+from tests.ray_workers import worker_of
 from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
@@ -34,12 +35,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 JOB_SECONDS = 300.0
-# 112 images, so 7 steps an epoch; checkpoints are neither at the ends of epochs nor of rounds.
+# 56 images, so 7 steps an epoch; checkpoints are neither at the ends of epochs nor of rounds.
 TINY = PRESETS["demo"].override(
     {
-        "data.synthetic.num_train_identities": 8,
+        "data.synthetic.num_train_identities": 4,
         "data.synthetic.num_test_identities": 4,
-        "data.synthetic.num_unlabeled_identities": 20,
+        "data.synthetic.num_unlabeled_identities": 10,
         "data.synthetic.num_cameras": 2,
         "data.synthetic.height": 64,
         "data.synthetic.width": 32,
@@ -49,8 +50,8 @@ TINY = PRESETS["demo"].override(
         "model.queue_size": 32,
         "optimizer.warmup_epochs": 0,
         "training.epochs": 3,
-        "training.batch_size": 16,
-        "training.group_size": 8,
+        "training.batch_size": 8,
+        "training.group_size": 4,
         "training.precision": "fp32",
         "training.log_every_steps": 3,
         "evaluation.every_epochs": 2,
@@ -199,7 +200,7 @@ def test_resuming_a_finished_run_registers_nothing_new(finished, tiny):
         (
             {"run.name": "e", "training.batch_size": 512},
             False,
-            "--training.batch_size 512: exceeds the 112 ",
+            "--training.batch_size 512: exceeds the 56 ",
         ),
     ],
     ids=[
@@ -247,6 +248,12 @@ def train_workers() -> list[int]:
     return sorted(workers)
 
 
+def environment_of(worker: int, python: str) -> list[str]:
+    """Return the environment that Ray started a worker with."""
+    (program,) = (pid for pid in tree(os.getpid()) if worker_of(python, pid) == worker)
+    return Path(f"/proc/{program}/environ").read_text().split("\0")
+
+
 def kill(pids: set[int] | list[int]) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
@@ -269,7 +276,12 @@ class Job:
     """
 
     def __init__(
-        self, config: PretrainConfig, folder: Path, *words: str, ray_address: str = "local"
+        self,
+        config: PretrainConfig,
+        folder: Path,
+        *words: str,
+        python: str = sys.executable,
+        ray_address: str = "local",
     ) -> None:
         self.run = Path(str(config.run.storage_path), str(config.run.name))
         file = folder / f"{self.run.name}.json"
@@ -281,7 +293,7 @@ class Job:
             begin = ["--run.storage_path", str(config.run.storage_path)]
         with self._errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, ROOT / "jobs/pretrain.py", *begin, *words],
+                [python, ROOT / "jobs/pretrain.py", *begin, *words],
                 cwd=folder,
                 env={**os.environ, "RAY_ADDRESS": ray_address},
                 stdout=subprocess.PIPE,
@@ -333,14 +345,14 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def hindered(finished, ray_cluster, folder, tiny) -> SimpleNamespace:
+def hindered(finished, ray_cluster, python, folder, tiny) -> SimpleNamespace:
     """Kill a worker, then the job and its Ray, damage what is newest, stop it, let it end."""
     config = tiny.override({"run.name": "hindered"})
-    job = Job(config, folder)
+    job = Job(config, folder, python=python)
     try:
         job.wait_for(lambda: job.newest_checkpoint() > 0)
         before = train_workers()
-        environment = Path(f"/proc/{before[0]}/environ").read_text().split("\0")
+        environment = environment_of(before[0], python)
         kill(before[:1])
         job.wait_for(lambda: bool(set(train_workers()) - set(before)))
         job.wait_for(lambda: job.newest_checkpoint() >= SECOND_CHECKPOINT)
