@@ -24,6 +24,9 @@ hypothesis.settings.load_profile("project")
 # other, and use up the cores meanwhile. PyTorch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Ray's workers have a low priority otherwise, and would wait for all other tests.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 
 @pytest.fixture(scope="session")
 def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
