@@ -217,6 +217,7 @@ class _Writer:
             len(blocks),
             init,
             config.scaling,
+            in_order=True,
             flip=config.tta == "flip",
             precision=config.precision,
         )

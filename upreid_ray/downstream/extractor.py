@@ -57,10 +57,14 @@ def extract_blocks(
     init: Initialization,
     scaling: ScalingConfig,
     *,
+    in_order: bool = False,
     flip: bool = False,
     precision: str = "fp32",
 ) -> Iterator[Columns]:
-    """Yield decoded blocks in their order, with features in the place of the images."""
+    """Yield decoded blocks as they are done, with features in the place of the images.
+
+    In order, a block waits for those before it, so that the time between two says nothing.
+    """
     extracted = blocks.map_batches(
         Extractor,
         fn_constructor_args=(ray.put(init), scaling),
@@ -74,5 +78,5 @@ def extract_blocks(
         num_gpus=scaling.gpus_per_worker if scaling.use_gpu else 0,
     )
     extracted.context.enable_progress_bars = False
-    extracted.context.execution_options.preserve_order = True
+    extracted.context.execution_options.preserve_order = in_order
     yield from extracted.iter_batches(batch_size=None)
