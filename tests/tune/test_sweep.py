@@ -283,13 +283,18 @@ class SweepJob(Job):
     """A process of jobs/sweep.py."""
 
     def __init__(
-        self, base: PretrainConfig, folder: Path, *words: str, ray_address: str = "local"
+        self,
+        base: PretrainConfig,
+        folder: Path,
+        *words: str,
+        python: str = sys.executable,
+        ray_address: str = "local",
     ) -> None:
         self.run = Path(str(base.run.storage_path), "killed")
         self._errors = folder / f"killed{len(words)}.log"
         with self._errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, ROOT / "jobs/sweep.py", *words],
+                [python, ROOT / "jobs/sweep.py", *words],
                 cwd=folder,
                 env={**os.environ, "RAY_ADDRESS": ray_address},
                 stdout=subprocess.PIPE,
@@ -315,7 +320,7 @@ class SweepJob(Job):
 
 
 @pytest.fixture(scope="module")
-def killed(finished, ray_cluster, base, folder) -> SimpleNamespace:
+def killed(finished, ray_cluster, python, base, folder) -> SimpleNamespace:
     """Kill a worker of the first trial, and all of the job in the second; resume it."""
     file = folder / "killed.json"
     file.write_text(base.model_dump_json())
@@ -324,6 +329,7 @@ def killed(finished, ray_cluster, base, folder) -> SimpleNamespace:
         folder,
         *("own", "--config", str(file), "--run.name", "killed", "--scheduler", "none"),
         *("--max_concurrent", "1", f"--space.{WEIGHT}", "grid(0,0.1)"),
+        python=python,
     )
     try:
         job.wait_for(lambda: job.has_rung(0))
