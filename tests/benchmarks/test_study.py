@@ -87,7 +87,7 @@ def test_a_study_appends_what_is_missing_and_shows_it(
     def run(rows: list[str]) -> list[str]:
         study.study(
             data(),
-            {"checkpoint.every_steps": "3"},
+            {"checkpoint.every_steps": "2", "training.epochs": "1"},
             rows,
             [0, 1],
             preset="tiny",
