@@ -148,11 +148,11 @@ def main() -> None:
     console = Console(width=110)
     with tempfile.TemporaryDirectory(prefix="upreid-bench-") as name:
         folder = Path(name)
+        ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False)
         files, shards = write_people(folder, arguments.people)
         weights = build_backbone(arguments.backbone).state_dict()
         save_file(weights, folder / "weights.safetensors")
         init = for_images(resolve(str(folder / "weights.safetensors")), config.images)
-        ray.init(address="local", logging_level=logging.ERROR, log_to_driver=False)
         kinds: dict[str, Callable[[], tuple[float, float]]] = {
             "loop": lambda: loop(files, init, num_cores),
             "evaluate": lambda: evaluated(shards, init, config),
