@@ -37,12 +37,13 @@ from upreid_ray.config.downstream import EmbedConfig
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.cpu import for_cpu
+from upreid_ray.core.retrieval import extract_features
 from upreid_ray.data.shards.images import ImageRules
 from upreid_ray.data.shards.preparation import write_shards
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.sources.source import synthetic_records
 from upreid_ray.data.stream.labelled import LabelledImages
-from upreid_ray.downstream.embed import embed, features_of
+from upreid_ray.downstream.embed import embed
 from upreid_ray.downstream.evaluate import compute_features
 from upreid_ray.downstream.feature_set import FeatureSet
 from upreid_ray.train.initialization import Initialization, for_images, resolve
@@ -89,7 +90,7 @@ def loop(files: list[Path], init: Initialization, num_cores: int) -> tuple[float
     loader = DataLoader(Files(files, config), batch_size=BATCH_SIZE, num_workers=num_cores)
     started, num_images = began, 0
     for number, batch in enumerate(loader):
-        features_of(extractor, batch, images.normalization, flip=False, precision="auto")
+        extract_features(extractor, [batch], images.normalization)
         if number == 0:
             started = time.perf_counter()
         else:
