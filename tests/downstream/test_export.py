@@ -227,6 +227,20 @@ def test_an_exported_module_computes_the_same_for_all_sizes(tmp_path, small, to)
     torch.testing.assert_close(loaded.detach(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet18_ibn_a"])
+def test_an_onnx_file_takes_images_of_two_sizes_though_the_map_is_one_column_wide(
+    tmp_path, name
+):
+    init = initialization.random(name, seed=0)
+    size = {"height": 64, "width": 32}
+    init = replace(init, description=init.description.model_copy(update=size))
+
+    _, compared = export_module(init, "onnx", tmp_path / "a.onnx", with_preprocessing=False)
+
+    assert compared == ["1x3x64x32", "1x3x128x64", "3x3x64x32", "3x3x128x64"]
+
+
 @pytest.mark.parametrize("to", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_preprocessing_in_the_file_is_that_of_the_jobs(tmp_path, small, to):
     file = tmp_path / f"file{MODULE_FORMATS[to][1]}"

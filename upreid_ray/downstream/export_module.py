@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 OPSET = 20
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INPUT, OUTPUT = "images", "features"
-MIN_SIZE, MAX_SIZE = 32, 4096
+# torch.export fixes a side whose feature map may be a single row: one of 32 pixels in a ResNet.
+MIN_SIZES = (32, 33)
+MAX_SIZE = 4096
 TOLERANCE = 1e-4
 
 
@@ -91,10 +93,13 @@ def export_module(
         for number in (1, 3)
         for factor in (1, 2)
     ]
-    program, takes_any_size = _program(module, _images(shapes[2]), with_preprocessing)
-    if not takes_any_size:
-        logger.info("this architecture takes images of %dx%d only", images.height, images.width)
+    # ONNX files have no lower limit; other programs must take the backbone's own size.
+    smallest = MAX_SIZE if to == "onnx" else min(images.height, images.width)
+    program = _program_of_any_size(module, _images(shapes[3]), smallest, with_preprocessing)
+    if program is None:
+        logger.info("this file takes images of %dx%d only", images.height, images.width)
         shapes = shapes[::2]
+        program = export_program(module, _images(shapes[1]), {0: torch.export.Dim("batch")})
     part = out.with_name(f"{out.name}.part{suffix}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -122,20 +127,30 @@ def _images(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def _program(
-    module: nn.Module, images: Tensor, with_preprocessing: bool
-) -> tuple[torch.export.ExportedProgram, bool]:
-    """Return a module as a program, and whether it takes images of any size."""
-    height, width = (
-        torch.export.Dim(n, min=MIN_SIZE, max=MAX_SIZE) for n in ("height", "width")
-    )
+def _program_of_any_size(
+    module: nn.Module, images: Tensor, smallest: int, with_preprocessing: bool
+) -> torch.export.ExportedProgram | None:
+    """Return a module as a program for images of any size; None if it does not take them.
+
+    Sides as small as ``smallest`` pixels are taken.
+    """
     first = 1 if with_preprocessing else 2
-    sizes: dict[int, Any] = {0: torch.export.Dim("batch"), first: height, first + 1: width}
-    try:
-        return export_program(module, images, sizes), True
-    except Exception as error:  # torch.export raises whatever an operator raises
-        logger.debug("images of any size: %s", first_line(error))
-        return export_program(module, images, {0: sizes[0]}), False
+    for least in MIN_SIZES:
+        if least > smallest:
+            break
+        height, width = (
+            torch.export.Dim(name, min=least, max=MAX_SIZE) for name in ("height", "width")
+        )
+        sizes: dict[int, Any] = {
+            0: torch.export.Dim("batch"),
+            first: height,
+            first + 1: width,
+        }
+        try:
+            return export_program(module, images, sizes)
+        except Exception as error:  # torch.export raises whatever an operator raises
+            logger.debug("images of any size from %d on: %s", least, first_line(error))
+    return None
 
 
 def _write(
