@@ -15,6 +15,7 @@ from upreid_ray.command_line import (
     JobParser,
     add_pretrain_settings,
     add_resume,
+    check_shards,
     connect_to_ray,
     parse_recorded,
     read_pretrain_settings,
@@ -36,6 +37,8 @@ def main() -> dict[str, Any]:
     config = read_pretrain_settings(arguments, resumed)
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})
+    else:
+        check_shards(config)
     connect_to_ray()
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.train.pretrain import fit  # noqa: PLC0415

@@ -24,6 +24,7 @@ from upreid_ray.command_line import (
     JobParser,
     add_pretrain_settings,
     add_settings,
+    check_shards,
     connect_to_ray,
     override,
     read_pretrain_settings,
@@ -96,6 +97,7 @@ def _plan(arguments: argparse.Namespace) -> SweepPlan:
         space=space,
     )
     check_plan(plan)
+    check_shards(plan.base)
     return plan
 
 

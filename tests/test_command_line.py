@@ -411,6 +411,8 @@ REFUSED = {
     "unknown flag": (PRETRAIN, "demo", "--optimizer.lrr", "1"),
     "bad grid": ("-c", PARSE, "demo", "--patches.rows", "40"),
     "bad preset": ("-c", PARSE, "dmeo"),
+    "no shards to train on": (PRETRAIN, "laptop", "--data.shards", "images"),
+    "no shards to sweep on": (SWEEP, "i2", "laptop", "--data.shards", "images"),
     "empty folder": (PREPARE, "empty", "--out", "out"),
     "missing folder": (PREPARE, "missing", "--out", "out"),
     "no images": (PREPARE, "texts", "--out", "out"),

@@ -367,6 +367,19 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
+def check_shards(config: PretrainConfig) -> None:
+    """Check that the shards exist: a wrong path should not cost the start of Ray.
+
+    Raises:
+        InputError: There is no manifest, or it cannot be read.
+    """
+    if config.data.shards is not None:
+        # Imported late: it brings pyarrow, which --help and other mistakes should not cost.
+        from upreid_ray.data.shards.shard_set import ShardSet  # noqa: PLC0415
+
+        ShardSet.open(config.data.shards)
+
+
 def connect_to_ray(*, show_workers: bool = True) -> None:
     """Connect to the Ray cluster of ``RAY_ADDRESS``, or start a local one for this process.
 
