@@ -1,16 +1,31 @@
-"""The documents: their links, and the paths, commands and code that they show."""
+"""The documents: their links, and the paths, commands and code that they show.
+
+Every block of commands is run as it stands, in a fresh copy of the files, on tiny images and
+with tiny presets. A block that is not run has a comment above it in the document's source,
+either ``<!-- not run: REASON -->`` or ``<!-- run by: TEST -->``; what it shows is parsed.
+"""
 
 import importlib
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+from tests.cluster.processes import free_ports
+from upreid_ray.core.backbone import build_backbone
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -24,7 +39,11 @@ JOBS = sorted(file.stem for file in ROOT.glob("jobs/[!_]*.py"))
 MAX_README_WORDS = 1000
 FOLDERS = ("upreid_ray", "jobs", "tests", "docs", "benchmarks", "cluster")
 SECRETS = "cluster/kubernetes/base/secrets"  # made by `make secrets`
-FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^(?:<!-- (?P<mark>not run|run by): (?P<why>[^>]+) -->\n)?"
+    r"^```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
 SPAN = re.compile(r"`(?P<text>[^`]+)`")
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 SPAN_LANGUAGE = "a few words in a sentence"
@@ -41,6 +60,8 @@ class Code:
     line: int
     language: str
     text: str
+    mark: str = ""
+    why: str = ""
 
     def __str__(self) -> str:
         return f"{self.document}:{self.line}"
@@ -86,9 +107,9 @@ def read_code(document: Path) -> tuple[list[Code], str]:
     text, found = document.read_text(), []
     for kind in (FENCE, SPAN):
         for match in kind.finditer(text):
-            language = match["language"] if kind is FENCE else SPAN_LANGUAGE
             line = line_of(text, match.start("text"))
-            found.append(Code(relative(document), line, language, match["text"]))
+            groups = {"language": SPAN_LANGUAGE, **match.groupdict("")}
+            found.append(Code(relative(document), line, **groups))
         text = kind.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
     return found, text
 
@@ -233,3 +254,256 @@ def test_git_and_so_ray_leave_out_what_the_commands_write(tmp_path):
 
     assert "shards/" in written
     assert ignored == written
+
+
+# The commands, run.
+
+COPIED = ("upreid_ray", "jobs", "cluster", "Makefile", "pyproject.toml", ".gitignore")
+COMMAND_SECONDS = 600
+OWN_RAY = ("make pretrain",)  # These start a Ray, as all do for a user; others share one.
+# What stands for something of the user's, or for a long run.
+PLACEHOLDERS = {
+    "upreid-resnet50@champion": "upreid-resnet18@champion",
+    "runs/SWEEP_NAME/": "$(ls -td runs/sweep-*/ | head -1)",
+    "RUN_NAME": "$(basename $(ls -td runs/resnet18-* | head -1))",
+    "--num_trials 32": "--num_trials 2",
+}
+# What is appended to the presets of the copied files: the same jobs, in seconds.
+TINY_PRESETS = """
+_TINY = {
+    "data.height": 64,
+    "data.width": 32,
+    "training.epochs": 1,
+    "evaluation.every_epochs": 1,
+    "scaling.num_workers": 1,
+    "scaling.use_gpu": False,
+    "scaling.cpus_per_worker": 0.5,
+}
+_TINY_BATCHES = {
+    "optimizer.warmup_epochs": 0,
+    "model.backbone": "resnet18",
+    "model.queue_size": 8,
+    "training.batch_size": 16,
+    "training.group_size": 8,
+}
+_TINY_PERSONS = {"training.num_persons": 4, "training.num_images": 2}
+_TINY_CLUSTERS = {
+    "training.steps_per_epoch": 2,
+    "clustering.k1": 4,
+    "clustering.k2": 2,
+    "clustering.min_samples": 2,
+}
+for _presets, _settings in (
+    (PRESETS, _TINY_BATCHES),
+    (FINETUNE_PRESETS, _TINY_PERSONS),
+    (CLUSTER_CONTRAST_PRESETS, _TINY_PERSONS | _TINY_CLUSTERS),
+):
+    for _name, _preset in _presets.items():
+        _presets[_name] = _preset.override(_TINY | _settings)
+"""
+# What is changed in the copied files: synthetic people, and the runs of a comparison.
+TINY_DEFAULTS = {
+    "upreid_ray/config/run.py": {
+        "num_train_identities: PositiveInt = 200": "num_train_identities: PositiveInt = 8",
+        "num_test_identities: PositiveInt = 60": "num_test_identities: PositiveInt = 4",
+        "identities: NonNegativeInt = 600": "identities: NonNegativeInt = 0",
+        "Field(ge=2, le=64)] = 4": "Field(ge=2, le=64)] = 2",
+        "Field(ge=64, le=1024)] = 128": "Field(ge=64, le=1024)] = 64",
+        "width: Pixels = 64": "width: Pixels = 32",
+    },
+    "upreid_ray/config/downstream.py": {
+        "= (0.1, 0.3, 1.0)": "= (1.0,)",
+        "seeds: PositiveInt = 3": "seeds: PositiveInt = 1",
+    },
+}
+
+
+def write_persons(folder: Path) -> None:
+    """Write a set in Market-1501's layout: noise in the colour of each person."""
+    random = np.random.default_rng(0)
+    cameras = {"bounding_box_train": (1, 2), "query": (1,), "bounding_box_test": (2,)}
+    for split, numbers in cameras.items():
+        (folder / split).mkdir(parents=True)
+        first = 1 if split == "bounding_box_train" else 101
+        for person in range(first, first + 8):
+            color = np.random.default_rng(person).integers(0, 256, 3)
+            for camera, frame in product(numbers, (1, 2)):
+                pixels = (color + random.integers(0, 256, (96, 48, 3))) // 2
+                name = f"{person:04}_c{camera}s1_{frame:06}_00.jpg"
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name)
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder of a new user: a copy of the files, an environment, and images.
+
+    Attributes:
+        folder: Folder, whose name is hard to spell.
+        address: Address of a Ray that runs.
+    """
+
+    folder: Path
+    address: str
+
+    def run(self, command: str, *, own_ray: bool = False) -> str:
+        """Run a command in bash; return its output."""
+        for shown, real in PLACEHOLDERS.items():
+            command = command.replace(shown, real)
+        without = ("MLFLOW_TRACKING_URI", "UPREID_RAY_STORAGE", "RAY_ADDRESS")
+        environment = {name: value for name, value in os.environ.items() if name not in without}
+        environment |= {"PYTHONPATH": str(self.folder)}
+        if not own_ray:
+            environment |= {"RAY_ADDRESS": self.address}
+        done = subprocess.run(
+            ["bash", "-ec", f"source .venv/bin/activate\n{command}"],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+
+def make_environment(folder: Path) -> None:
+    """Make an environment that is the present one, in another folder."""
+    (folder / "bin").mkdir(parents=True)
+    for name in ("lib", "pyvenv.cfg"):
+        (folder / name).symlink_to(Path(sys.prefix) / name)
+    for program in (Path(sys.prefix) / "bin").iterdir():
+        if program.name != "activate":
+            (folder / "bin" / program.name).symlink_to(program)
+    (folder / "bin/activate").write_text('export PATH="$PWD/.venv/bin:$PATH"\n')
+    (folder / "ready").touch()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Iterator[Home]:
+    folder = tmp_path_factory.mktemp("home") / "Ordner f\u00fcr L\u00e4ufe"
+    folder.mkdir()
+    for name in COPIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    with (folder / "upreid_ray/config/presets.py").open("a") as presets:
+        presets.write(TINY_PRESETS)
+    for file, changes in TINY_DEFAULTS.items():
+        text = (folder / file).read_text()
+        for long, short in changes.items():
+            assert text.count(long) == 1, long
+            text = text.replace(long, short)
+        (folder / file).write_text(text)
+    for name in ("CROPS", "market1501"):
+        write_persons(folder / name)
+    for name in ("person.jpg", "one.jpg", "other.jpg"):
+        shutil.copy(next((folder / "CROPS/query").iterdir()), folder / name)
+    weights = {
+        f"module.encoder_q.{k}": v for k, v in build_backbone("resnet18").state_dict().items()
+    }
+    torch.save({"state_dict": weights}, folder / "moco.pth")
+    (folder / "requirements.lock").touch()
+    make_environment(folder / ".venv")
+
+    dashboard, gcs, mlflow = map(str, free_ports(3))
+    ports = ["--dashboard-port", dashboard, "--gcs-port", gcs, "--mlflow-port", mlflow]
+    local = [sys.executable, str(folder / "cluster/local.py")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder.parent))
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("PYTHONPATH", str(folder))
+        # Otherwise Ray would put the network's address in the place of loopback.
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        subprocess.run([*local, "up", *ports], cwd=folder, check=True)
+        try:
+            yield Home(folder, f"127.0.0.1:{gcs}")
+        finally:
+            subprocess.run([*local, "down"], cwd=folder, check=True)
+
+
+def lines_to_run() -> Iterator[tuple[str, str]]:
+    """Yield the place and the text of each command that is run, once if it is shown again."""
+    seen = set()
+    for code in CODE:
+        if code.language == "bash" and not code.mark:
+            for line in code.text.replace("\\\n", " ").splitlines():
+                command = " ".join(line.partition(" #")[0].split())
+                if command and command not in seen:
+                    seen.add(command)
+                    yield code.document, command
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(2 * COMMAND_SECONDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(line, id=f"{place} {line}") for place, line in lines_to_run()]
+)
+def test_every_command_of_the_documents_runs(home, command):
+    output = home.run(command, own_ray=command in OWN_RAY)
+
+    if command.startswith("python"):
+        assert json.loads(output.splitlines()[-1])
+
+
+@pytest.mark.ray
+def test_every_path_is_recorded_as_an_absolute_one(home):
+    """The tests above have made these runs."""
+    records = [json.loads(file.read_text()) for file in home.folder.glob("runs/*/run.json")]
+
+    shards = {record["config"].get("data", {}).get("shards") for record in records}
+    assert shards - {None} == {str(home.folder / "shards")}
+
+
+PYTHON = {
+    document: "\n".join(code.text for code in CODE if (code.document, code.language) == key)
+    for document in ("README.md", "docs/guide.md", "docs/python-api.md")
+    for key in [(document, "python")]
+}
+IMPORTS = "import mlflow, safetensors.torch, torch, torchvision, upreid_ray\n"
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
+def test_the_python_code_of_a_document_loads_a_registered_backbone(home, document):
+    """The README leaves the imports out."""
+    features = "print(*model.eval()(torch.zeros(2, 3, 64, 32)).shape)"
+    script = home.folder / "load.py"
+    script.write_text("\n".join([IMPORTS, PYTHON[document], features]))
+
+    assert home.run("python load.py").splitlines()[-1] == "2 512"
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(2 * COMMAND_SECONDS)
+def test_the_code_of_the_python_page_runs_and_shows_each_run_once(home):
+    after = "import ray\nprint(len(ray.nodes()), backbone.training)"
+    script = home.folder / "page.py"
+    script.write_text("\n".join([PYTHON["docs/python-api.md"], after]))
+
+    lines = home.run("python page.py 2> page.log").splitlines()
+
+    folder = re.escape(str(home.folder / "runs/first"))
+    assert re.fullmatch(rf"models:/upreid-resnet18/\d+ [0-9.]+ {folder}", lines[0])
+    assert 0 <= float(lines[-2]) <= 1
+    assert lines[-1] == "1 False"
+    told = (home.folder / "page.log").read_text()
+    assert len(re.findall(r"^run first: ", told, re.MULTILINE)) == 1, told
+
+
+def test_the_python_page_names_only_what_is_there():
+    page = (ROOT / "docs/python-api.md").read_text()
+
+    names = set(re.findall(r"upreid_ray\.(\w+)", page)) - {"config"}
+    assert names <= set(importlib.import_module("upreid_ray").__all__)
+
+
+def test_a_block_that_is_not_run_says_why_or_names_its_test():
+    marked = [code for code in CODE if code.mark]
+    missing = []
+    for code in marked:
+        path, _, name = code.why.partition("::")
+        if code.mark == "run by" and f"def {name}(" not in (ROOT / path).read_text():
+            missing.append(f"{code}: {code.why}")
+    assert missing == []
+    assert all(code.language == "bash" for code in marked)
