@@ -24,7 +24,6 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cluster.processes import free_ports
 from upreid_ray.core.backbone import build_backbone
 
 ROOT = Path(__file__).parents[1]
@@ -260,13 +259,14 @@ def test_git_and_so_ray_leave_out_what_the_commands_write(tmp_path):
 
 COPIED = ("upreid_ray", "jobs", "cluster", "Makefile", "pyproject.toml", ".gitignore")
 COMMAND_SECONDS = 600
-OWN_RAY = ("make pretrain",)  # These start a Ray, as all do for a user; others share one.
+OWN_RAY = ("make pretrain",)  # What starts a Ray, as all does for a user; the rest share one.
 # What stands for something of the user's, or for a long run.
 PLACEHOLDERS = {
     "upreid-resnet50@champion": "upreid-resnet18@champion",
     "runs/SWEEP_NAME/": "$(ls -td runs/sweep-*/ | head -1)",
     "RUN_NAME": "$(basename $(ls -td runs/resnet18-* | head -1))",
     "--num_trials 32": "--num_trials 2",
+    "resnet50_ibn_a": "resnet18_ibn_a",
 }
 # What is appended to the presets of the copied files: the same jobs, in seconds.
 TINY_PRESETS = """
@@ -280,6 +280,7 @@ _TINY = {
     "scaling.cpus_per_worker": 0.5,
 }
 _TINY_BATCHES = {
+    "training.epochs": 2,  # a sweep may stop its trials after the first
     "optimizer.warmup_epochs": 0,
     "model.backbone": "resnet18",
     "model.queue_size": 8,
@@ -347,8 +348,6 @@ class Home:
 
     def run(self, command: str, *, own_ray: bool = False) -> str:
         """Run a command in bash; return its output."""
-        for shown, real in PLACEHOLDERS.items():
-            command = command.replace(shown, real)
         without = ("MLFLOW_TRACKING_URI", "UPREID_RAY_STORAGE", "RAY_ADDRESS")
         environment = {name: value for name, value in os.environ.items() if name not in without}
         environment |= {"PYTHONPATH": str(self.folder)}
@@ -379,9 +378,8 @@ def make_environment(folder: Path) -> None:
     (folder / "ready").touch()
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Iterator[Home]:
-    folder = tmp_path_factory.mktemp("home") / "Ordner f\u00fcr L\u00e4ufe"
+def make_home(folder: Path) -> None:
+    """Make the folder of a new user."""
     folder.mkdir()
     for name in COPIED:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -405,30 +403,23 @@ def home(tmp_path_factory) -> Iterator[Home]:
     (folder / "requirements.lock").touch()
     make_environment(folder / ".venv")
 
-    dashboard, gcs, mlflow = map(str, free_ports(3))
-    ports = ["--dashboard-port", dashboard, "--gcs-port", gcs, "--mlflow-port", mlflow]
-    local = [sys.executable, str(folder / "cluster/local.py")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(folder.parent))
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("PYTHONPATH", str(folder))
-        # Otherwise Ray would put the network's address in the place of loopback.
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        subprocess.run([*local, "up", *ports], cwd=folder, check=True)
-        try:
-            yield Home(folder, f"127.0.0.1:{gcs}")
-        finally:
-            subprocess.run([*local, "down"], cwd=folder, check=True)
+
+@pytest.fixture(scope="module")
+def home(ray_cluster, tmp_path_factory) -> Home:
+    folder = tmp_path_factory.mktemp("home") / "Ordner f\u00fcr L\u00e4ufe"
+    make_home(folder)
+    return Home(folder, ray_cluster)
 
 
 def lines_to_run() -> Iterator[tuple[str, str]]:
-    """Yield the place and the text of each command that is run, once if it is shown again."""
+    """Yield document and text of each command that is run, once if it is shown again."""
     seen = set()
     for code in CODE:
         if code.language == "bash" and not code.mark:
             for line in code.text.replace("\\\n", " ").splitlines():
                 command = " ".join(line.partition(" #")[0].split())
+                for shown, real in PLACEHOLDERS.items():
+                    command = command.replace(shown, real)
                 if command and command not in seen:
                     seen.add(command)
                     yield code.document, command
@@ -457,38 +448,45 @@ def test_every_path_is_recorded_as_an_absolute_one(home):
 
 PYTHON = {
     document: "\n".join(code.text for code in CODE if (code.document, code.language) == key)
-    for document in ("README.md", "docs/guide.md", "docs/python-api.md")
+    for document in sorted({code.document for code in CODE if code.language == "python"})
     for key in [(document, "python")]
 }
 IMPORTS = "import mlflow, safetensors.torch, torch, torchvision, upreid_ray\n"
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("document", ["README.md", "docs/guide.md"])
-def test_the_python_code_of_a_document_loads_a_registered_backbone(home, document):
-    """The README leaves the imports out."""
-    features = "print(*model.eval()(torch.zeros(2, 3, 64, 32)).shape)"
-    script = home.folder / "load.py"
-    script.write_text("\n".join([IMPORTS, PYTHON[document], features]))
-
-    assert home.run("python load.py").splitlines()[-1] == "2 512"
+# What looks at the variables that a document's code leaves behind, and what it prints.
+AFTER = {
+    "README.md": ("print(*model.eval()(torch.zeros(2, 3, 64, 32)).shape)", "2 512"),
+    "docs/guide.md": ("print(*features.shape, model.training)", "1 512 False"),
+    "docs/operations.md": (
+        "print(client.search_registered_models()[0].name)",
+        "upreid-resnet18",
+    ),
+    "docs/python-api.md": (
+        "import ray\nprint(features.num_images, len(ray.nodes()), backbone.training)",
+        "64 1 False",
+    ),
+}
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(2 * COMMAND_SECONDS)
-def test_the_code_of_the_python_page_runs_and_shows_each_run_once(home):
-    after = "import ray\nprint(len(ray.nodes()), backbone.training)"
+@pytest.mark.parametrize("document", PYTHON)
+def test_the_python_code_of_the_documents_runs(home, document):
+    """The README leaves the imports out; what the commands made is in the page's way."""
+    shutil.rmtree(home.folder / "features", ignore_errors=True)
+    after, expected = AFTER[document]
     script = home.folder / "page.py"
-    script.write_text("\n".join([PYTHON["docs/python-api.md"], after]))
+    script.write_text("\n".join([IMPORTS, PYTHON[document], after]))
 
-    lines = home.run("python page.py 2> page.log").splitlines()
+    lines = home.run("python page.py 2> page.log || { cat page.log >&2; false; }").splitlines()
 
-    folder = re.escape(str(home.folder / "runs/first"))
-    assert re.fullmatch(rf"models:/upreid-resnet18/\d+ [0-9.]+ {folder}", lines[0])
-    assert 0 <= float(lines[-2]) <= 1
-    assert lines[-1] == "1 False"
-    told = (home.folder / "page.log").read_text()
-    assert len(re.findall(r"^run first: ", told, re.MULTILINE)) == 1, told
+    assert lines[-1] == expected
+    if document == "docs/python-api.md":
+        folders = [re.escape(str(home.folder / name)) for name in ("runs/first", "features")]
+        assert re.fullmatch(rf"models:/upreid-resnet18/\d+ [0-9.]+ {folders[0]}", lines[0])
+        assert re.fullmatch(rf"64 {folders[1]}", lines[1])
+        assert 0 <= float(lines[-2]) <= 1
+        told = (home.folder / "page.log").read_text()
+        assert len(re.findall(r"^run first: ", told, re.MULTILINE)) == 1, told
 
 
 def test_the_python_page_names_only_what_is_there():
@@ -496,6 +494,20 @@ def test_the_python_page_names_only_what_is_there():
 
     names = set(re.findall(r"upreid_ray\.(\w+)", page)) - {"config"}
     assert names <= set(importlib.import_module("upreid_ray").__all__)
+
+
+def test_every_block_is_run_as_what_it_is():
+    """A block of commands under another name would escape the tests above."""
+    languages = {code.language for code in CODE} - {SPAN_LANGUAGE}
+    assert languages == {"bash", "python", "text"}
+    text = [code for code in CODE if code.language == "text"]
+    assert not [
+        code for code in text if re.search(r"^(\$ |python |make )", code.text, re.MULTILINE)
+    ]
+    blocks = sum(
+        len(re.findall("^ *```", file.read_text(), re.MULTILINE)) for file in DOCUMENTS
+    )
+    assert blocks == 2 * sum(code.language != SPAN_LANGUAGE for code in CODE)
 
 
 def test_a_block_that_is_not_run_says_why_or_names_its_test():
