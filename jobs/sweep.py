@@ -44,6 +44,8 @@ def main() -> dict[str, Any]:
     arguments = _parser().parse(sys.argv[1:])
     plan = None if arguments.resume is not None else _plan(arguments)
     run = _run(arguments)
+    if plan is not None:
+        check_shards(plan.base)
     connect_to_ray(show_workers=False)
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.train.folder import RunFolder  # noqa: PLC0415
@@ -97,7 +99,6 @@ def _plan(arguments: argparse.Namespace) -> SweepPlan:
         space=space,
     )
     check_plan(plan)
-    check_shards(plan.base)
     return plan
 
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from upreid_ray.config.errors import InputError
@@ -73,6 +73,7 @@ CONTENTS = st.one_of(st.just(b""), st.binary(max_size=64), st.just(b"\xff\xd8\xf
         max_size=5,
     )
 )
+@example(tree={("query", "\n", ".JPG"): b""})
 @cheap
 def test_any_folder_is_read_or_refused(tree):
     with TemporaryDirectory() as root:

@@ -1,8 +1,16 @@
 """Errors that end a job with one line for the user."""
 
+import re
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+
 
 class InputError(ValueError):
     """A refusal of what the user gave; its message is one line that names the flag or file."""
+
+    def __str__(self) -> str:
+        """Return the message, in which line breaks and other control characters are escaped."""
+        return CONTROL.sub(lambda found: repr(found[0])[1:-1], super().__str__())
 
 
 class RunFailed(RuntimeError):  # noqa: N818, what the user reads is not an error of ours
