@@ -266,6 +266,7 @@ PLACEHOLDERS = {
     "runs/SWEEP_NAME/": "$(ls -td runs/sweep-*/ | head -1)",
     "RUN_NAME": "$(basename $(ls -td runs/resnet18-* | head -1))",
     "--num_trials 32": "--num_trials 2",
+    "--training.epochs 5": "--training.epochs 1",
     "resnet50_ibn_a": "resnet18_ibn_a",
 }
 # What is appended to the presets of the copied files: the same jobs, in seconds.
