@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pathspec
 import pytest
 import torch
 from PIL import Image
@@ -255,9 +256,22 @@ def test_git_and_so_ray_leave_out_what_the_commands_write(tmp_path):
     assert ignored == written
 
 
+def test_ray_packs_code_and_settings_but_no_images():
+    lines = (ROOT / ".rayignore").read_text().splitlines()
+    ignored = pathspec.PathSpec.from_lines("gitignore", lines)
+
+    code = ["jobs/pretrain.py", "upreid_ray/core/losses.py", "best.json", "own_job.py"]
+    images = ["CROPS/a.jpg", "my crops/1/a.jpg", "market1501/query/0001_c1s1_000001_00.jpg"]
+    assert not any(ignored.match_file(name) for name in [".", *code])
+    assert all(ignored.match_file(name) for name in [*images, ".git/config"])
+
+
 # The commands, run.
 
-COPIED = ("upreid_ray", "jobs", "cluster", "Makefile", "pyproject.toml", ".gitignore")
+COPIED = (
+    *("upreid_ray", "jobs", "cluster"),
+    *("Makefile", "pyproject.toml", ".gitignore", ".rayignore"),
+)
 COMMAND_SECONDS = 600
 OWN_RAY = ("make pretrain",)  # What starts a Ray, as all does for a user; the rest share one.
 # What stands for something of the user's, or for a long run.
