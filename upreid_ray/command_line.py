@@ -55,7 +55,8 @@ class JobParser(argparse.ArgumentParser):
     def __init__(self, description: str | None, usage: str, *, add_help: bool = True) -> None:
         """Make a parser without flags of a job.
 
-        ``usage`` follows the name of the job, where argparse would list every flag.
+        ``usage`` is what the usage line shows behind the name of the job; argparse itself would
+        list every flag there.
         """
         super().__init__(
             usage=f"%(prog)s {usage}",
@@ -384,8 +385,10 @@ def connect_to_ray(*, show_workers: bool = True) -> None:
     """Connect to the Ray cluster of ``RAY_ADDRESS``, or start a local one for this process.
 
     A process that is connected stays as it is. Ray itself would also look for a cluster that
-    was once started on this machine, and wait for minutes if it is gone. The logs of workers
-    can be hidden.
+    was once started on this machine, and wait for minutes if it is gone.
+
+    Args:
+        show_workers: Whether to show the logs of workers.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return

@@ -82,7 +82,7 @@ def choose_optimizer(config: PretrainConfig) -> Literal["sgd", "adamw"]:
 def check_size(name: str, size: Size, *, patches: str | None = None) -> None:
     """Check that a backbone takes images of this size, or patches of them.
 
-    For patches, the flags that decide their size are given; the message names them.
+    ``patches`` names the flags that decide the size of patches; None stands for whole images.
 
     Raises:
         InputError: It does not.
@@ -164,7 +164,8 @@ class Description(BaseModel):
     def extractor(self, weights: dict[str, Tensor], neck: dict[str, Tensor]) -> nn.Module:
         """Return the module that computes features ``[B, F]`` of images ``[B, 3, H, W]``.
 
-        It gets these state dicts of backbone and neck; the latter is empty if there is no neck.
+        ``weights`` and ``neck`` are the state dicts of the backbone and of its neck, the latter
+        empty if there is none.
         """
         backbone = build_backbone(self.backbone, size=self.size, last_stride=self.last_stride)
         backbone.load_state_dict(weights)

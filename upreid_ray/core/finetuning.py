@@ -213,8 +213,8 @@ def draw_shifted_views(
 ) -> ViewParameters:
     """Draw the views of a whole batch: shifted, flipped, and erased in part.
 
-    The largest shift is the padding of the settings. The draw is a function of their seed and
-    of the step, counted from 0.
+    ``config.augmentation.padding`` is the largest shift, in pixels. The draw is a function of
+    the seed and of the step, which counts from 0.
     """
     generator = step_generator(seed=config.seed, step=step)
     batch_size, padding = config.training.batch_size, config.augmentation.padding
