@@ -75,6 +75,12 @@ TABLE = [
         why="Name of the logger that warns that progress bars are off.",
         breaks="Each job begins with a warning that does not concern its user.",
     ),
+    Private(
+        "ray.train.v2._internal.constants",
+        "ENV_VARS_TO_PROPAGATE.add",
+        why="Which variables the actors of Ray Train get, so that they ask their own Ray.",
+        breaks="Beside another Ray on the same machine, a run's workers may be removed.",
+    ),
 ]
 
 

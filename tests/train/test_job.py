@@ -11,7 +11,10 @@ from unittest.mock import MagicMock
 
 import mlflow
 import pytest
+import ray
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.state.util import is_actor_alive
 
 from tests.core.tiny import fresh_state
 from upreid_ray.config.errors import RunFailed
@@ -27,6 +30,7 @@ from upreid_ray.train.job import (
     deliver_metrics,
     first_cause,
     register,
+    tell_ray_train_its_ray,
 )
 
 NOWHERE = "http://127.0.0.1:9"  # nothing answers there
@@ -173,3 +177,21 @@ def test_the_cause_of_a_failed_run_is_the_error_of_a_worker_or_of_the_controller
 
     assert first_cause(WorkerGroupError("text", {1: full, 0: gone})) is full
     assert first_cause(ControllerError(gone)) is gone
+
+
+@pytest.mark.ray
+def test_ray_train_asks_its_own_ray_whether_a_run_is_alive(ray_cluster, tmp_path):
+    """Another Ray may have been started on this machine, here one that cannot be reached."""
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:1")
+    with tell_ray_train_its_ray():
+        variables = {"RAY_TMPDIR": str(tmp_path), **get_env_vars_to_propagate()}
+
+    @ray.remote(num_cpus=0, runtime_env={"env_vars": variables})
+    class Asks:
+        def whether_alive(self, actor_id):
+            return is_actor_alive(actor_id, 10)
+
+    actor = Asks.remote()
+    assert ray.get(actor.whether_alive.remote(actor._actor_id.hex()))
+    assert os.environ.get("RAY_ADDRESS") != ray_cluster

@@ -30,6 +30,7 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train import ScalingConfig as RayScalingConfig
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from upreid_ray.config.downstream import DownstreamConfig
@@ -383,10 +384,30 @@ def _run_workers(
             },
         ),
     )
-    result = trainer.fit()
+    with tell_ray_train_its_ray():
+        result = trainer.fit()
     if result.return_value is not None:
         raise result.return_value
     return result.checkpoint
+
+
+@contextmanager
+def tell_ray_train_its_ray() -> Iterator[None]:
+    """Tell the actors of Ray Train which Ray they belong to.
+
+    One of them asks whether the run is alive, and removes its workers if it is not. Without an
+    address it asks any Ray on this machine, which does not know the run.
+    """
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = before
 
 
 def first_cause(error: TrainingFailedError) -> BaseException:
