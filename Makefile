@@ -15,8 +15,9 @@ CONSUMERS := torchreid==0.2.5 fastreid==1.4.0 absl-py==2.5.1 beautifulsoup4==4.1
   tensorboard==2.21.0 termcolor==3.3.0 yacs==0.1.8
 # The allocator settings of workers on CPUs, as in upreid_ray/core/memory.py; a test compares them.
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
-# So many processes share the tests without Ray and those of the documents, a file at a time.
-# `make test` has one more for the other tests with Ray, which often wait for a single process.
+# So many processes share the tests without Ray, a file at a time. `make test` has one more for those
+# with Ray, which often wait for a single process. It is one, since Ray Train does not know which of
+# several Rays to ask whether a run is alive.
 JOBS ?= 2
 SHARED := --numprocesses $(JOBS) --dist loadfile
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
@@ -72,8 +73,8 @@ format: $(READY)  ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 
 test: $(READY) $(VENV)/consumers  ## run all tests
-	$(BIN)/python -m pytest -m "ray and not documents" > $(VENV)/ray-tests.log 2>&1 & \
-	$(BIN)/python -m pytest $(SHARED) -m "documents or not ray"; others=$$?; \
+	$(BIN)/python -m pytest -m ray > $(VENV)/ray-tests.log 2>&1 & \
+	$(BIN)/python -m pytest $(SHARED) -m "not ray"; others=$$?; \
 	wait $$!; ray=$$?; cat $(VENV)/ray-tests.log; exit $$((others + ray))
 
 consumers: $(READY) $(VENV)/consumers  ## install torchreid and fast-reid, with which tests load exported files

@@ -27,8 +27,6 @@ from PIL import Image
 
 from upreid_ray.core.backbone import build_backbone
 
-pytestmark = pytest.mark.documents
-
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     [
