@@ -103,7 +103,7 @@ class PatchesConfig(Section):
     same cell against all others (none)."""
     key_encoder: Literal["momentum", "query"] = "momentum"
     """Encoder of the other view's patches: the key encoder, which follows by its momentum
-    (momentum), or the query encoder without gradient (query), which suits short runs."""
+    (momentum), or the query encoder without gradient (query)."""
 
 
 class ModelConfig(Section):
