@@ -189,9 +189,8 @@ def test_ray_train_asks_its_own_ray_whether_a_run_is_alive(ray_cluster, tmp_path
 
     @ray.remote(num_cpus=0, runtime_env={"env_vars": variables})
     class Asks:
-        def whether_alive(self, actor_id):
-            return is_actor_alive(actor_id, 10)
+        def whether_it_is_alive(self):
+            return is_actor_alive(ray.get_runtime_context().get_actor_id(), timeout=10)
 
-    actor = Asks.remote()
-    assert ray.get(actor.whether_alive.remote(actor._actor_id.hex()))
+    assert ray.get(Asks.remote().whether_it_is_alive.remote())
     assert os.environ.get("RAY_ADDRESS") != ray_cluster
