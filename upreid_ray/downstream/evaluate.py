@@ -92,15 +92,7 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
     size = {"height": init.description.height, "width": init.description.width}
     images = LabelledImages(shards, **size)
 
-    with nullcontext() if parent_run_id else folder.begin():
-        run_id = runs.start_run(
-            client,
-            experiment=config.run.experiment,
-            name=folder.name,
-            config=config,
-            parent_run_id=parent_run_id,
-        )
-        folder.record(config, run_id)
+    run_id = _begin(client, config, folder, parent_run_id)
     with runs.running(client, run_id):
         features = compute_features(
             images, init, config.scaling, max_undecodable=config.data.max_undecodable
@@ -108,12 +100,7 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
         if config.ignore_cameras:
             # No query image is by the camera of a gallery image then.
             features = replace(features, camids=features.is_query.long())
-        found = features.score()
-        found.warn_if_incomplete()
-        scores = found.summary()
-        if config.rerank:
-            reranked = features.score(reranked_distances).summary()
-            scores |= {f"{name}_reranked": value for name, value in reranked.items()}
+        found, scores = _score(features, rerank=config.rerank)
         counts = {
             "num_queries_without_match": found.num_queries_without_match,
             "num_undecodable": features.num_undecodable,
@@ -140,6 +127,22 @@ def evaluate(config: EvaluateConfig, *, parent_run_id: str | None = None) -> Eva
             folder.write(PAGE_FILE, page)
             runs.log_file(client, run_id, PAGE_FILE, page)
     return result
+
+
+def _begin(
+    client: runs.Client, config: EvaluateConfig, folder: RunFolder, parent_run_id: str | None
+) -> str:
+    """Make the folder and the MLflow run; return the ID of the run."""
+    with nullcontext() if parent_run_id else folder.begin():
+        run_id = runs.start_run(
+            client,
+            experiment=config.run.experiment,
+            name=folder.name,
+            config=config,
+            parent_run_id=parent_run_id,
+        )
+        folder.record(config, run_id)
+    return run_id
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,17 @@ class Features:
             if rank == NUM_SHOWN_RANKS:
                 break
         return figures
+
+
+def _score(features: Features, *, rerank: bool) -> tuple[RetrievalScores, dict[str, float]]:
+    """Return the scores by cosine distance, and all scores by name, re-ranked ones too."""
+    found = features.score()
+    found.warn_if_incomplete()
+    by_name = found.summary()
+    if rerank:
+        reranked = features.score(reranked_distances).summary()
+        by_name |= {f"{name}_reranked": value for name, value in reranked.items()}
+    return found, by_name
 
 
 def compute_features(

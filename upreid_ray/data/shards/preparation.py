@@ -92,11 +92,7 @@ def write_shards(
     """
     made_from = records.digest(FORMAT_VERSION, seed, rules)
     if ShardSet.exists(uri):
-        shards = ShardSet.open(uri)
-        if shards.manifest.made_from != made_from:
-            raise InputError(
-                f"--out {uri}: holds another set of shards; choose an empty folder"
-            )
+        shards = _open_complete(uri, made_from)
         on_progress(len(records))
         return shards
     folder = Location(uri)
@@ -137,6 +133,18 @@ def write_shards(
     )
     (folder / MANIFEST_FILE).write_whole(manifest.model_dump_json(indent=1).encode())
     return ShardSet(folder, manifest)
+
+
+def _open_complete(uri: str, made_from: str) -> ShardSet:
+    """Open the complete set of an earlier call with the same arguments.
+
+    Raises:
+        InputError: The set was made with other arguments.
+    """
+    shards = ShardSet.open(uri)
+    if shards.manifest.made_from != made_from:
+        raise InputError(f"--out {uri}: holds another set of shards; choose an empty folder")
+    return shards
 
 
 def _outcome(
