@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -32,6 +33,7 @@ from rich.table import Table
 
 HOST = "127.0.0.1"
 PORTS = {"dashboard": 8265, "gcs": 6379, "mlflow": 5000}
+USER_PORTS = range(1024, 65536)  # those below need privilege
 SERVICES = {"ray": ("dashboard", "gcs"), "mlflow": ("mlflow",)}
 SQLITE = "sqlite:///"
 TAG = "UPREID_RAY_SERVICE"
@@ -122,7 +124,7 @@ class Local:
             path, headers = "/api/jobs/", {"Authorization": f"Bearer {read_token()}"}
         try:
             connection.request("GET", path, headers=headers)
-            return connection.getresponse().status == 200  # noqa: PLR2004 - HTTP's "OK"
+            return connection.getresponse().status == HTTPStatus.OK
         except (OSError, HTTPException):
             return False
         finally:
@@ -145,7 +147,7 @@ class Local:
         if len(set(self.ports.values())) < len(PORTS):
             fail(f"the ports must differ: {self.ports}")
         for name in names:
-            if not 1024 <= self.ports[name] <= 65535:  # noqa: PLR2004 - need no privilege
+            if self.ports[name] not in USER_PORTS:
                 fail(f"--{name}-port must be from 1024 to 65535")
             if not is_free(self.ports[name]):
                 fail(f"port {self.ports[name]} is taken; choose another with --{name}-port")
@@ -204,7 +206,7 @@ class Local:
             for name in names:
                 tag = f"{name}-{secrets.token_hex(8)}"
                 with (self.folder / f"{name}.log").open("wb") as log:
-                    started[name] = subprocess.Popen(  # noqa: S603 - our own command line
+                    started[name] = subprocess.Popen(
                         self.command(name),
                         env=self.environment(tag),
                         stdin=subprocess.DEVNULL,
@@ -277,7 +279,7 @@ def ensure_token() -> None:
         fail(f"RAY_AUTH_TOKEN is set; unset it, the token belongs in {TOKEN_FILE}")
     if not read_token():
         command = [str(BIN / "ray"), "get-auth-token", "--generate"]
-        subprocess.run(command, capture_output=True, umask=0o077, check=False)  # noqa: S603 - fixed
+        subprocess.run(command, capture_output=True, umask=0o077, check=False)
         if not read_token():
             fail(f"Ray made no token in {TOKEN_FILE}")
     TOKEN_FILE.chmod(0o600)  # a token that Ray made by itself is open to every user

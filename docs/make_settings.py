@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from upreid_ray.config.downstream import (
     ClusterContrastConfig,
@@ -108,7 +107,7 @@ def _changes(config: Section, presets: Mapping[str, Section]) -> Iterator[str]:
         yield from rows
 
 
-def _text(value: Any) -> str:  # noqa: ANN401, the value of a setting
+def _text(value: object) -> str:
     """Return a value as it is typed."""
     if isinstance(value, tuple):
         return ",".join(map(_text, value))

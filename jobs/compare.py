@@ -69,7 +69,7 @@ def main() -> dict[str, Any]:
     config = CompareConfig.parse({**own, "finetune": common})
     connect_to_ray()
     # Imported late: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.downstream.compare import compare  # noqa: PLC0415
+    from upreid_ray.downstream.compare import compare
 
     result = compare(config, resume=arguments.resume is not None)
     Console(stderr=True).print(result.table())

@@ -52,7 +52,7 @@ def main() -> dict[str, Any]:
     arguments = parser.parse(sys.argv[1:])
     config = override(EmbedConfig(), arguments)
     # Imported late: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.downstream.embed import embed  # noqa: PLC0415
+    from upreid_ray.downstream.embed import embed
 
     connect_to_ray()
     result = embed(arguments.init, arguments.source, arguments.out, config)

@@ -31,7 +31,7 @@ def main() -> dict[str, Any]:
     config = override(EvaluateConfig(), arguments)
     connect_to_ray()
     # Imported late: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.downstream.evaluate import evaluate  # noqa: PLC0415
+    from upreid_ray.downstream.evaluate import evaluate
 
     result = evaluate(config)
     Console(stderr=True).print(_table(result.init, result.scores))

@@ -59,7 +59,7 @@ def main() -> dict[str, Any]:
             f"--with_preprocessing: not for --to {arguments.to}, which gets weights"
         )
     # Imported late: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.train.initialization import resolve  # noqa: PLC0415
+    from upreid_ray.train.initialization import resolve
 
     init = resolve(arguments.init)
     export = _export_module if arguments.to in MODULE_FORMATS else _export_weights
@@ -75,7 +75,7 @@ def _export_weights(
     init: "Initialization", arguments: argparse.Namespace
 ) -> tuple[list[str], dict[str, Any]]:
     """Write weights; return what to print, and what belongs into the JSON line."""
-    from upreid_ray.downstream.export import export  # noqa: PLC0415
+    from upreid_ray.downstream.export import export
 
     report = export(init, arguments.to, Path(arguments.out))
     table = Table("tensors", "number", "first")
@@ -101,7 +101,7 @@ def _export_module(
     init: "Initialization", arguments: argparse.Namespace
 ) -> tuple[list[str], dict[str, Any]]:
     """Write a file that computes features; return what `_export_weights` does."""
-    from upreid_ray.downstream.export_module import OPSET, export_module  # noqa: PLC0415
+    from upreid_ray.downstream.export_module import OPSET, export_module
 
     images = init.description
     is_raw = arguments.with_preprocessing == "true"

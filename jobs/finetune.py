@@ -45,7 +45,7 @@ def main() -> dict[str, Any]:
         config = config.override({"run.name": arguments.resume})
     connect_to_ray()
     # Imported late: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.train.finetune import finetune  # noqa: PLC0415
+    from upreid_ray.train.finetune import finetune
 
     return asdict(finetune(config, resume=arguments.resume is not None))
 

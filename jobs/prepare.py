@@ -125,12 +125,12 @@ def _parser() -> JobParser:
 
 def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
     # Imported late: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.data.shards.duplicates import MAX_DISTANCE  # noqa: PLC0415
-    from upreid_ray.data.shards.images import ImageRules  # noqa: PLC0415
-    from upreid_ray.data.shards.page import write_page  # noqa: PLC0415
-    from upreid_ray.data.shards.preparation import write_shards  # noqa: PLC0415
-    from upreid_ray.data.shards.progress import image_progress  # noqa: PLC0415
-    from upreid_ray.data.sources.source import source_records, synthetic_records  # noqa: PLC0415
+    from upreid_ray.data.shards.duplicates import MAX_DISTANCE
+    from upreid_ray.data.shards.images import ImageRules
+    from upreid_ray.data.shards.page import write_page
+    from upreid_ray.data.shards.preparation import write_shards
+    from upreid_ray.data.shards.progress import image_progress
+    from upreid_ray.data.sources.source import source_records, synthetic_records
 
     given = vars(arguments)
     rules = ImageRules(**{name: given[name] for name in vars(ImageRules()) if name in given})
@@ -168,9 +168,9 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check(arguments: argparse.Namespace) -> dict[str, Any]:
-    from upreid_ray.data.shards.audit import audit  # noqa: PLC0415
-    from upreid_ray.data.shards.progress import image_progress  # noqa: PLC0415
-    from upreid_ray.data.shards.shard_set import ShardSet  # noqa: PLC0415
+    from upreid_ray.data.shards.audit import audit
+    from upreid_ray.data.shards.progress import image_progress
+    from upreid_ray.data.shards.shard_set import ShardSet
 
     shards = ShardSet.open(arguments.check)
     manifest = shards.manifest
@@ -197,7 +197,7 @@ def _source(text: str) -> str:
 
 def _columns(text: str) -> dict[str, str]:
     """Read ``ours=theirs,...``."""
-    from upreid_ray.data.sources.archives import PARQUET_COLUMNS  # noqa: PLC0415
+    from upreid_ray.data.sources.archives import PARQUET_COLUMNS
 
     pairs = [pair.partition("=") for pair in text.split(",")]
     unknown = [ours for ours, _, theirs in pairs if ours not in PARQUET_COLUMNS or not theirs]

@@ -41,7 +41,7 @@ def main() -> dict[str, Any]:
         check_shards(config)
     connect_to_ray()
     # Imported late: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.train.pretrain import fit  # noqa: PLC0415
+    from upreid_ray.train.pretrain import fit
 
     return asdict(fit(config, resume=arguments.resume is not None))
 

@@ -29,7 +29,7 @@ def main() -> dict[str, Any]:
     if not arguments.reason.strip():
         raise InputError("--reason: must not be empty")
     # Imported late: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.tracking import connection, registry  # noqa: PLC0415
+    from upreid_ray.tracking import connection, registry
 
     uri, before = registry.promote(connection.connect(), arguments.version, arguments.reason)
     logger.info("%s is the champion; before it was %s", uri, before or "none")

@@ -87,9 +87,9 @@ def _parser() -> JobParser:
 
 def _search(arguments: argparse.Namespace) -> dict[str, Any]:
     # Imported late: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.downstream import search  # noqa: PLC0415
-    from upreid_ray.downstream.feature_set import FeatureSet  # noqa: PLC0415
-    from upreid_ray.downstream.ranking_page import search_page  # noqa: PLC0415
+    from upreid_ray.downstream import search
+    from upreid_ray.downstream.feature_set import FeatureSet
+    from upreid_ray.downstream.ranking_page import search_page
 
     gallery = FeatureSet.open(arguments.gallery)
     of_sets = [place for place in arguments.query if FeatureSet.exists(place)]
@@ -122,9 +122,9 @@ def _compare_two(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--gallery: required, except for the similarity of two image files")
     if (arguments.init is None) == (arguments.pairs is None):
         raise InputError("--init: give either a backbone or, with --pairs, labelled features")
-    from upreid_ray.downstream import search  # noqa: PLC0415
-    from upreid_ray.downstream.feature_set import FeatureSet  # noqa: PLC0415
-    from upreid_ray.train.initialization import resolve  # noqa: PLC0415
+    from upreid_ray.downstream import search
+    from upreid_ray.downstream.feature_set import FeatureSet
+    from upreid_ray.train.initialization import resolve
 
     pairs = None
     if arguments.pairs is not None:
@@ -173,7 +173,7 @@ def _line(ranking: "Ranking") -> dict[str, Any]:
 
 def _write(flag: str, file: str, text: str) -> None:
     """Write a file whole; refuse one that cannot be written."""
-    from upreid_ray.storage import Location  # noqa: PLC0415
+    from upreid_ray.storage import Location
 
     try:
         if "://" not in file:

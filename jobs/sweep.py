@@ -48,8 +48,8 @@ def main() -> dict[str, Any]:
         check_shards(plan.base)
     connect_to_ray(show_workers=False)
     # Imported late: it takes seconds, which a mistake or --help should not cost.
-    from upreid_ray.train.folder import RunFolder  # noqa: PLC0415
-    from upreid_ray.tune import sweep  # noqa: PLC0415
+    from upreid_ray.train.folder import RunFolder
+    from upreid_ray.tune import sweep
 
     folder = RunFolder.of(run, "sweep")
     return asdict(sweep.resume(folder) if plan is None else sweep.start(plan, folder))
