@@ -378,6 +378,7 @@ class Home:
             check=False,
         )
         assert done.returncode == 0, done.stderr[-4000:]
+        assert "Traceback" not in done.stderr, done.stderr[-4000:]
         return done.stdout
 
 
