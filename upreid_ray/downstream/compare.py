@@ -6,10 +6,12 @@ the runs that have no scores yet.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 
 import ray
+import ray.data
 from ray.exceptions import RayError
 from rich.console import Console
 from rich.progress import Progress
@@ -146,6 +148,8 @@ def _side_by_side(
 def _run(planned: ComparisonRun, tracking_uri: str, parent_run_id: str) -> Scores | str:
     """Return the scores of a run, or why it failed."""
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
+    # Ray Data announces each execution in the process that starts it.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     config = planned.config
     try:
         if isinstance(config, EvaluateConfig):

@@ -39,7 +39,7 @@ def search_page(rankings: Sequence[Ranking], gallery: str) -> str:
             sources[source] = SourceImages.open(source)
         return sources[source].encoded(place)
 
-    sections = [PageSection(text=f"{len(rankings)} queries in {gallery}. {LEGEND}")]
+    sections = [PageSection(text=f"Queries in {gallery}: {len(rankings)}. {LEGEND}")]
     for ranking in rankings[:MAX_SHOWN_QUERIES]:
         figures = [thumbnail(read(*ranking.image), ranking.query, "asked")]
         figures += [
