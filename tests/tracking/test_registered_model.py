@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -378,6 +379,9 @@ def test_the_card_names_what_differs_from_the_nearest_preset():
     assert "| before training | 0.250 |" in card
     assert "| this version | 0.500 |" in card
     assert card.count("{uri}") == 3
+    # A paragraph of two lines would be shown with a break in it.
+    prose = card.split("```")[::2]
+    assert not re.search(r"[^|\n]\n[^|\n#]", "".join(prose))
 
 
 def test_the_card_of_a_fine_tuned_version_names_its_origin():

@@ -12,11 +12,12 @@ Config = PretrainConfig | DownstreamConfig
 # Settings of a run that say nothing about its backbone.
 LEFT_OUT = ("run.", "scaling.", "checkpoint.", "init", "data.shards", "data.root")
 
+# MLflow's pages break a line wherever the text does, so each paragraph is one line.
 CARD = """\
 # {name}
 
-A {backbone} backbone for person re-identification: {method}. It maps an image of a person to
-features; the cosine similarity of the features of two images tells whether they show the same
+A {backbone} backbone for person re-identification: {method}. It maps an image of a person to \
+features; the cosine similarity of the features of two images tells whether they show the same \
 person. It expects images of {height}x{width} pixels (height x width).
 
 {scores}
@@ -30,6 +31,8 @@ Settings that differ from the preset `{preset}`: {settings}. All of them are in 
 From encoded images, with MLflow, PyTorch and Pillow alone:
 
 ```python
+import mlflow, pandas
+
 model = mlflow.pyfunc.load_model("{{uri}}")
 features = model.predict(pandas.DataFrame({{"image": [open("person.jpg", "rb").read()]}}))
 ```
@@ -37,12 +40,16 @@ features = model.predict(pandas.DataFrame({{"image": [open("person.jpg", "rb").r
 As a PyTorch module, for normalized images `[B, 3, {height}, {width}]`:
 
 ```python
+import mlflow
+
 model = mlflow.pytorch.load_model("{{uri}}")
 ```
 
 As an ordinary module that can be trained, with upreid_ray:
 
 ```python
+import upreid_ray
+
 model = upreid_ray.load_backbone("{{uri}}")
 ```
 
@@ -51,8 +58,8 @@ model = upreid_ray.load_backbone("{{uri}}")
 {limits}
 """
 LIMITS = """\
-The features were learned from the training images, and may fail for other cameras, places and
-groups of people: evaluate the backbone on your own images. Images of persons are personal data.
+The features were learned from the training images, and may fail for other cameras, places and \
+groups of people: evaluate the backbone on your own images. Images of persons are personal data. \
 The terms of the training images apply to this backbone, too."""
 
 
