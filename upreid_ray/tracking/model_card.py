@@ -59,8 +59,8 @@ model = upreid_ray.load_backbone("{{uri}}")
 """
 LIMITS = """\
 The features were learned from the training images, and may fail for other cameras, places and \
-groups of people: evaluate the backbone on your own images. Images of persons are personal data. \
-The terms of the training images apply to this backbone, too."""
+groups of people: evaluate the backbone on your own images. Images of persons are personal \
+data. The terms of the training images apply to this backbone, too."""
 
 
 def model_card(name: str, position: Position, tags: Mapping[str, str]) -> str:
