@@ -74,11 +74,11 @@ def refusal(file: Path) -> str:
 
 
 def assert_holds(file: Path, weights: Weights, architecture: str = "resnet18") -> None:
-    name, found = read_backbone(file)
-    assert name == architecture
-    assert found.keys() == weights.keys()
+    found = read_backbone(file)
+    assert found.name == architecture
+    assert found.weights.keys() == weights.keys()
     for key, tensor in weights.items():
-        assert torch.equal(found[key], tensor), key
+        assert torch.equal(found.weights[key], tensor), key
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -205,18 +205,18 @@ def test_checkpoints_of_this_package_give_the_query_encoder(tmp_path):
 def test_half_precision_becomes_fp32(tmp_path, backbone):
     halves = {n: t.half() if t.is_floating_point() else t for n, t in backbone.items()}
 
-    _, found = read_backbone(save(halves, tmp_path / "weights.pth"))
+    found = read_backbone(save(halves, tmp_path / "weights.pth"))
 
-    assert found["conv1.weight"].dtype == torch.float32
+    assert found.weights["conv1.weight"].dtype == torch.float32
 
 
 def test_files_without_counters_of_batches_are_read(tmp_path, backbone):
     old = {n: t for n, t in backbone.items() if not n.endswith("num_batches_tracked")}
 
-    name, found = read_backbone(save(old, tmp_path / "weights.pth"))
+    found = read_backbone(save(old, tmp_path / "weights.pth"))
 
-    assert name == "resnet18"
-    assert found.keys() == backbone.keys()
+    assert found.name == "resnet18"
+    assert found.weights.keys() == backbone.keys()
 
 
 def test_a_missing_tensor_is_named(tmp_path, backbone):

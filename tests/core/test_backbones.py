@@ -67,7 +67,7 @@ def test_a_family_of_ones_own_takes_one_file(tmp_path, monkeypatch):
     check_settings(tiny({"model.backbone": "toy"}))
 
     assert toy(torch.zeros(2, 3, 16, 16)).shape == (2, 8)
-    assert read_backbone(tmp_path / "toy.pth")[0] == "toy"
+    assert read_backbone(tmp_path / "toy.pth").name == "toy"
 
 
 def test_a_name_that_no_family_has_is_refused_with_the_names_there_are():

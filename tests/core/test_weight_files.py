@@ -223,11 +223,11 @@ VIT_FORMATS = {
 
 @pytest.mark.parametrize("make", VIT_FORMATS.values(), ids=VIT_FORMATS.keys())
 def test_vision_transformers_of_the_fields_tools_are_read(tmp_path, vit, make):
-    name, found = read_backbone(save(make(vit), tmp_path / "vit.pth"), size=(64, 32))
+    found = read_backbone(save(make(vit), tmp_path / "vit.pth"), size=(64, 32))
 
-    assert name == "vit_tiny_patch16"
-    assert found.keys() == vit.keys()
-    assert all(torch.equal(found[key], tensor) for key, tensor in vit.items())
+    assert found.name == "vit_tiny_patch16"
+    assert found.weights.keys() == vit.keys()
+    assert all(torch.equal(found.weights[key], tensor) for key, tensor in vit.items())
 
 
 def test_a_vision_transformer_with_a_part_missing_is_refused_with_its_name(tmp_path, vit):
@@ -249,9 +249,9 @@ def test_positions_are_interpolated_to_the_size_of_the_images(tmp_path, vit, old
     plane = height[:, None, None].expand(rows, columns, 192).reshape(1, -1, 192)
     weights = vit | {"pos_embed": torch.cat([torch.full((1, 1, 192), 7.0), plane], dim=1)}
 
-    _, found = read_backbone(save(weights, tmp_path / "w.pth"), size=(128, 64))
+    found = read_backbone(save(weights, tmp_path / "w.pth"), size=(128, 64))
 
-    positions = found["pos_embed"]
+    positions = found.weights["pos_embed"]
     assert torch.equal(positions[:, 0], torch.full((1, 192), 7.0))
     grid = positions[0, 1:].view(8, 4, 192)
     assert torch.allclose(grid, grid[:, :1, :1].expand_as(grid), atol=1e-5)
@@ -273,11 +273,11 @@ def test_the_parts_of_pass_become_tokens_that_hold_their_positions(tmp_path):
         weights[position] = place
     file = save({"teacher": prefixed("backbone.", weights)}, tmp_path / "pass.pth")
 
-    name, found = read_backbone(file, size=(64, 32))
+    found = read_backbone(file, size=(64, 32))
 
-    assert name == "vit_tiny_patch16_pass"
+    assert found.name == "vit_tiny_patch16_pass"
     for key, tensor in ours.state_dict().items():
-        torch.testing.assert_close(found[key], tensor)
+        torch.testing.assert_close(found.weights[key], tensor)
 
 
 def test_a_model_of_timm_is_found_if_it_is_expected(tmp_path):
@@ -285,14 +285,26 @@ def test_a_model_of_timm_is_found_if_it_is_expected(tmp_path):
     weights = model.state_dict()
     file = save({"state_dict": prefixed("module.", weights)}, tmp_path / "t.pth")
 
-    name, found = read_backbone(file, expected="timm/test_convnext")
+    found = read_backbone(file, expected="timm/test_convnext")
 
     model.reset_classifier(0)
-    assert name == "timm/test_convnext"
-    assert found.keys() == model.state_dict().keys()
+    assert found.name == "timm/test_convnext"
+    assert found.weights.keys() == model.state_dict().keys()
     assert "holds no known backbone" in refusal(file)
 
 
+def test_what_was_found_interpolated_and_left_out_is_said(tmp_path, vit):
+    tensors = prefixed("module.", vit) | {"module.head.bias": torch.zeros(3), "other": ONE}
+    file = save({"model": tensors}, tmp_path / "vit.pth")
+
+    assert str(read_backbone(file, expected="vit_tiny_patch16", size=(128, 64))) == (
+        f"found all {len(vit)} tensors of vit_tiny_patch16 below model.module; pos_embed "
+        "interpolated; 2 other tensors are left out, such as model.module.head.bias, "
+        "model.other"
+    )
+
+
+ONE = torch.ones(1)
 NAMES = st.sampled_from(
     (
         *("state_dict", "model", "module", "teacher", "student", "encoder_k", "epoch", ""),

@@ -1,6 +1,7 @@
 """Comparing initializations: rows and statistics, and a whole comparison on a real Ray."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,11 @@ from safetensors.torch import save_file
 
 from upreid_ray.config.downstream import CompareConfig, EvaluateConfig, FinetuneConfig
 from upreid_ray.config.errors import InputError
-from upreid_ray.config.presets import FINETUNE_PRESETS
+from upreid_ray.config.presets import FINETUNE_PRESETS, IMAGENET
 from upreid_ray.config.run import ScalingConfig
 from upreid_ray.config.section import RANDOM, absolute
-from upreid_ray.core.backbone import build_backbone
+from upreid_ray.core.backbone import Description, build_backbone
+from upreid_ray.downstream import comparison_runs
 from upreid_ray.downstream.compare import compare, num_side_by_side
 from upreid_ray.downstream.comparison_result import CompareResult, Spread, plot, summarize
 from upreid_ray.downstream.comparison_runs import (
@@ -25,6 +27,7 @@ from upreid_ray.downstream.comparison_runs import (
     resolve_variants,
 )
 from upreid_ray.tracking import connection
+from upreid_ray.train.initialization import Initialization
 
 
 def planned(label: str, column: str, seed: int) -> ComparisonRun:
@@ -62,6 +65,17 @@ def weights(file: Path) -> str:
 )
 def test_a_variant_has_a_label_and_initializations(text, variant):
     assert Variant.parse(text) == variant
+
+
+@pytest.mark.parametrize(
+    "text", ["random", "a.pth", "moco=a.pth,b.pth", "models:/a@champion", "runs/lr=0.1/step-1"]
+)
+def test_a_recorded_variant_is_read_as_it_was(text):
+    variant = Variant.parse(text)
+    resolved = replace(variant, inits=("models:/a/3", "/there/lr=0.1/b.pth"))
+
+    assert Variant.parse(str(variant)) == variant
+    assert Variant.parse(str(resolved)) == resolved
 
 
 @pytest.mark.parametrize("text", ["=a.pth", "moco=", "moco=a.pth,,b.pth"])
@@ -107,6 +121,39 @@ def test_random_is_always_a_variant_and_paths_are_whole(tmp_path, monkeypatch):
         Variant("a.safetensors", (whole,)),
     ]
     assert descriptions[whole].backbone == "resnet18"
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Let two versions come from the files ``/start.pth`` and ``/lost.pth``, now lost."""
+    starts = {"models:/a/1": "/start.pth", "models:/b/1": "/lost.pth", "/start.pth": None}
+
+    def resolved(init: str) -> Initialization:
+        if init not in starts:
+            raise InputError(f"{init}: there is no such file")
+        description = Description(backbone="resnet18", height=8, width=4, **IMAGENET)
+        return Initialization(init, description, {}, start=starts[init])
+
+    monkeypatch.setattr(comparison_runs, "resolve", resolved)
+
+
+def test_what_a_backbone_was_trained_from_has_a_row(started):
+    start = Variant("/start.pth", ("/start.pth",))
+
+    variants, descriptions = resolve_variants([Variant("a", ("models:/a/1",))])
+    assert variants[2:] == [start]
+    assert "/start.pth" in descriptions
+    # A comparison that is resumed has that row already.
+    assert resolve_variants(variants)[0] == variants
+
+
+def test_a_comparison_does_without_the_row_of_a_start_that_is_gone(started, caplog):
+    variants, _ = resolve_variants([Variant("b", ("models:/b/1",))])
+
+    assert [variant.label for variant in variants] == [RANDOM, "b"]
+    assert caplog.messages == [
+        "without a row for the start of a backbone: /lost.pth: there is no such file"
+    ]
 
 
 def test_a_random_variant_of_the_user_is_the_only_one():

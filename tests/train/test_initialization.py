@@ -1,7 +1,9 @@
 """What --init may name, what it brings, and what is refused."""
 
+import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,7 @@ def client(tmp_path_factory, new_database):
 def registered(client, exported) -> str:
     """Register the backbone; return its version."""
     run = runs.start_run(client, experiment="tests", name="a-run", config=TINY)
-    tags = {"run": "a-run", "evaluation": "none"}
+    tags = {"run": "a-run", "evaluation": "none", "init": "start.pth"}
     return registry.register_backbone(
         client, run_id=run, name="upreid-tiny", folder=exported, tags=tags
     )
@@ -76,12 +78,30 @@ def test_a_checkpoint_brings_its_weights_and_what_its_images_were(checkpoint):
     assert init.description.mean == TINY.augmentation.mean
 
 
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        ({"loss": {}, "model": {"pretrained": "/a.pth"}}, "/a.pth"),
+        ({"loss": {}, "model": {}}, None),
+        ({"init": "models:/a/1"}, "models:/a/1"),
+    ],
+)
+def test_a_checkpoint_says_what_its_run_started_from(checkpoint, tmp_path, settings, start):
+    folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    file, hashes = folder / "state.json", json.loads((folder / "sha256.json").read_text())
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"config": settings}))
+    hashes["state.json"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (folder / "sha256.json").write_text(json.dumps(hashes))
+
+    assert resolve(str(folder)).start == start
+
+
 @pytest.mark.parametrize("place", ["/1", "@challenger", "@champion"])
-def test_a_registered_version_brings_its_lineage_and_its_number(registered, place):
+def test_a_registered_version_brings_its_start_and_its_number(registered, place):
     init = resolve(f"models:/upreid-tiny{place}")
 
     assert init.uri == registered == "models:/upreid-tiny/1"
-    assert init.lineage == {"run": "a-run", "evaluation": "none"}
+    assert init.start == "start.pth"
     assert_is(init, backbone_weights())
 
 

@@ -183,10 +183,10 @@ def export_backbone(folder: Path, out: Path) -> None:
         raise InputError(f"{folder}: none of the backbones up to this checkpoint was finite")
     description = read_position(folder).description
     (out / DESCRIPTION_FILE).write_text(description.model_dump_json(indent=1))
-    _, weights = read_backbone(
+    best = read_backbone(
         folder / BEST_FILE, expected=description.backbone, size=description.size
     )
-    save_file(weights, out / WEIGHTS_FILE)
+    save_file(best.weights, out / WEIGHTS_FILE)
     if description.has_neck:
         neck = _read_neck(folder / BEST_FILE)
         save_file({f"{NECK}{name}": tensor for name, tensor in neck.items()}, out / NECK_FILE)
@@ -229,10 +229,12 @@ def read_exported(folder: Path) -> tuple[Description, dict[str, Tensor], dict[st
         raise InputError(
             f"{folder}: its description cannot be read ({first_line(error)})"
         ) from error
-    name, weights = read_backbone(file, expected=description.backbone, size=description.size)
-    if name != description.backbone:
-        raise InputError(f"{folder}: describes a {description.backbone}, but holds a {name}")
-    return description, weights, neck
+    found = read_backbone(file, expected=description.backbone, size=description.size)
+    if found.name != description.backbone:
+        raise InputError(
+            f"{folder}: describes a {description.backbone}, but holds a {found.name}"
+        )
+    return description, found.weights, neck
 
 
 def _hash(file: Path) -> str:

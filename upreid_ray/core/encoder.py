@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.core.backbone import build_for_training
-from upreid_ray.core.weight_files import read_backbone
+from upreid_ray.core.weight_files import FoundBackbone, read_backbone
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -36,18 +36,10 @@ class Encoder(nn.Module):
     def __init__(self, config: PretrainConfig) -> None:
         """Make the query encoder with its initial weights."""
         super().__init__()
-        model, data = config.model, config.data
+        model = config.model
         self.backbone = build_for_training(config)
-        if model.pretrained is not None:
-            name, weights = read_backbone(
-                model.pretrained, expected=model.backbone, size=(data.height, data.width)
-            )
-            if name != model.backbone:
-                raise InputError(
-                    f"--model.backbone {model.backbone}: --model.pretrained "
-                    f"{model.pretrained} is a {name}"
-                )
-            self.backbone.load_state_dict(weights)
+        if (found := read_pretrained(config)) is not None:
+            self.backbone.load_state_dict(found.weights)
         width = self.backbone.num_features
         self.projection_head = nn.Sequential(
             nn.Linear(width, width),
@@ -58,6 +50,24 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the embeddings of normalized images, in fp32 even under autocast."""
         return F.normalize(self.projection_head(self.backbone(images)).float(), dim=1)
+
+
+def read_pretrained(config: PretrainConfig) -> FoundBackbone | None:
+    """Read the weights of ``--model.pretrained``; return None without it.
+
+    Raises:
+        InputError: They cannot be read, or are of another architecture.
+    """
+    model, size = config.model, (config.data.height, config.data.width)
+    if model.pretrained is None:
+        return None
+    found = read_backbone(model.pretrained, expected=model.backbone, size=size)
+    if found.name != model.backbone:
+        raise InputError(
+            f"--model.backbone {model.backbone}: --model.pretrained {model.pretrained} "
+            f"is a {found.name}"
+        )
+    return found
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,41 @@ SAFE_GLOBALS = [
 ]
 
 
+@dataclass(frozen=True)
+class FoundBackbone:
+    """A whole backbone that was found in a file.
+
+    Attributes:
+        name: Name of the architecture.
+        weights: Its state dict on the CPU with the names of `build_backbone`, floating-point
+            tensors in fp32.
+        prefix: What stands before these names in the file.
+        resized: Tensors that were interpolated to the size of the images.
+        left_out: Tensors of the file that are not of the backbone.
+    """
+
+    name: str
+    weights: dict[str, Tensor]
+    prefix: str
+    resized: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Say what was found, and what was not used."""
+        text = f"found all {len(self.weights)} tensors of {self.name}"
+        if self.prefix:
+            text += f" below {self.prefix.rstrip('.')}"
+        if self.resized:
+            text += f"; {', '.join(self.resized)} interpolated"
+        if self.left_out:
+            shown = ", ".join(self.left_out[:3])
+            text += f"; {len(self.left_out)} other tensors are left out, such as {shown}"
+        return text
+
+
 def read_backbone(
     file: str | Path, *, expected: str | None = None, size: Size = DEFAULT_SIZE
-) -> tuple[str, dict[str, Tensor]]:
+) -> FoundBackbone:
     """Read the weights of a backbone from a file of any of the field's tools.
 
     Classifiers and everything outside the backbone are left out. Of several networks in one
@@ -71,10 +104,6 @@ def read_backbone(
         expected: Name of the backbone that the file is thought to hold; another one is found
             too if it can be told by its tensors.
         size: Size of the images that the weights shall be for.
-
-    Returns:
-        The name of the architecture, and its whole state dict on the CPU with the names of
-        `build_backbone`, floating-point tensors in fp32.
 
     Raises:
         InputError: The file cannot be read, or what it holds is not a whole backbone, or not
@@ -89,9 +118,15 @@ def read_backbone(
         for name, tensor in tensors.items()
         if name.startswith(chosen)
     }
-    identified = _identify(file, family, weights, expected=expected, size=size)
-    check_finite(file, identified[1])
-    return identified
+    name, whole = _identify(file, family, weights, expected=expected, size=size)
+    check_finite(file, whole)
+    return FoundBackbone(
+        name,
+        whole,
+        chosen,
+        tuple(n for n in whole if n in weights and whole[n].shape != weights[n].shape),
+        tuple(n for n in tensors if n not in {f"{chosen}{used}" for used in whole}),
+    )
 
 
 def check_finite(file: str | Path, weights: Mapping[str, Tensor]) -> None:

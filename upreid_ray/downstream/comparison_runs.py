@@ -6,6 +6,7 @@ epochs of the recipe, so that a tenth of the persons takes a tenth of the steps.
 multiplies the epochs of the whole schedule where that is too few steps to learn anything.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from upreid_ray.core.backbone import Description
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.persons import IMAGES
 from upreid_ray.train.initialization import resolve
+
+logger = logging.getLogger(__name__)
 
 FROZEN = "frozen"
 
@@ -39,12 +42,16 @@ class Variant:
     def parse(cls, text: str) -> Self:
         """Read ``INIT`` or ``LABEL=INIT[,INIT...]``.
 
+        A path may contain ``=``. So a label that contains ``/`` or ``:``, as that of an
+        initialization without another name does, ends where an absolute path or a URI follows.
+
         Raises:
             InputError: The label or an initialization is empty.
         """
-        label, equals, inits = text.partition("=")
-        if not equals or re.search(r"[/:]", label):  # a path or URI may contain "="
+        named = re.match(r"([^/:=]*)=(.*)|(.+?)=((?:/|[a-z0-9]+:/).*)", text)
+        if named is None:
             return cls(text, (absolute_init(text),))
+        label, inits = (part for part in named.groups() if part is not None)
         parts = inits.split(",")
         if not label or not all(parts):
             raise InputError(f"--init {text}: not of the form LABEL=INIT[,INIT...]")
@@ -90,6 +97,9 @@ def resolve_variants(
 ) -> tuple[list[Variant], dict[str, Description]]:
     """Look up every initialization, so that nothing starts if one of them is missing.
 
+    The weights that a backbone was trained from are a variant, too: without their row, nobody
+    can tell what the training was worth.
+
     Returns:
         The variants with versions in place of aliases, the random variant first; and a
         description of each initialization that is not random.
@@ -104,17 +114,22 @@ def resolve_variants(
     for label in labels:
         if labels.count(label) > 1:
             raise InputError(f"--init {label}: names two rows; tell them apart with LABEL=INIT")
-    descriptions: dict[str, Description] = {}
-    found = {RANDOM: RANDOM}
-    for init in (init for variant in variants for init in variant.inits):
-        if init not in found:
-            resolved = resolve(init)
-            found[init] = resolved.uri
-            descriptions[found[init]] = resolved.description
-    return [
-        Variant(variant.label, tuple(found[init] for init in variant.inits))
-        for variant in variants
-    ], descriptions
+    given = {init for variant in variants for init in variant.inits} - {RANDOM}
+    found = {init: resolve(init) for init in sorted(given)}
+    resolved = [
+        Variant(label, tuple(found[i].uri if i in found else i for i in variant.inits))
+        for label, variant in zip(labels, variants, strict=True)
+    ]
+    shown = {init for variant in resolved for init in variant.inits}
+    starts = {each.start for each in found.values() if each.start is not None}
+    for start in sorted(starts - shown - {RANDOM}):
+        try:
+            found[start] = resolve(start)
+        except InputError as error:
+            logger.warning("without a row for the start of a backbone: %s", error)
+            continue
+        resolved.append(Variant(start, (found[start].uri,)))
+    return resolved, {each.uri: each.description for each in found.values()}
 
 
 def list_runs(

@@ -113,7 +113,7 @@ def _write(
 def _check(init: Initialization, file: Path) -> None:
     """Raise RuntimeError if the tensors of the file differ from those of the backbone."""
     images = init.description
-    _, written = read_backbone(file, expected=images.backbone, size=images.size)
+    written = read_backbone(file, expected=images.backbone, size=images.size).weights
     differing = [n for n, tensor in init.weights.items() if not written[n].equal(tensor)]
     if differing:
         raise RuntimeError(

@@ -1,5 +1,6 @@
 """Initial backbones: a registered version, a checkpoint, a file of weights, or random ones."""
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from upreid_ray.config.section import RANDOM
 from upreid_ray.core import backbones
 from upreid_ray.core.backbone import Description, build_backbone, check_size
 from upreid_ray.core.backbones import DEFAULT_SIZE
-from upreid_ray.core.checkpoint import read_exported
+from upreid_ray.core.checkpoint import read_exported, read_position
+from upreid_ray.core.outcome import POSITION_FILE
 from upreid_ray.core.weight_files import read_backbone
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,14 @@ class Initialization:
         description: The architecture, and the images that it expects.
         weights: State dict of the backbone, on the CPU.
         neck: State dict of the neck; empty unless the backbone was fine-tuned.
-        lineage: Tags of the registered version; empty for any other origin.
+        start: Weights that it was trained from; None if unknown.
     """
 
     uri: str
     description: Description
     weights: dict[str, Tensor]
     neck: dict[str, Tensor] = field(default_factory=dict)
-    lineage: dict[str, str] = field(default_factory=dict)
+    start: str | None = None
 
     def extractor(self) -> nn.Module:
         """Return the module that maps images ``[B, 3, H, W]`` to features ``[B, F]``."""
@@ -69,13 +73,13 @@ def resolve(init: str, *, backbone: str | None = None) -> Initialization:
         version = registry.find_version(client, init)
         folder = registry.download(client, version)
         uri = f"models:/{version.name}/{version.version}"
-        lineage = dict(version.tags)
-        return Initialization(uri, *read_exported(folder), lineage)
+        return Initialization(uri, *read_exported(folder), version.tags.get("init"))
     path = Path(init)
     if path.is_dir():
-        return Initialization(init, *read_exported(path))
-    name, weights = read_backbone(path, expected=backbone)
-    return Initialization(init, _default_description(name), weights)
+        return Initialization(init, *read_exported(path), _start_of_checkpoint(path))
+    found = read_backbone(path, expected=backbone)
+    logger.info("%s: %s", init, found)
+    return Initialization(init, _default_description(found.name), found.weights)
 
 
 def requested(config: DownstreamConfig | EvaluateConfig) -> Initialization:
@@ -101,6 +105,17 @@ def for_images(init: Initialization, data: ImagesConfig) -> Initialization:
     family = backbones.find(new.backbone)
     weights = family.fit(new.backbone, init.weights, new.size, old_size=old.size)
     return replace(init, description=new, weights=weights)
+
+
+def _start_of_checkpoint(folder: Path) -> str | None:
+    """Return what the run of a checkpoint started from; None if it is an exported backbone."""
+    if not (folder / POSITION_FILE).is_file():
+        return None
+    settings = read_position(folder).config
+    start: str | None = (
+        settings["model"].get("pretrained") if "model" in settings else settings.get("init")
+    )
+    return start
 
 
 def _default_description(backbone: str) -> Description:

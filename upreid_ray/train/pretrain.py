@@ -59,9 +59,11 @@ def fit(
     )
     if config.model.pretrained is not None and not resume:
         # Imported late, as torch is above.
-        from upreid_ray.core.encoder import Encoder  # noqa: PLC0415
+        from upreid_ray.core.encoder import read_pretrained  # noqa: PLC0415
 
-        Encoder(config)  # Refuse unusable weights before any worker starts.
+        # Refuse unusable weights before any worker starts.
+        found = read_pretrained(config)
+        logger.info("--model.pretrained %s: %s", config.model.pretrained, found)
     shards = training_shards(config.data, job.folder.storage)
     images = TrainingImages(shards, config)
     if config.model.queue_size > images.num_images / 2:
