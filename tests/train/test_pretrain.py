@@ -18,13 +18,14 @@ from types import SimpleNamespace
 import mlflow
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.cluster.processes import tree
 from tests.ray_workers import worker_of
 from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.pretrain import PretrainConfig
+from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.memory import KEEP_FREED_MEMORY
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.training import TrainingImages
@@ -70,7 +71,14 @@ SIGNAL_SECONDS = 2.0  # from the line that says that a run begins until it liste
 
 @pytest.fixture(scope="module")
 def tiny(folder) -> PretrainConfig:
-    return TINY.override({"run.storage_path": str(folder / "runs")})
+    """Return the settings of a run that starts from a file of weights."""
+    start = folder / "start.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        save_file(build_backbone("resnet18").state_dict(), start)
+    return TINY.override(
+        {"run.storage_path": str(folder / "runs"), "model.pretrained": str(start)}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +131,7 @@ def test_the_version_carries_its_lineage(finished, tiny):
 
     expected = {
         "run": "tiny",
+        "init": tiny.model.pretrained,
         "manifest": ShardSet.open(shards).manifest.digest(),
         "evaluation": ShardSet.open(shards).manifest.digest(["query", "gallery"]),
         "mlflow.source.git.commit": runs.environment()["mlflow.source.git.commit"],

@@ -233,10 +233,13 @@ def _version_by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersi
 
 def _why_not_champion(new: ModelVersion, champion: ModelVersion) -> str | None:
     """Return why a version does not replace the champion; None if it does."""
+    mine, best = (version.tags.get(f"{SCORE}mAP") for version in (new, champion))
+    if mine is None:
+        return "it was not scored, for lack of labelled images; compare both with jobs/compare.py"
     if new.tags.get("evaluation") != champion.tags.get("evaluation"):
         return "it was scored on another evaluation set; compare both with jobs/compare.py"
-    scores = [version.tags.get(f"{SCORE}mAP") for version in (new, champion)]
-    if None in scores:
-        return "without the mAP of both there is nothing to compare; see jobs/compare.py"
-    mine, best = map(float, scores)
-    return None if mine > best else f"its mAP is {mine:.4f}, that of the champion {best:.4f}"
+    if best is None:
+        return "the champion was not scored; compare both with jobs/compare.py"
+    if float(mine) > float(best):
+        return None
+    return f"its mAP is {float(mine):.4f}, that of the champion {float(best):.4f}"
