@@ -509,7 +509,7 @@ def test_the_champion_changes_only_for_a_better_score_on_the_same_set(
             "its mAP is 0.4000, that of the champion 0.5000",
         ),
         ({"evaluation": "b", "score_mAP": 0.6}, "it was scored on another evaluation set"),
-        ({"evaluation": "none"}, "it was not scored, for lack of labelled images"),
+        ({"evaluation": "none"}, "it was not scored, without labelled images"),
     ],
     ids=["worse", "other set", "no score"],
 )

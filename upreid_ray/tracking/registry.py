@@ -235,7 +235,7 @@ def _why_not_champion(new: ModelVersion, champion: ModelVersion) -> str | None:
     """Return why a version does not replace the champion; None if it does."""
     mine, best = (version.tags.get(f"{SCORE}mAP") for version in (new, champion))
     if mine is None:
-        return "it was not scored, for lack of labelled images; compare both with jobs/compare.py"
+        return "it was not scored, without labelled images; compare both with jobs/compare.py"
     if new.tags.get("evaluation") != champion.tags.get("evaluation"):
         return "it was scored on another evaluation set; compare both with jobs/compare.py"
     if best is None:
