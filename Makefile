@@ -23,7 +23,8 @@ SHARED := --numprocesses $(JOBS) --dist loadfile
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
 
 .PHONY: help setup pretrain sweep finetune compare check docs format test test-fast mutants test-pythons bench bench-data \
-  bench-peers consumers chaos audit up down status secrets image lock clean
+  bench-peers consumers chaos audit up down status secrets image test-image \
+  lock clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -135,6 +136,9 @@ secrets:  ## create the passwords for Docker Compose and Kubernetes
 image:  ## build the container image (ARGS="--build-arg VARIANT=cpu")
 	docker build -f cluster/Dockerfile -t $(IMAGE) $(ARGS) \
 	  --build-arg COMMIT=$$(git describe --always --abbrev=40 --dirty) .
+
+test-image: $(READY)  ## build the image without Docker and run it (as root; see cluster/README.md)
+	$(BIN)/python -m pytest tests/cluster/test_image.py $(ARGS)
 
 lock: $(READY)  ## resolve the newest versions into requirements.lock
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \

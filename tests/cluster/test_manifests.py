@@ -13,9 +13,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import distribution
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import check_jsonschema
 import jsonschema
@@ -23,18 +22,25 @@ import pytest
 import ray.autoscaler
 import ray.dashboard
 import yaml
-from packaging.requirements import Requirement
 
 from tests.cluster import schemas
+from tests.cluster.manifests import (
+    BIN,
+    CLUSTER,
+    JOBS,
+    OVERLAYS,
+    ROOT,
+    Tree,
+    compose,
+    containers,
+    installed,
+    kustomize,
+    locked,
+    nodes,
+    pods,
+    ray_up,
+)
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-ROOT = Path(__file__).parents[2]
-CLUSTER = ROOT / "cluster"
-BIN = Path(sys.executable).parent
-OVERLAYS = ("local", "gpu")
-JOBS = sorted((CLUSTER / "kubernetes" / "jobs").glob("*.yaml"))
 COMPOSE_SCHEMA = Path(check_jsonschema.__file__).parent.joinpath(
     "builtin_schemas", "vendor", "compose-spec.json"
 )
@@ -43,29 +49,6 @@ RAY_UP_SCHEMA = Path(ray.autoscaler.__file__).parent / "ray-schema.json"
 MAPS = {"labels", "annotations", "matchLabels", "clusterSelector", "data", "rayStartParams"}
 MAPS |= {"requests", "limits"}
 SELECTOR = ("Service", "selector")
-Tree = dict[str, Any]
-
-
-def kustomize(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Render a folder of manifests."""
-    command = [str(BIN / "kubectl"), "kustomize", str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Tree]]:
-    """Render each overlay from a copy with passwords of its own."""
-    folder = tmp_path_factory.mktemp("cluster")
-    shutil.copytree(CLUSTER / "kubernetes", folder / "kubernetes")
-    shutil.rmtree(folder / "kubernetes" / "base" / "secrets", ignore_errors=True)
-    shutil.copy(CLUSTER / "make_secrets.py", folder)
-    subprocess.run([sys.executable, str(folder / "make_secrets.py")], check=True)
-    resources = {}
-    for overlay in OVERLAYS:
-        done = kustomize(folder / "kubernetes" / "overlays" / overlay)
-        assert done.returncode == 0, done.stderr
-        resources[overlay] = list(yaml.safe_load_all(done.stdout))
-    return resources
 
 
 def everything(rendered: dict[str, list[Tree]]) -> list[Tree]:
@@ -74,32 +57,11 @@ def everything(rendered: dict[str, list[Tree]]) -> list[Tree]:
     return [*(resource for overlay in OVERLAYS for resource in rendered[overlay]), *jobs]
 
 
-def nodes(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Yield every value of a tree with its path."""
-    yield path, tree
-    if isinstance(tree, dict | list):
-        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from nodes(value, (*path, name))
-
-
 def at(tree: Any, path: tuple[Any, ...]) -> Any:
     """Return the value at a path."""
     for name in path:
         tree = tree[name]
     return tree
-
-
-def pods(resources: list[Tree]) -> Iterator[tuple[str, Tree]]:
-    """Yield the specification of every pod with a name for it."""
-    for resource in resources:
-        for path, value in nodes(resource):
-            if isinstance(value, dict) and "containers" in value:
-                yield f"{resource['kind']} {resource['metadata'].get('name')} {path}", value
-
-
-def containers(pod: Tree) -> list[Tree]:
-    """Return the containers of a pod, those that run first included."""
-    return [*pod.get("initContainers", []), *pod["containers"]]
 
 
 def test_every_manifest_is_valid(rendered: dict[str, list[Tree]]) -> None:
@@ -277,18 +239,6 @@ def test_a_rayjob_runs_a_command_that_its_job_accepts(
     assert "Examples:" in capsys.readouterr().out
 
 
-def compose() -> Tree:
-    """Read the compose file."""
-    tree: Tree = yaml.safe_load((CLUSTER / "compose.yaml").read_text())
-    return tree
-
-
-def ray_up() -> Tree:
-    """Read the file for machines without Kubernetes."""
-    tree: Tree = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())
-    return tree
-
-
 @pytest.mark.parametrize(
     ("tree", "schema"),
     [(compose(), COMPOSE_SCHEMA), (ray_up(), RAY_UP_SCHEMA)],
@@ -330,29 +280,6 @@ def test_compose_publishes_on_loopback_only_and_holds_no_password() -> None:
         assert all(secret.startswith("$$") for secret in secrets), name
 
 
-def locked() -> set[tuple[str, str]]:
-    """Return what the lock holds: names with versions, of which a name may have several."""
-    lock = (ROOT / "requirements.lock").read_text()
-    return set(re.findall(r"^([a-z0-9-]+)==([^\s;]+)", lock, re.MULTILINE))
-
-
-def installed(requirements: list[str]) -> set[tuple[str, str]]:
-    """Return the names and versions of what these requirements have brought in here."""
-    found, seen, waiting = set(), set(), [Requirement(text) for text in requirements]
-    while waiting:
-        requirement = waiting.pop()
-        if (key := (requirement.name, frozenset(requirement.extras))) in seen:
-            continue
-        seen.add(key)
-        package = distribution(requirement.name)
-        found.add((re.sub(r"[-_.]+", "-", requirement.name).lower(), package.version))
-        for needed in map(Requirement, package.requires or []):
-            extras = requirement.extras or {""}
-            if not needed.marker or any(needed.marker.evaluate({"extra": e}) for e in extras):
-                waiting.append(needed)
-    return found
-
-
 def test_the_dockerfile_passes_its_linter_and_runs_as_nobody_special() -> None:
     """Exact bases, and a user without privileges at the end."""
     file = CLUSTER / "Dockerfile"
@@ -360,9 +287,10 @@ def test_the_dockerfile_passes_its_linter_and_runs_as_nobody_special() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     text = file.read_text()
-    bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
-    assert bases
-    assert all(re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base) for base in bases)
+    (base,) = re.findall(r"^ARG BASE=(\S+)", text, re.MULTILINE)
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base)
+    stages = re.findall(r"^FROM (\S+)(?: AS (\w+))?", text, re.MULTILINE)
+    assert {source for source, _ in stages} <= {"${BASE}", *(name for _, name in stages)}
     assert re.findall(r"^USER (\S+)", text, re.MULTILINE) == ["1000:1000"]
 
 
@@ -372,8 +300,9 @@ def test_the_image_is_made_from_the_lock_by_the_same_installer() -> None:
     makefile = (ROOT / "Makefile").read_text()
     uv = re.compile(r"^(?:ARG )?UV_VERSION ?:?= ?(\S+)$", re.MULTILINE)
     assert uv.findall(text) == uv.findall(makefile)
-    assert "uv pip install --no-cache -r pyproject.toml --group server" in text
-    assert "$install --require-hashes -c requirements.lock" in text
+    assert "--requirements /src/pyproject.toml --group /src/pyproject.toml:server" in text
+    assert "--require-hashes --constraints /src/requirements.lock" in text
+    assert "--build-constraints requirements.lock --require-hashes" in text
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = project["dependency-groups"]
     image = installed([*project["project"]["dependencies"], *groups["server"]])
