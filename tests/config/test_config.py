@@ -309,3 +309,11 @@ def test_the_model_is_named_after_its_backbone_unless_it_has_a_name():
 
 def test_groups_are_those_of_the_whole_batch():
     assert BASE.num_groups == 2
+
+
+def test_a_refused_combination_is_one_line_that_names_both_settings():
+    chosen = {"model.pretrained": "/a.pth", "model.continue_from": "/b"}
+
+    assert refusal(chosen) == (
+        "--model.continue_from /b: holds the weights already; leave out --model.pretrained"
+    )

@@ -575,7 +575,11 @@ def test_a_finished_run_says_how_to_train_further(finished, tiny):
 
 
 def test_a_run_with_another_queue_cannot_be_continued_from(finished, tiny):
-    settings = {"model.continue_from": finished.result.result_dir, "model.queue_size": 64}
+    settings = {
+        "model.continue_from": finished.result.result_dir,
+        "model.pretrained": None,
+        "model.queue_size": 64,
+    }
 
     with pytest.raises(InputError, match=r"^--model.queue_size 64: \S+/tiny/step-\d+ has 32$"):
         fit(tiny.override({**settings, "run.name": "other-queue"}))
@@ -585,6 +589,7 @@ def test_a_new_run_continues_from_the_newest_checkpoint_of_another_one(finished,
     further = tiny.override(
         {
             "model.continue_from": finished.result.result_dir,
+            "model.pretrained": None,
             "run.name": "further",
             "training.epochs": 1,
             "evaluation.shards": finished.tags["shards"],

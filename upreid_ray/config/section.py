@@ -180,7 +180,7 @@ class Section(BaseModel):
             first = error.errors()[0]
             path = ".".join(str(part) for part in first["loc"] if isinstance(part, str))
             message = first["msg"].removeprefix("Value error, ")
-            if not path:
+            if not path or message.startswith("--"):  # a combination names its settings
                 raise InputError(message) from None
             got = "" if first["type"] == CONFIDENTIAL else f" (got {first['input']!r})"
             raise InputError(f"--{path}: {message[0].lower()}{message[1:]}{got}") from None
