@@ -395,11 +395,15 @@ from upreid_ray.config import errors
 from upreid_ray.command_line import run_job
 
 def job():
-    raise getattr(errors, sys.argv[1])("because")
+    raise getattr(errors, sys.argv[1], KeyboardInterrupt)("because")
 
 run_job(job)
 """
-EARLY = {"RunFailed": 1, "RunStopped": 3}
+EARLY = {
+    "RunFailed": (1, "because"),
+    "RunStopped": (3, "because"),
+    "KeyboardInterrupt": (130, "interrupted"),
+}
 PRETRAIN, PREPARE, EVALUATE, FINETUNE, COMPARE, SWEEP, EXPORT = (
     str(ROOT / "jobs" / f"{job}.py")
     for job in ("pretrain", "prepare", "evaluate", "finetune", "compare", "sweep", "export")
@@ -486,7 +490,8 @@ def test_a_job_refuses_wrong_input_with_one_line_and_status_2(finished, name):
 
 @pytest.mark.parametrize("reason", EARLY)
 def test_a_job_that_ends_early_says_why_in_one_line_and_by_its_status(finished, reason):
-    assert finished[reason] == (EARLY[reason], "", "-c: because\n")
+    status, said = EARLY[reason]
+    assert finished[reason] == (status, "", f"-c: {said}\n")
 
 
 def test_a_refused_job_writes_nothing(folder, finished):

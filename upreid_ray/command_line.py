@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, metadata
@@ -327,9 +328,9 @@ def read_pretrain_settings(
 def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
     """Run a job, write its result as a JSON line, and exit.
 
-    The exit status is 0 for success, 1 for a failure, 2 for input that was refused, and 3 for
-    a run that was asked to stop and can be continued. Progress and logs go to standard error;
-    the JSON line is the last line of standard output.
+    The exit status is 0 for success, 1 for a failure, 2 for input that was refused, 3 for a run
+    that was asked to stop and can be continued, and 130 for another job that was interrupted.
+    Progress and logs go to standard error; the JSON line is the last line of standard output.
     """
     quiet_libraries()
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[StderrHandler()])
@@ -343,6 +344,9 @@ def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
     except RunFailed as error:
         logger.error("%s: %s", Path(sys.argv[0]).name, error)
         sys.exit(3 if isinstance(error, RunStopped) else 1)
+    except KeyboardInterrupt:
+        logger.error("%s: interrupted", Path(sys.argv[0]).name)
+        sys.exit(128 + signal.SIGINT)
     except Exception:
         logger.exception("%s: failed", Path(sys.argv[0]).name)
         sys.exit(1)

@@ -26,7 +26,7 @@ from upreid_ray.tracking import connection, run_log, runs
 from upreid_ray.train.folder import RUN_FILE, SNAPSHOT_FILE, STOP_FILE, RunFolder
 from upreid_ray.train.initialization import resolve
 from upreid_ray.train.job import (
-    _stopped_by_sigterm,
+    _stopped_by_signals,
     deliver_metrics,
     first_cause,
     register,
@@ -130,15 +130,17 @@ def test_a_folder_that_was_on_another_machine_has_nothing_to_deliver(run):
     assert not elsewhere.local_path().exists()
 
 
-def test_the_first_sigterm_asks_the_run_to_stop_and_the_next_one_is_not_caught(run):
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_the_run_to_stop_and_the_next_one_is_not_caught(run, number):
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
 
-    with _stopped_by_sigterm(run):
-        os.kill(os.getpid(), signal.SIGTERM)
-        asked, then = run.read(STOP_FILE), signal.getsignal(signal.SIGTERM)
+    with _stopped_by_signals(run):
+        os.kill(os.getpid(), number)
+        asked = run.read(STOP_FILE)
+        then = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
 
     assert (asked, then) == ("", before)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 @pytest.mark.parametrize("text", ["", '{"checkpoint_results": [', "{}"])

@@ -381,7 +381,8 @@ def hindered(finished, ray_cluster, python, folder, tiny) -> SimpleNamespace:
     try:
         stopped.wait_for(lambda: "if it ends early" in stopped.errors)
         time.sleep(SIGNAL_SECONDS)
-        stopped.process.send_signal(signal.SIGTERM)
+        # Ctrl-C. A worker gets SIGTERM below.
+        stopped.process.send_signal(signal.SIGINT)
         stopped.process.wait(JOB_SECONDS)
     finally:
         stopped.end()
@@ -490,14 +491,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(hindered):
 
 
 @pytest.mark.parametrize("number", [1, 2], ids=["job", "worker"])
-def test_sigterm_to_it_saves_says_how_to_go_on_and_ends_the_job_with_3(hindered, number):
+def test_a_signal_to_it_saves_says_how_to_go_on_and_ends_the_job_with_3(hindered, number):
     said = "pretrain.py: run hindered was stopped; continue it with --resume hindered"
 
     assert hindered.exit_statuses[number] == 3
     assert said in hindered.errors[number].splitlines()
 
 
-def test_a_job_that_gets_sigterm_saves_at_its_next_log_entry(hindered):
+def test_a_job_that_gets_ctrl_c_saves_at_its_next_log_entry(hindered):
     # The one after the checkpoint before the damaged one.
     assert hindered.stopped_at == 6
 

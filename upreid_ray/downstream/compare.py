@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from upreid_ray.config.downstream import CompareConfig, EvaluateConfig
-from upreid_ray.config.errors import InputError, first_line
+from upreid_ray.config.errors import InputError, RunStopped, first_line
 from upreid_ray.config.run import ScalingConfig
 from upreid_ray.data.shards.requested import labelled_shards
 from upreid_ray.downstream.comparison_result import CompareResult, Scores, publish, summarize
@@ -44,6 +44,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
 
     Raises:
         InputError: A setting cannot be used; nothing was started.
+        RunStopped: The comparison was interrupted.
         RuntimeError: Every run failed.
     """
     common = config.finetune
@@ -65,7 +66,12 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
             )
             folder.record(config, run_id)
     with runs.running(client, run_id):
-        scores, failures = _score(planned, folder, common.scaling, run_id)
+        try:
+            scores, failures = _score(planned, folder, common.scaling, run_id)
+        except (KeyboardInterrupt, SystemExit):  # Ray raises the second one at SIGTERM
+            raise RunStopped(
+                f"comparison {folder.name} was stopped; continue it with --resume {folder.name}"
+            ) from None
         result = summarize(planned, scores, failures, run_id=run_id, result_dir=folder.uri)
         publish(result, folder, client)
     return result

@@ -9,12 +9,13 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import ray
 from ray import cloudpickle
@@ -50,6 +51,8 @@ from upreid_ray.train.resources import check_resources, living_nodes, worker_nee
 from upreid_ray.train.worker_settings import DELIVERY_SECONDS, WorkerSettings
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 # Settings that may change when a run is resumed: they change its weights by rounding at most.
 FREE_SETTINGS = (
@@ -154,7 +157,7 @@ class TrainJob:
 
         Raises:
             InputError: The evaluation set cannot be scored, or images cannot be clustered.
-            RunStopped: The run was asked to stop (SIGTERM, or a file named ``stop``).
+            RunStopped: The run was asked to stop (SIGTERM, Ctrl-C, or a file named ``stop``).
             RunFailed: Gradients were not finite, no checkpoint is whole, or the storage failed.
             ray.train.TrainingFailedError: Training failed more often than allowed.
         """
@@ -182,7 +185,7 @@ class TrainJob:
         least, most = self.config.scaling.bounds
         number = f"{most}" if least == most else f"{least} to {most}"
         starting = f"starting {number} worker{'s' if most > 1 else ''}"
-        with runs.running(self.client, run_id), _stopped_by_sigterm(folder):
+        with runs.running(self.client, run_id), _stopped_by_signals(folder):
             with _delivering_metrics(settings), training_line(starting):
                 checkpoint = self._train(task, settings, callbacks)
             result = self._register(checkpoint, run_id, task.model_name, tags)
@@ -308,22 +311,44 @@ def deliver_metrics(folder: RunFolder, run_id: str) -> None:
 
 
 @contextmanager
-def _stopped_by_sigterm(folder: RunFolder) -> Iterator[None]:
-    """Stop the run with a checkpoint at the first SIGTERM; the second one kills it."""
+def _stopped_by_signals(folder: RunFolder) -> Iterator[None]:
+    """Stop the run with a checkpoint at SIGTERM or Ctrl-C; a second signal ends the job."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python handles signals in the main thread only.
         return
 
-    def stop(number: int, _: object) -> None:
-        signal.signal(number, before)
-        logger.warning("stopping at the next log entry; a second SIGTERM stops at once")
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(*_: object) -> None:
+        restore()
+        logger.warning("stopping at the next log entry; a second signal stops at once")
         folder.write(STOP_FILE, "")
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        restore()
+
+
+def _call_in_thread(function: Callable[[], Value]) -> Value:
+    """Return what a function returns that is called in another thread.
+
+    In the main thread, Ray Train would answer Ctrl-C itself: without a checkpoint, and with
+    exit status 0. Nobody waits for the thread if a second signal ends the job.
+    """
+    outcome: Future[Value] = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function())
+        except BaseException as error:  # all of them are raised again in the main thread
+            outcome.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return outcome.result()
 
 
 def evaluation_shards(chosen: str | None, shards: ShardSet) -> ShardSet | None:
@@ -385,7 +410,7 @@ def _run_workers(
         ),
     )
     with tell_ray_train_its_ray():
-        result = trainer.fit()
+        result = _call_in_thread(trainer.fit)
     if result.return_value is not None:
         raise result.return_value
     return result.checkpoint

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import suppress
 from typing import Any
 
 from ray import tune
@@ -52,7 +53,7 @@ def run_trials(settings: TrialSettings) -> None:
         folder.name,
     )
     _quiet_tune()
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(
                 run_trial, settings=settings, tracking_uri=connection.tracking_uri()
@@ -77,7 +78,9 @@ def run_trials(settings: TrialSettings) -> None:
             failure_config=tune.FailureConfig(max_failures=plan.base.run.max_failures),
             verbose=0,
         ),
-    ).fit()
+    )
+    with suppress(SystemExit):  # Ray raises it at SIGTERM; Ray Tune itself notices Ctrl-C.
+        tuner.fit()
     _check_all_ended(settings, num_trials)
 
 
