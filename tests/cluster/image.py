@@ -5,6 +5,7 @@ bubblewrap runs its programs as the manifests want it: a file system that is rea
 the given folders, user 1000, no capabilities.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -25,11 +26,25 @@ PROGRAMS = {
     "buildah": "buildah",
     "debootstrap": "debootstrap",
     "bwrap": "bubblewrap",
+    "dnsmasq": "dnsmasq-base",
     "ip": "iproute2",
+    "nft": "nftables",
 }
 CERTIFICATES = Path("/etc/ssl/certs")
 # What the official image of Python has.
 BASE_PACKAGES = "python3,python3-venv,libpython3-dev,ca-certificates"
+
+
+def inputs() -> str:
+    """Return a digest of all that the image is made of but the packages."""
+    digest = hashlib.sha256()
+    names = (ROOT / ".dockerignore").read_text().split()
+    kept = [ROOT / name.removeprefix("!") for name in names if name.startswith("!")]
+    for path in (DOCKERFILE, *kept):
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        for file in files:
+            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def skip_unless_possible() -> None:
@@ -52,19 +67,20 @@ class Image:
     """An image that is built in a folder and mounted there.
 
     Args:
-        folder: For the layers; those that are there already are used again.
+        folder: Of images; one that is there already, from the same files, is used again.
         variant: The variant of the Dockerfile, `cuda` or `cpu`.
     """
 
     def __init__(self, folder: Path, variant: str) -> None:
         self._folder = folder
-        self._name = f"localhost/upreid-ray:{variant}"
+        self._name = f"localhost/upreid-ray:{variant}-{inputs()}"
         self._temporary = folder / "tmp"
         self._temporary.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         base = self._base()
         self.base_seconds = time.monotonic() - began
-        self.log = self._build(base, variant)
+        if not self._exists(self._name):
+            self._build(base, variant)
         self.build_seconds = time.monotonic() - began - self.base_seconds
         self._container = self._buildah("from", "--pull-never", self._name).strip()
         self.root = Path(self._buildah("mount", self._container).strip())
@@ -141,7 +157,7 @@ class Image:
             r"^ARG BASE=\S+-slim-(\w+)$", DOCKERFILE.read_text(), re.MULTILINE
         )
         name, tree = f"localhost/base:{suite}", self._folder / "base"
-        if self._buildah("images", "--quiet", "--filter", f"reference={name}"):
+        if self._exists(name):
             return name
         shutil.rmtree(tree, ignore_errors=True)
         include = f"--include={BASE_PACKAGES}"
@@ -153,7 +169,10 @@ class Image:
         shutil.rmtree(tree)
         return name
 
-    def _build(self, base: str, variant: str) -> str:
+    def _exists(self, name: str) -> bool:
+        return bool(self._buildah("images", "--quiet", "--filter", f"reference={name}"))
+
+    def _build(self, base: str, variant: str) -> None:
         """Build it with the certificates and the package index of this machine."""
         pip, uv = self._folder / "pip.conf", self._folder / "uv.toml"
         index = os.environ.get("PIP_INDEX_URL")
@@ -166,8 +185,10 @@ class Image:
             + (f"[[index]]\nurl = '{index}'\ndefault = true\n" if index else "")
         )
         mounts = {CERTIFICATES: CERTIFICATES, pip: "/etc/pip.conf", uv: "/etc/uv/uv.toml"}
-        return self._buildah(
-            *("bud", "--isolation=chroot", "--pull-never", "--layers", "--network=host"),
+        self._buildah(
+            *("bud", "--isolation=chroot", "--pull-never", "--network=host"),
+            # Layers, but not those of before: older buildahs cannot mount a stage out of them.
+            *("--layers", "--no-cache"),
             *("--format=docker", f"--file={DOCKERFILE}", f"--tag={self._name}"),
             *(f"--volume={source}:{target}:ro" for source, target in mounts.items()),
             *(f"--build-arg=BASE={base}", f"--build-arg=VARIANT={variant}"),
