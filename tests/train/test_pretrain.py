@@ -460,6 +460,7 @@ def test_the_last_line_of_the_job_says_what_came_of_it(hindered):
         "PreemptionWatcher",
         "Reporting training result",
         "Starting execution of Dataset",
+        "Graceful shutdown of backend failed",  # a worker was killed, and the run goes on
     ],
 )
 def test_a_job_leaves_out_what_ray_says_of_itself(hindered, said):

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train.backend import Backend, BackendConfig
 
 from upreid_ray.train import stop_signal
@@ -88,6 +88,8 @@ class _ProcessGroup(Backend):
                 ray.get(worker_group.execute_async(_leave), timeout=LEAVE_SECONDS)
             except GetTimeoutError:
                 logger.warning("the process group did not end within %g s", LEAVE_SECONDS)
+            except RayActorError:
+                pass  # A worker was lost. Ray Train would print a traceback, and goes on.
 
 
 @dataclass
