@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.packaging import RAY_PKG_PREFIX
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from upreid_ray.command_line import QUIET_LIBRARIES
+from upreid_ray.config.section import UPLOADED
 from upreid_ray.train.folder import SNAPSHOT_FILE
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +123,13 @@ def test_ray_train_keeps_its_list_of_checkpoints_in_the_file_that_is_looked_at()
     assert CHECKPOINT_MANAGER_SNAPSHOT_FILENAME == SNAPSHOT_FILE, (
         "Ray Train has renamed its list of checkpoints, so that a run whose list was torn by a "
         f"crash can no longer be resumed: rename {SNAPSHOT_FILE} in train/folder.py too"
+    )
+
+
+def test_ray_unpacks_the_folder_of_a_submitted_job_where_its_name_tells():
+    assert RAY_PKG_PREFIX == UPLOADED, (
+        "Ray has renamed the folder of a submitted job, so that relative paths in it are no "
+        "longer refused: rename UPLOADED in config/section.py too"
     )
 
 

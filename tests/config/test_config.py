@@ -1,6 +1,7 @@
 """Settings: described, frozen, refused in one line that names the flag, and JSON both ways."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from upreid_ray.config.errors import InputError
 from upreid_ray.config.presets import AUGMENTATIONS, PRESETS
 from upreid_ray.config.pretrain import DataConfig, ModelConfig, PretrainConfig, TrainingConfig
 from upreid_ray.config.run import ScalingConfig
-from upreid_ray.config.section import Section
+from upreid_ray.config.section import UPLOADED, Section
 
 BASE = PretrainConfig(
     data=DataConfig(height=64, width=32),
@@ -228,6 +229,19 @@ def test_an_absolute_path_and_a_uri_stay_as_they_are(path, config, place):
 @pytest.mark.parametrize("init", ["random", "models:/upreid@champion", "models:/upreid/3"])
 def test_an_initialization_that_is_no_path_stays_as_it_is(init):
     assert EvaluateConfig(init=init).init == init
+
+
+@path_settings
+def test_a_submitted_job_refuses_a_path_that_was_not_uploaded(
+    tmp_path, monkeypatch, path, config
+):
+    (tmp_path / f"{UPLOADED}1234" / "own").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / f"{UPLOADED}1234")
+
+    assert dict(config.override({path: "own"}).flatten())[path] == str(Path("own").absolute())
+    assert refusal({path: "shards"}, config).startswith(
+        f"--{path}: shards is not in the uploaded copy of your folder"
+    )
 
 
 @path_settings

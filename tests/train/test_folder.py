@@ -6,6 +6,7 @@ import pytest
 
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.presets import FINETUNE_PRESETS
+from upreid_ray.config.section import UPLOADED
 from upreid_ray.train.folder import RUN_FILE, RunFolder
 from upreid_ray.train.job import FREE_SETTINGS
 
@@ -30,6 +31,15 @@ def test_of_jobs_that_begin_a_run_at_the_same_moment_one_wins(tmp_path):
     with pytest.raises(InputError, match=r"^--run\.name run: exists already; "):
         folder.require_new()
     assert folder.recorded()[0] == str(won.index(True))
+
+
+def test_a_submitted_job_without_a_storage_is_refused(tmp_path, monkeypatch):
+    (tmp_path / f"{UPLOADED}1234").mkdir()
+    monkeypatch.chdir(tmp_path / f"{UPLOADED}1234")
+    monkeypatch.delenv("UPREID_RAY_STORAGE", raising=False)
+
+    with pytest.raises(InputError, match=r"^--run\.storage_path: runs is not in the uploaded"):
+        RunFolder.of(CONFIG.run, "finetune")
 
 
 def test_a_run_that_could_not_begin_leaves_its_name_free(tmp_path):

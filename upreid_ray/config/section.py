@@ -60,10 +60,12 @@ def absolute(place: str) -> str:
     """Return a path as an absolute path, and a URI as it is.
 
     Only the process of the user knows the folder that a relative path starts at: the other
-    processes of a cluster have other working folders.
+    processes of a cluster have other working folders. A submitted job stands in a copy of the
+    user's folder, which has its code but neither its images nor a future.
 
     Raises:
-        InputError: The path is empty, or no text.
+        InputError: The path is empty, or no text, or relative and not in the copy in which a
+            submitted job stands.
     """
     if not place:
         raise InputError("a path must not be empty")
@@ -71,7 +73,16 @@ def absolute(place: str) -> str:
         place.encode()
     except UnicodeEncodeError:
         raise InputError(f"a path must be text (UTF-8), but it is {place!a}") from None
-    return place if "://" in place else str(Path(place).absolute())
+    if "://" in place:
+        return place
+    path = Path(place)
+    is_submitted = Path.cwd().name.startswith(UPLOADED)
+    if is_submitted and not path.is_absolute() and not path.exists():
+        raise InputError(
+            f"{place} is not in the uploaded copy of your folder, in which a submitted job "
+            "stands; give an absolute path or a URI"
+        )
+    return str(path.absolute())
 
 
 def absolute_init(init: str) -> str:
@@ -80,6 +91,8 @@ def absolute_init(init: str) -> str:
     return absolute(init) if is_path else init
 
 
+UPLOADED = "_ray_pkg_"
+"""How the name of the folder begins into which Ray unpacks the folder of a submitted job."""
 RANDOM = "random"
 """The initialization that is no file and no registered version."""
 Init = Annotated[str, AfterValidator(absolute_init)]

@@ -39,8 +39,17 @@ class RunFolder:
 
     @classmethod
     def of(cls, run: JobConfig, kind: str) -> Self:
-        """Return the folder of ``run``; if it has no name, one that begins with ``kind``."""
-        storage = absolute(run.storage_path or os.environ.get("UPREID_RAY_STORAGE") or "runs")
+        """Return the folder of ``run``; if it has no name, one that begins with ``kind``.
+
+        Raises:
+            InputError: A submitted job was not told where its runs are.
+        """
+        try:
+            storage = absolute(
+                run.storage_path or os.environ.get("UPREID_RAY_STORAGE") or "runs"
+            )
+        except InputError as error:
+            raise InputError(f"--run.storage_path: {error}") from None
         stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         return cls(storage, run.name or f"{kind.replace('/', '-')}-{stamp}")
 
