@@ -634,9 +634,9 @@ def take_away(run: Path, after: Path) -> None:
 
 
 def test_a_run_whose_disk_is_full_and_then_gone_says_so_and_goes_on_when_all_is_well(
-    finished, disk
+    finished, tiny, disk
 ):
-    config = TINY.override({"run.storage_path": str(disk), "run.max_failures": 0})
+    config = tiny.override({"run.storage_path": str(disk), "run.max_failures": 0})
     run = disk / "tiny"
 
     with pytest.raises(RunFailed, match=r"^run tiny: .*No space left.*--resume tiny$"):
