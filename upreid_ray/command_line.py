@@ -9,6 +9,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module, metadata
 from importlib.resources import files
@@ -427,6 +428,9 @@ def _connect(address: str, *, show_workers: bool) -> None:
         runtime_env=environment,
     )
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler prints its stack and aborts. This one ends a job as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def main() -> NoReturn:

@@ -68,7 +68,7 @@ def compare(config: CompareConfig, *, resume: bool = False) -> CompareResult:
     with runs.running(client, run_id):
         try:
             scores, failures = _score(planned, folder, common.scaling, run_id)
-        except (KeyboardInterrupt, SystemExit):  # Ray raises the second one at SIGTERM
+        except KeyboardInterrupt:
             raise RunStopped(
                 f"comparison {folder.name} was stopped; continue it with --resume {folder.name}"
             ) from None

@@ -79,7 +79,7 @@ def run_trials(settings: TrialSettings) -> None:
             verbose=0,
         ),
     )
-    with suppress(SystemExit):  # Ray raises it at SIGTERM; Ray Tune itself notices Ctrl-C.
+    with suppress(KeyboardInterrupt):  # by SIGTERM; Ray Tune itself notices Ctrl-C
         tuner.fit()
     _check_all_ended(settings, num_trials)
 
