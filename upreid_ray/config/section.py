@@ -61,7 +61,7 @@ def absolute(place: str) -> str:
 
     Only the process of the user knows the folder that a relative path starts at: the other
     processes of a cluster have other working folders. A submitted job stands in a copy of the
-    user's folder, which has its code but neither its images nor a future.
+    user's folder, which lacks the images, and which Ray deletes later.
 
     Raises:
         InputError: The path is empty, or no text, or relative and not in the copy in which a
