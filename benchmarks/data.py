@@ -188,8 +188,8 @@ def companions(config: PretrainConfig, num_images: int) -> tuple[float, float]:
     return again, others * others / (images.num_images - 1)
 
 
-def main() -> None:
-    """Measure, and print a table of medians."""
+def _arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -198,7 +198,12 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=300, help="synthetic people")
     parser.add_argument("--preset", default="laptop", choices=PRESETS, help="size and batch")
     parser.add_argument("--image-height", type=int, default=256, help="of the encoded images")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, and print a table of medians."""
+    arguments = _arguments()
     console = Console(width=110)
     num_cores = len(os.sched_getaffinity(0))
     config = PRESETS[arguments.preset]

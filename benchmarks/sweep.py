@@ -85,8 +85,8 @@ def describe(outcome: PointOutcome) -> str:
     return f"{values}: {outcome.mean:.4f}{spread}"
 
 
-def main() -> None:
-    """Measure, and print a table."""
+def _arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,7 +96,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=9, help="of each trial")
     parser.add_argument("--people", type=int, default=48, help="to train on, 8 images each")
     parser.add_argument("--by_hand", type=int, default=3, help="runs by hand")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    arguments = _arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for library in ("alembic", "mlflow", "ray"):
         logging.getLogger(library).setLevel(logging.WARNING)

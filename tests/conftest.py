@@ -31,7 +31,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 @pytest.fixture(scope="session")
 def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a new database of MLflow, of which tests use copies."""
-    from tests.tracking.store import make_database  # noqa: PLC0415
+    from tests.tracking.store import make_database
 
     file = tmp_path_factory.mktemp("database") / "mlflow.db"
     make_database(file)
@@ -41,7 +41,7 @@ def new_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, new_database: Path) -> Iterator[Path]:
     """Make a folder for runs and MLflow, and let all processes of the tests use it."""
-    from tests.tracking.store import tracking_in  # noqa: PLC0415
+    from tests.tracking.store import tracking_in
 
     root = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch, tracking_in(root, new_database):
@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, new_database: Path) -> Iter
 @pytest.fixture(scope="session")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Return a program in place of Python, whose Ray forks its workers from one process."""
-    from tests.ray_workers import forked_workers  # noqa: PLC0415
+    from tests.ray_workers import forked_workers
 
     with forked_workers(tmp_path_factory.mktemp("workers")) as program:
         yield program
@@ -64,7 +64,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def ray_cluster(python: str) -> Iterator[str]:
     """Start a Ray cluster of this process, whatever else runs on the machine; its address."""
-    import ray  # noqa: PLC0415
+    import ray
 
     with pytest.MonkeyPatch.context() as patch:
         # What Ray starts its processes with.
@@ -85,7 +85,7 @@ def ray_cluster(python: str) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def run_in_pool(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[RunInPool]":
     """Call a module's function in two processes joined by Gloo; a list of the results."""
-    from tests.core.pool import gloo_pool  # noqa: PLC0415
+    from tests.core.pool import gloo_pool
 
     with gloo_pool(tmp_path_factory.mktemp("gloo")) as run:
         yield run

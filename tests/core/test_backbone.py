@@ -46,11 +46,6 @@ def test_other_shapes_are_looked_at(other):
     assert not has_preset_shapes(PRESETS["demo"].override(other))
 
 
-@pytest.fixture(scope="module")
-def backbone() -> Weights:
-    return build_backbone("resnet18").state_dict()
-
-
 def save(content: object, file: Path) -> Path:
     if file.suffix == ".safetensors":
         save_file(content, file)

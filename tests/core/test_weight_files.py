@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.core.test_backbone import assert_holds, backbone, prefixed, refusal, save  # noqa: F401
+from tests.core.test_backbone import assert_holds, prefixed, refusal, save
 from upreid_ray.config.errors import InputError
 from upreid_ray.core.backbone import build_backbone
 from upreid_ray.core.weight_files import read_backbone
@@ -89,11 +89,11 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS.keys())
-def test_checkpoints_of_the_fields_tools_are_read(tmp_path, backbone, make):  # noqa: F811
+def test_checkpoints_of_the_fields_tools_are_read(tmp_path, backbone, make):
     assert_holds(save(make(backbone), tmp_path / "checkpoint.pth"), backbone)
 
 
-def test_a_prefix_chooses_among_several_networks(tmp_path, backbone):  # noqa: F811
+def test_a_prefix_chooses_among_several_networks(tmp_path, backbone):
     both = prefixed("module.encoder_q.", other(backbone)) | prefixed(
         "module.encoder_k.", backbone
     )
@@ -103,7 +103,7 @@ def test_a_prefix_chooses_among_several_networks(tmp_path, backbone):  # noqa: F
     assert_holds(f"{file}#module.encoder_q", other(backbone))
 
 
-def test_a_prefix_that_no_network_has_is_refused_with_those_there_are(tmp_path, backbone):  # noqa: F811
+def test_a_prefix_that_no_network_has_is_refused_with_those_there_are(tmp_path, backbone):
     both = prefixed("a.", backbone) | prefixed("b.", backbone)
     file = save(both, tmp_path / "weights.pth")
 
@@ -111,11 +111,11 @@ def test_a_prefix_that_no_network_has_is_refused_with_those_there_are(tmp_path, 
         read_backbone(f"{file}#c")
 
 
-def test_a_file_whose_own_name_has_a_number_sign_is_read(tmp_path, backbone):  # noqa: F811
+def test_a_file_whose_own_name_has_a_number_sign_is_read(tmp_path, backbone):
     assert_holds(save(backbone, tmp_path / "weights#1.pth"), backbone)
 
 
-def test_safetensors_are_known_by_their_content(tmp_path, backbone):  # noqa: F811
+def test_safetensors_are_known_by_their_content(tmp_path, backbone):
     file = save(backbone, tmp_path / "weights.safetensors").rename(tmp_path / "weights.bin")
 
     assert_holds(file, backbone)
@@ -159,7 +159,7 @@ def test_a_pickled_module_names_the_class_that_is_not_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["a", "b"])
-def test_a_resnet_of_another_kind_names_what_differs(tmp_path, backbone, kind):  # noqa: F811
+def test_a_resnet_of_another_kind_names_what_differs(tmp_path, backbone, kind):
     # IBN-b has an instance normalization at the end of a stage.
     weights = dict(backbone)
     if kind == "a":

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from safetensors.torch import save_file
 
 from upreid_ray.config.downstream import CompareConfig, EvaluateConfig, FinetuneConfig
-from upreid_ray.config.errors import InputError
+from upreid_ray.config.errors import InputError, RunStopped
 from upreid_ray.config.presets import FINETUNE_PRESETS, IMAGENET
 from upreid_ray.config.run import ScalingConfig
 from upreid_ray.config.section import RANDOM, absolute
@@ -296,6 +296,18 @@ def test_runs_are_nested_and_register_nothing(finished):
 
     assert len(nested) == 4
     assert finished.client.search_registered_models() == []
+
+
+@pytest.mark.ray
+def test_a_comparison_that_is_interrupted_says_how_to_go_on(finished, config, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("upreid_ray.downstream.compare._side_by_side", interrupt)
+    stopped = config.finetune.override({"run.name": "stopped"})
+
+    with pytest.raises(RunStopped, match="stopped was stopped; continue it with --resume stop"):
+        compare(config.model_copy(update={"finetune": stopped}))
 
 
 @pytest.mark.ray

@@ -370,11 +370,7 @@ def hindered(finished, ray_cluster, python, folder, tiny) -> SimpleNamespace:
         job.end()
     run_id = json.loads((job.run / "run.json").read_text())["run_id"]
     killed = finished.client.get_run(run_id).info.status
-    damaged = f"step-{job.newest_checkpoint():08d}"
-    flip_a_bit(job.run / damaged / "model.safetensors")
-    # As if the controller had been killed while it wrote, or the disk had been full.
-    snapshot = job.run / "checkpoint_manager_snapshot.json"
-    snapshot.write_text(snapshot.read_text()[:-9])
+    damaged = damage_the_newest(job)
 
     resume = ("--resume", "hindered")
     stopped = Job(config, folder, *resume, ray_address=ray_cluster)
@@ -417,6 +413,16 @@ def hindered(finished, ray_cluster, python, folder, tiny) -> SimpleNamespace:
         stopped_at=stopped_at,
         result=result,
     )
+
+
+def damage_the_newest(job: Job) -> str:
+    """Damage the newest checkpoint, whose name is returned, and the list of them."""
+    name = f"step-{job.newest_checkpoint():08d}"
+    flip_a_bit(job.run / name / "model.safetensors")
+    # As if the controller had been killed while it wrote, or the disk had been full.
+    snapshot = job.run / "checkpoint_manager_snapshot.json"
+    snapshot.write_text(snapshot.read_text()[:-9])
+    return name
 
 
 def flip_a_bit(file: Path) -> None:
