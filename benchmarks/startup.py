@@ -67,7 +67,10 @@ TRAINING = {
 CASES = {
     "pretrain": Case(("pretrain", "demo", *EACH_STEP), TRAINING),
     "trial": Case(
-        ("sweep", "i2", "demo", "--num_trials=2", "--trial_epochs=1", *FEW, *EACH_STEP),
+        (
+            *("sweep", "i2", "demo", "--num_trials=2", "--trial_epochs=1"),
+            *("--scheduler=none", *FEW, *EACH_STEP),
+        ),
         {
             "first trial ended": ("NAME/NAME-000/result.json", ""),
             "untrained scored": ("NAME/NAME-001/metrics.jsonl", "eval/mAP"),

@@ -52,7 +52,7 @@ from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.run import SyntheticConfig
 from upreid_ray.core.checkpoint import BestBackbone, load_checkpoint, save_checkpoint
 from upreid_ray.core.retrieval import Labels, cosine_distances, extract_features, score_rows
-from upreid_ray.core.training import TrainState, train, train_step
+from upreid_ray.core.training import State, TrainState, train, train_step
 from upreid_ray.data.sources.source import source_records, synthetic_records
 from upreid_ray.data.stream.decode import decode_images
 
@@ -181,8 +181,8 @@ def batches(images: Tensor, state: TrainState) -> Iterator[Tensor]:
         yield images[torch.from_numpy(order[place * size : (place + 1) * size])]
 
 
-def score(state: TrainState, data: StudyData) -> dict[str, float]:
-    """Score the frozen backbone."""
+def score(state: State, data: StudyData) -> dict[str, float]:
+    """Score the features of the state's backbone."""
     normalization = state.description.normalization
     query, gallery = (
         extract_features(state.extractor, each.images.split(SCORING_BATCH_SIZE), normalization)
@@ -289,6 +289,11 @@ def read_lines(results: Path) -> list[Line]:
     )
 
 
+def run_folder(out: Path, preset: str, common: Mapping[str, Any], row: str, seed: int) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return out / re.sub(r"[^\w.=]+", "_", f"{preset} {dict(common)} {row} {seed}")
+
+
 def study(
     data: StudyData,
     common: dict[str, Any],
@@ -319,8 +324,7 @@ def study(
         for row in rows:
             config = PRESETS[preset].override(common | parse_row(row) | {"seed": seed})
             run_about = {**about, "preset": preset, "common": common, "row": row, "seed": seed}
-            name = re.sub(r"[^\w.=]+", "_", f"{preset} {common} {row} {seed}")
-            run = Run(config, data, out / name, device)
+            run = Run(config, data, run_folder(out, preset, common, row, seed), device)
             num_steps = run.state.num_steps
             known = [each for each in read_lines(results) if run_about.items() <= each.items()]
             if any(each["step"] == num_steps for each in known):

@@ -30,7 +30,9 @@ from upreid_ray.core.memory import KEEP_FREED_MEMORY
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking import connection, load_backbone, runs
+from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.pretrain import fit
+from upreid_ray.train.worker import local_checkpoint_prefix
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
@@ -371,6 +373,9 @@ def hindered(finished, ray_cluster, python, folder, tiny) -> SimpleNamespace:
     run_id = json.loads((job.run / "run.json").read_text())["run_id"]
     killed = finished.client.get_run(run_id).info.status
     damaged = damage_the_newest(job)
+    # What a worker leaves that is killed while a checkpoint is uploaded.
+    left = local_checkpoint_prefix(RunFolder(str(job.run.parent), job.run.name))
+    tempfile.mkdtemp(prefix=left)
 
     resume = ("--resume", "hindered")
     stopped = Job(config, folder, *resume, ray_address=ray_cluster)
@@ -408,6 +413,7 @@ def hindered(finished, ray_cluster, python, folder, tiny) -> SimpleNamespace:
         environment=environment,
         statuses=[killed, status],
         damaged=damaged,
+        left=list(Path(tempfile.gettempdir()).glob(f"{left}*")),
         errors=[each.errors for each in jobs],
         exit_statuses=[each.process.returncode for each in jobs],
         stopped_at=stopped_at,
@@ -437,6 +443,10 @@ def test_a_job_that_lost_a_worker_was_killed_damaged_and_stopped_ends_as_if_it_h
     torch.testing.assert_close(
         weights(hindered.result["model_uri"]), finished.weights, rtol=0, atol=0
     )
+
+
+def test_no_checkpoint_is_left_in_the_folder_of_temporary_files(hindered):
+    assert hindered.left == []
 
 
 def test_workers_keep_the_memory_that_a_step_frees(hindered):

@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from upreid_ray.config.errors import RunFailed
 from upreid_ray.config.presets import PRESETS
+from upreid_ray.train.folder import RunFolder
 from upreid_ray.train.pretrain_worker import PretrainWorker
-from upreid_ray.train.worker import Due
+from upreid_ray.train.worker import Due, local_checkpoint_prefix, remove_local_checkpoints
 
 # Imports a module, then prints those of the modules that it must not have imported.
 IMPORTED = """
@@ -116,3 +119,16 @@ def test_at_the_end_of_an_epoch_the_log_says_what_was_left_out_and_the_count_beg
 
     assert "left out of the last epoch: 4 of 400 images do not decode" in caplog.text
     assert not worker.undecodable
+
+
+def test_only_what_a_killed_worker_of_the_same_run_left_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine, other = (RunFolder("/runs", name) for name in ("mine", "mine-2"))
+    left = [
+        Path(tempfile.mkdtemp(prefix=local_checkpoint_prefix(run))) for run in (mine, other)
+    ]
+    (left[0] / "model.safetensors").touch()
+
+    remove_local_checkpoints(mine)
+
+    assert list(tmp_path.iterdir()) == left[1:]

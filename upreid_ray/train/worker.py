@@ -3,10 +3,12 @@
 Workers import this module, so it must not import what only the driver needs, such as `job`.
 """
 
+import hashlib
 import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -41,7 +43,7 @@ from upreid_ray.data.stream.training import TrainingImages
 from upreid_ray.tracking.run_log import RunLog
 from upreid_ray.train import stop_signal
 from upreid_ray.train.evaluation import Evaluation
-from upreid_ray.train.folder import CHECKPOINT, NOT_FINITE_FILE, STOP_FILE
+from upreid_ray.train.folder import CHECKPOINT, NOT_FINITE_FILE, STOP_FILE, RunFolder
 from upreid_ray.train.meter import Gauges, Meter
 from upreid_ray.train.worker_settings import DELIVERY_SECONDS, WorkerSettings
 
@@ -171,6 +173,8 @@ class Worker(ABC):
             is raised, so that Ray Train starts again from the last checkpoint.
         """
         failure: RunFailed | InputError | None
+        if distributed.rank() == 0:
+            remove_local_checkpoints(self.folder)
         try:
             failure = self._restore() or self._train()
         except (RunFailed, InputError) as error:  # every worker raised it
@@ -352,7 +356,7 @@ class Worker(ABC):
         if distributed.rank() == 0:
             if scores or not self.best.scores:
                 self.best.update(self.state, scores)
-            folder = Path(tempfile.mkdtemp(prefix="upreid-checkpoint-"))
+            folder = Path(tempfile.mkdtemp(prefix=local_checkpoint_prefix(self.folder)))
             save_checkpoint(
                 folder,
                 self.state,
@@ -378,6 +382,17 @@ class Worker(ABC):
             checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
+
+
+def local_checkpoint_prefix(folder: RunFolder) -> str:
+    """Return how the names of a run's checkpoints begin that wait on this node for upload."""
+    return f"upreid-checkpoint-{hashlib.sha256(folder.uri.encode()).hexdigest()[:16]}-"
+
+
+def remove_local_checkpoints(folder: RunFolder) -> None:
+    """Remove the checkpoints that a killed worker of the run did not upload from this node."""
+    for each in Path(tempfile.gettempdir()).glob(f"{local_checkpoint_prefix(folder)}*"):
+        shutil.rmtree(each, ignore_errors=True)
 
 
 def stream(

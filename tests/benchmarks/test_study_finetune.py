@@ -1,0 +1,46 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import study_finetune
+from benchmarks.study import LabelledImages, Run, StudyData, read_lines, run_folder, tables
+from tests.core.tiny import people, tiny
+from upreid_ray.core.retrieval import Labels
+
+COMMON = {"checkpoint.every_steps": 2}
+CONFIG = tiny({"training.epochs": 1} | COMMON)
+
+
+def test_a_run_is_fine_tuned_once_from_its_last_and_its_first_checkpoint(
+    tmp_path: Path,
+) -> None:
+    def labelled(number: int, seed: int) -> LabelledImages:
+        pids = torch.arange(number) % 3
+        return LabelledImages(people(number, seed), Labels(pids, torch.full_like(pids, seed)))
+
+    data = StudyData(people(24), labelled(3, 1), labelled(6, 2))
+    pids = np.repeat([7, 3, 9, 5, 2, 8], 4)
+    folder = run_folder(tmp_path, "tiny", COMMON, "MoCo v2", 0)
+    list(Run(CONFIG, data, folder).lines())
+    results = tmp_path / "lines.jsonl"
+    config = study_finetune.finetune_config(0, persons=0.5, epochs=2).override(
+        {"training.num_persons": 2, "training.num_images": 2}
+    )
+
+    def run() -> list[str]:
+        for row in ("random", "MoCo v2"):
+            about = {"set": "people", "split": "validation", "preset": "tiny"}
+            about |= {"common": COMMON, "row": row, "seed": 0}
+            study_finetune.run(data, pids, about, config, folder, results)
+        return results.read_text().splitlines()
+
+    lines = run()
+
+    assert run() == lines
+    first, last = map(json.loads, lines)
+    assert (first["persons"], first["images"], first["step"]) == (3, 12, 6)
+    assert first["mAP"] != last["mAP"]
+    (table,) = tables(read_lines(results))
+    assert list(table.columns[0].cells) == ["random", "MoCo v2"]
