@@ -50,6 +50,15 @@ def containers(pod: Tree) -> list[Tree]:
     return [*pod.get("initContainers", []), *pod["containers"]]
 
 
+def hook(resources: list[Tree]) -> list[str]:
+    """Return what Kubernetes runs in the pod of a training worker before it ends the pod."""
+    (cluster,) = (each for each in resources if each["kind"] == "RayCluster")
+    groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
+    (worker,) = groups["train"]["template"]["spec"]["containers"]
+    command: list[str] = worker["lifecycle"]["preStop"]["exec"]["command"]
+    return command
+
+
 def compose() -> Tree:
     """Read the compose file."""
     tree: Tree = yaml.safe_load((CLUSTER / "compose.yaml").read_text())

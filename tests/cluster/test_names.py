@@ -6,8 +6,10 @@ where it comes from, so that none can be renamed in one place alone.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
 from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +29,7 @@ from tests.cluster.manifests import (
     Tree,
     compose,
     containers,
+    hook,
     nodes,
     pods,
     ray_up,
@@ -286,6 +289,9 @@ def test_ray_has_one_port_for_metrics_everywhere(rendered: dict[str, list[Tree]]
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         scraped = group["template"]["metadata"]["annotations"]["prometheus.io/port"]
         assert scraped == str(ports["metrics"])
+    for name in ("head", "worker", "gpu-worker"):
+        command = compose()["services"][name]["command"]
+        assert f"--metrics-export-port={ports['metrics']}" in command
     (policy,) = (
         r
         for r in rendered["gpu"]
@@ -293,6 +299,34 @@ def test_ray_has_one_port_for_metrics_everywhere(rendered: dict[str, list[Tree]]
     )
     open_to = {p["port"] for rule in policy["spec"]["ingress"] for p in rule.get("ports", [])}
     assert open_to == {ports["metrics"], ports["dashboard"]}
+
+
+def test_the_pod_of_a_worker_waits_for_training_to_end_and_not_for_its_own_shell(
+    rendered: dict[str, list[Tree]], tmp_path: Path
+) -> None:
+    command, processes = hook(rendered["gpu"]), tmp_path / "proc"
+    for pid, title in (("1", "\0".join(command)), ("2", "ray::RayTrainWorker")):
+        (processes / pid).mkdir(parents=True)
+        (processes / pid / "cmdline").write_text(title)
+    programs = {
+        "ray": f"echo $* >> {tmp_path}/told",
+        "sleep": f"rm {processes}/2/cmdline; echo slept >> {tmp_path}/told",
+    }
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    *shell, script = command
+    subprocess.run(
+        [*shell, script.replace("/proc", str(processes))],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        timeout=60,
+        check=True,
+        capture_output=True,
+    )
+
+    told, *slept = (tmp_path / "told").read_text().splitlines()
+    assert told.startswith("drain-node")
+    assert slept == ["slept"]
 
 
 def test_compose_names_services_and_ports_that_it_has() -> None:
