@@ -293,6 +293,7 @@ _TINY = {
     "scaling.num_workers": 1,
     "scaling.use_gpu": False,
     "scaling.cpus_per_worker": 0.5,
+    "scaling.threads_per_worker": 1,  # two would mostly wait for each other
 }
 _TINY_BATCHES = {
     "training.epochs": 2,  # a sweep may stop its trials after the first
