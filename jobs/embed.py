@@ -51,10 +51,10 @@ def main() -> dict[str, Any]:
     add_settings(parser, EmbedConfig)
     arguments = parser.parse(sys.argv[1:])
     config = override(EmbedConfig(), arguments)
+    connect_to_ray(meanwhile="upreid_ray.downstream.embed")
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.embed import embed
 
-    connect_to_ray()
     result = embed(arguments.init, arguments.source, arguments.out, config)
     logger.info(
         "%d images, %d refused, %.0f images/s; search them with jobs/search.py --gallery %s",

@@ -29,7 +29,7 @@ def main() -> dict[str, Any]:
     add_settings(parser, EvaluateConfig)
     arguments = parser.parse(sys.argv[1:])
     config = override(EvaluateConfig(), arguments)
-    connect_to_ray()
+    connect_to_ray(meanwhile="upreid_ray.downstream.evaluate")
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.evaluate import evaluate
 

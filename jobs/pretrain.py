@@ -39,7 +39,7 @@ def main() -> dict[str, Any]:
         config = config.override({"run.name": arguments.resume})
     else:
         check_shards(config)
-    connect_to_ray()
+    connect_to_ray(meanwhile="upreid_ray.train.pretrain")
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.train.pretrain import fit
 

@@ -1,12 +1,15 @@
 """What the user types becomes a configuration, or one line that says what is wrong."""
 
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import ray
 
 from jobs import prepare as prepare_job
 from jobs import sweep as sweep_job
@@ -16,6 +19,7 @@ from upreid_ray.command_line import (
     add_pretrain_settings,
     add_resume,
     add_settings,
+    connect_to_ray,
     override,
     parse_recorded,
     read_pretrain_settings,
@@ -505,3 +509,22 @@ def test_the_help_of_a_job_goes_to_standard_output_with_status_0(finished):
 
     missing = [title for title in sections(PretrainConfig) if f"\n{title}:\n" not in output]
     assert (status, errors, missing) == (0, "", [])
+
+
+def test_what_a_job_needs_next_is_imported_while_ray_starts(tmp_path, monkeypatch):
+    (tmp_path / "needed_next.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def start(*_, **__):
+        deadline = time.monotonic() + 60
+        while "needed_next" not in sys.modules:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    try:
+        connect_to_ray(meanwhile="needed_next")
+    finally:
+        signal.signal(signal.SIGTERM, handler)

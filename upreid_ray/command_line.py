@@ -386,13 +386,14 @@ def check_shards(config: PretrainConfig) -> None:
         ShardSet.open(config.data.shards)
 
 
-def connect_to_ray(*, show_workers: bool = True) -> None:
+def connect_to_ray(*, meanwhile: str | None = None, show_workers: bool = True) -> None:
     """Connect to the Ray cluster of ``RAY_ADDRESS``, or start a local one for this process.
 
     A process that is connected stays as it is. Ray itself would also look for a cluster that
     was once started on this machine, and wait for minutes if it is gone.
 
     Args:
+        meanwhile: A module to import while Ray starts; the job should need it next.
         show_workers: Whether to show the logs of workers.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
@@ -402,10 +403,10 @@ def connect_to_ray(*, show_workers: bool = True) -> None:
 
     address = os.environ.get("RAY_ADDRESS") or "local"
     with stage("starting Ray" if address == "local" else "connecting to Ray"):
-        _connect(address, show_workers=show_workers)
+        _connect(address, meanwhile=meanwhile, show_workers=show_workers)
 
 
-def _connect(address: str, *, show_workers: bool) -> None:
+def _connect(address: str, *, meanwhile: str | None, show_workers: bool) -> None:
     """Connect to a cluster, or start a local one."""
     # Importing Ray Data configures its loggers, which are made quieter below.
     import ray.data  # noqa: PLC0415, see `connect_to_ray`
@@ -421,6 +422,9 @@ def _connect(address: str, *, show_workers: bool) -> None:
         environment = {"py_executable": quoted} if quoted != sys.executable else {}
         # The only node is never preempted, and the watcher costs a process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    if meanwhile is not None:
+        # Ray's servers take seconds to start, for which this process would only wait.
+        threading.Thread(target=import_module, args=(meanwhile,), daemon=True).start()
     ray.init(
         address,
         logging_level=logging.WARNING,
