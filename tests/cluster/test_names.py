@@ -49,7 +49,14 @@ BASE_PROGRAMS = {"bash", "sh", "sleep", "grep", "break", "for", "do", "done", "e
 FOREIGN = {
     *("POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD", "PGDATA"),
     *("MINIO_ROOT_USER", "MINIO_ROOT_PASSWORD", "NVIDIA_DRIVER_CAPABILITIES"),
-    *("PATH", "XDG_CACHE_HOME", "TRITON_HOME", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"),
+    *(
+        "PATH",
+        "XDG_CACHE_HOME",
+        "MPLCONFIGDIR",
+        "TRITON_HOME",
+        "PYTHONDONTWRITEBYTECODE",
+        "PYTHONUNBUFFERED",
+    ),
 }
 GIGABYTES = {"Gi": 1.0, "Mi": 2.0**-10, "gb": 1.0, "g": 1.0}
 PROPORTION = ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION

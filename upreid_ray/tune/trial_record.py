@@ -50,7 +50,7 @@ class TrialRecord(Section):
     rungs: Mapping[float, float] = Field(default_factory=dict)
     """mAP by epoch."""
     checkpoint: str | None = None
-    """Folder or URI of the newest checkpoint, which also holds the best backbone."""
+    """Path of the newest checkpoint, which also holds the best backbone."""
     reason: str | None = None
     """Why it did not finish; None if it did."""
 

@@ -30,7 +30,7 @@ class Winner:
 def register_trial(
     settings: TrialSettings, client: runs.Client, record: TrialRecord, model_name: str
 ) -> Winner:
-    """Register the best backbone of a trial."""
+    """Register the best backbone of a trial, which has a checkpoint."""
     folder = settings.folder(record.candidate.number)
     run_id, _ = folder.recorded()
     tags = {
@@ -40,7 +40,9 @@ def register_trial(
         "manifest": settings.shards.manifest.digest(),
         "evaluation": settings.evaluation.manifest.digest(EVALUATION_SPLITS),
     }
-    with Checkpoint(record.checkpoint).as_directory() as directory:
+    # Its path alone does not say in which filesystem it is.
+    place = folder.location / Path(str(record.checkpoint)).name
+    with Checkpoint(place.path, place.filesystem).as_directory() as directory:
         outcome = read_outcome(Path(directory))
         model_uri = register(client, Path(directory), run_id=run_id, name=model_name, tags=tags)
     return Winner(model_uri, outcome.best_scores, outcome.images_per_second)
