@@ -139,7 +139,7 @@ image:  ## build the container image (ARGS="--build-arg VARIANT=cpu")
 	  --build-arg COMMIT=$$(git describe --always --abbrev=40 --dirty) .
 
 test-image: $(READY)  ## build the image without Docker and run its roles (as root; cluster/README.md)
-	$(BIN)/python -m pytest tests/cluster/test_image.py $(ARGS)
+	$(BIN)/python -m pytest tests/cluster/test_image.py tests/cluster/test_image_roles.py $(ARGS)
 
 bill: $(READY)  ## write the image's bill of materials, build/bill-of-materials.json (CycloneDX)
 	mkdir -p build

@@ -23,6 +23,8 @@ from tests.cluster.processes import ending
 
 SECONDS = 180.0
 S3_PORT = 9000
+# Hosts beside the services: of who submits jobs, and of who watches.
+OTHERS = ("outside", "prometheus")
 
 
 def interpolated(value: Any) -> Any:
@@ -59,7 +61,7 @@ class Composition:
 
     def __init__(self, image: Image, network: Network, folder: Path, secrets: Path) -> None:
         self._image = image
-        self._folder = folder
+        self.folder = folder
         self._secrets = secrets
         self._services: dict[str, Any] = interpolated(compose()["services"])
         self._stack = ExitStack()
@@ -68,16 +70,16 @@ class Composition:
         self._files: dict[str, Path] = {}
         self._name_server = network.add()
         self.hosts: dict[str, Host] = {
-            name: network.add() for name in (*self._services, "outside")
+            name: network.add() for name in (*self._services, *OTHERS)
         }
 
     def __enter__(self) -> Self:
         """Start the name server, as a container engine has one."""
-        hosts, names = self._folder / "hosts", self._folder / "names"
+        hosts, names = self.folder / "hosts", self.folder / "names"
         hosts.write_text("127.0.0.1 localhost\n")
         lines = [f"{host.address} {name}\n" for name, host in self.hosts.items()]
         names.write_text("".join(lines))
-        resolver = self._folder / "resolv.conf"
+        resolver = self.folder / "resolv.conf"
         resolver.write_text(f"nameserver {self._name_server.address}\noptions ndots:0\n")
         self._files = {"/etc/hosts": hosts, "/etc/resolv.conf": resolver}
         words = ("--no-daemon", "--no-resolv", "--no-hosts", "--user=root", "--local=/#/")
@@ -113,9 +115,15 @@ class Composition:
         process.kill()
         process.wait()
 
+    def wait_until_restarted(self, name: str) -> None:
+        """Wait until a service has ended by itself, and start it again as the file wants it."""
+        assert self._services[name]["restart"] == "unless-stopped"
+        self._processes.pop(name).wait(SECONDS)
+        self.up(name)
+
     def log(self, name: str) -> str:
         """Return what a service has printed."""
-        return (self._folder / f"{name}.log").read_text()
+        return (self.folder / f"{name}.log").read_text()
 
     def command(self, name: str, *words: str, of: str = "head") -> list[str]:
         """Return the words that run a command on a host, with the variables of a service."""
@@ -144,6 +152,27 @@ class Composition:
         command = self.command(name, *words)
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
+    def execute(self, name: str, *words: str) -> list[str]:
+        """Return the words that run a command among the processes of a running service."""
+        process, given = self._processes[name], self._environment(name)
+        return self._image.enter_again(process.pid, *words, environment=given)
+
+    def postgres(self, *words: str, given: bytes = b"") -> bytes:
+        """Run a program of PostgreSQL on its host; return what it prints."""
+        assert self._programs is not None
+        password = self._environment("postgres")["POSTGRES_PASSWORD"]
+        program, *options = words
+        return subprocess.run(
+            [
+                *(*self.hosts["postgres"].prefix, str(self._programs / program)),
+                *("--host=127.0.0.1", *options),
+            ],
+            env=os.environ | {"PGPASSWORD": password},
+            input=given,
+            capture_output=True,
+            check=True,
+        ).stdout
+
     def _environment(self, name: str) -> dict[str, str]:
         service = self._services[name]
         given: dict[str, str] = {}
@@ -159,16 +188,14 @@ class Composition:
             assert (given["POSTGRES_USER"], given["POSTGRES_DB"]) == ("mlflow", "mlflow")
             server = postgres(5432, password, address=everywhere, prefix=host.prefix)
             self._programs = self._stack.enter_context(server)
-            address = f"postgresql://mlflow:{password}@127.0.0.1/postgres"
-            create = [str(self._programs / "psql"), address, "-c", "CREATE DATABASE mlflow"]
-            subprocess.run([*host.prefix, *create], check=True, capture_output=True)
+            self.postgres("createdb", "-U", "mlflow", "mlflow")
             return
         if name == "s3":
             options = ("-H", "0.0.0.0", "-p", str(S3_PORT))
             command = [*host.prefix, sys.executable, "-m", "moto.server", *options]
         else:
             command = self.command(name, *self._services[name]["command"], of=name)
-        with (self._folder / f"{name}.log").open("ab") as log:
+        with (self.folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )

@@ -122,24 +122,39 @@ class Image:
             writable: The folders that they mount, which everybody may write.
             files: Files of this machine that stand in the image, by their path there.
         """
-        user, _, group = self.config["User"].partition(":")
-        given = dict(word.split("=", 1) for word in self.config["Env"])
-        variables = given | {"HOME": "/home/ray"} | (environment or {})
         words = ["bwrap", "--ro-bind", str(self.root), "/", "--proc", "/proc", "--dev", "/dev"]
         words += ["--ro-bind", "/sys", "/sys", *folders]
         for folder in writable:
             words += ["--chmod", "1777", folder]
         for path, file in (files or {}).items():
             words += ["--ro-bind", str(file), path]
-        words += ["--unshare-pid", "--unshare-ipc", "--die-with-parent", "--clearenv"]
-        for name, value in variables.items():
-            words += ["--setenv", name, value]
-        words += ["--cap-drop", "ALL"]
+        words += ["--unshare-pid", "--unshare-ipc", "--die-with-parent", "--cap-drop", "ALL"]
         for capability in ("SETUID", "SETGID", "SETPCAP"):  # for setpriv, which drops them
             words += ["--cap-add", f"CAP_{capability}"]
-        words += ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups"]
+        return [*words, *self._as_user(*command, environment=environment or {})]
+
+    def enter_again(
+        self, process: int, *command: str, environment: dict[str, str]
+    ) -> list[str]:
+        """Return the words that run a command beside one that was entered before.
+
+        Args:
+            process: The first process of the other command, on this machine.
+            command: The command, which shares processes, files and network with it.
+            environment: Variables beside those of the image.
+        """
+        (child, *_) = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        words = ["nsenter", f"--target={child}", "--mount", "--pid", "--ipc", "--net"]
+        return [*words, *self._as_user(*command, environment=environment)]
+
+    def _as_user(self, *command: str, environment: dict[str, str]) -> list[str]:
+        user, _, group = self.config["User"].partition(":")
+        words = ["setpriv", f"--reuid={user}", f"--regid={group}", "--clear-groups"]
         words += ["--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
-        return [*words, "env", f"--chdir={self.config['WorkingDir']}", *command]
+        words += ["env", "--ignore-environment", f"--chdir={self.config['WorkingDir']}"]
+        home = "HOME=/home/ray"
+        given = [f"{name}={value}" for name, value in environment.items()]
+        return [*words, *self.config["Env"], home, *given, *command]
 
     def run(self, *command: str) -> str:
         """Run a command in the image; return what it prints."""

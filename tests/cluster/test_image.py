@@ -1,46 +1,25 @@
 """The image of `cluster/Dockerfile`: built, measured, entered.
 
-`make test-image` runs this, and nothing else does: it takes minutes and gigabytes. It skips
-with what is missing. `IMAGE_VARIANT=cuda` builds the variant for GPUs; `IMAGE_STORE=FOLDER`
-keeps the image there for the next time.
+`make test-image` runs this and `test_image_roles.py`, and nothing else does: it takes minutes
+and gigabytes. It skips with what is missing. `IMAGE_VARIANT=cuda` builds the variant for GPUs;
+`IMAGE_STORE=FOLDER` keeps the image there for the next time.
 """
 
 import csv
-import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from email.parser import HeaderParser
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.cluster import firewall
-from tests.cluster.composition import Composition
-from tests.cluster.image import DOCKERFILE, Image, skip_unless_possible
-from tests.cluster.manifests import CLUSTER, Tree, locked
-from tests.cluster.network import Network
+from tests.cluster.image import DOCKERFILE, Image
+from tests.cluster.manifests import locked
 
 pytestmark = pytest.mark.timeout(3600)
 
 VARIANT = os.environ.get("IMAGE_VARIANT", "cpu")
 JOBS = ("prepare", "pretrain", "sweep", "finetune", "evaluate", "compare", "embed", "search")
-
-
-@pytest.fixture(scope="module")
-def image() -> Iterator[Image]:
-    skip_unless_possible()
-    kept = os.environ.get("IMAGE_STORE")
-    folder = Path(kept or tempfile.mkdtemp(prefix="upreid-image-"))
-    built = Image(folder, VARIANT)
-    yield built
-    built.close()
-    if not kept:
-        shutil.rmtree(folder)
 
 
 def packages(image: Image) -> dict[tuple[str, str], int]:
@@ -160,128 +139,3 @@ assert torch.allclose(twice(torch.ones(3)), (torch.ones(3) * 2).sin())
 print(module.__name__, torch.version.cuda)
 """
     assert image.run("python", "-c", script).startswith("m 13.")
-
-
-# Of the preset demo, in seconds.
-TINY = {
-    "data.synthetic.num_train_identities": "4",
-    "data.synthetic.num_test_identities": "4",
-    "data.synthetic.num_unlabeled_identities": "10",
-    "data.synthetic.num_cameras": "2",
-    "model.queue_size": "32",
-    "training.epochs": "2",
-    "training.batch_size": "8",
-    "training.group_size": "4",
-    "training.log_every_steps": "1",
-    "evaluation.every_epochs": "1",
-    "checkpoint.every_steps": "4",
-    "scaling.num_workers": "1",
-    "scaling.cpus_per_worker": "1",
-}
-
-
-# The pod that stands for each service; from outside, the one that submits a RayJob.
-PODS = {
-    "head": {"ray.io/cluster": "upreid"},
-    "worker": {"ray.io/cluster": "upreid"},
-    "mlflow": {"app": "mlflow"},
-    "bucket": {"app": "mlflow"},
-    "postgres": {"app": "postgres"},
-    "s3": {"app": "s3"},
-    "outside": {"ray.io/originated-from-crd": "RayJob"},
-    "gpu-worker": {},  # it is not started: nobody's pod
-}
-TOGETHER: dict[str, Any] = {
-    "stdout": subprocess.PIPE,
-    "stderr": subprocess.STDOUT,
-    "text": True,
-}
-PORTS = {"head": (6379, 8265), "mlflow": (5000,), "postgres": (5432,), "s3": (9000,)}
-
-
-@pytest.fixture(scope="module")
-def services(image: Image, rendered: dict[str, list[Tree]]) -> Iterator[Composition]:
-    """Start all services but the one for GPUs, behind the policies of Kubernetes."""
-    folder = Path(tempfile.mkdtemp(prefix="upreid-services-"))
-    shutil.copy(CLUSTER / "make_secrets.py", folder)
-    (folder / "kubernetes/base").mkdir(parents=True)
-    subprocess.run([sys.executable, str(folder / "make_secrets.py")], check=True)
-    secrets = folder / "kubernetes/base/secrets"
-    policies = [each for each in rendered["gpu"] if each["kind"] == "NetworkPolicy"]
-    with Network() as network, Composition(image, network, folder, secrets) as composition:
-        for name, text in firewall.rules(policies, PODS, composition.hosts).items():
-            firewall.apply(composition.hosts[name], text)
-        composition.up("worker")
-        composition.wait_until_healthy("head")
-        yield composition
-    shutil.rmtree(folder)
-
-
-def submission(services: Composition, job: str, *words: str) -> list[str]:
-    """Return the words that submit a job of the image from outside."""
-    submit = ("ray", "job", "submit", "--address=http://head:8265", "--log-color=false", "--")
-    return services.command(
-        "outside", *submit, "python", f"/home/ray/upreid/jobs/{job}.py", *words
-    )
-
-
-def finish(command: list[str]) -> dict[str, Any]:
-    """Run a submission to its end; return what the job's last line says."""
-    done = subprocess.run(command, **TOGETHER, timeout=600, check=False)
-    assert done.returncode == 0, done.stdout
-    line = next(line for line in done.stdout.splitlines() if line.startswith('{"run_id"'))
-    return json.loads(line)
-
-
-def pretraining(*words: str) -> list[str]:
-    """Return the words of a tiny run."""
-    return ["demo", *(f"--{name}={value}" for name, value in TINY.items()), *words]
-
-
-def test_a_submitted_pre_training_registers_a_backbone_that_a_worker_can_load(services):
-    result = finish(submission(services, "pretrain", *pretraining("--run.name=first")))
-    script = (
-        f"import upreid_ray; print(type(upreid_ray.load_backbone({result['model_uri']!r})))"
-    )
-    loaded = services.run("worker", "python", "-c", script)
-
-    assert result["model_uri"] == "models:/upreid-resnet18/1"
-    assert "ResNet" in loaded.stdout, loaded.stderr
-
-
-def test_ray_keeps_its_objects_in_shared_memory(services):
-    assert "instead of /dev/shm" not in services.log("head") + services.log("worker")
-
-
-def reached(services: Composition) -> dict[str, list[str]]:
-    """Return the ports that can be connected to, by the host from which it was tried."""
-    script = """
-import socket, sys
-for word in sys.argv[1:]:
-    host, port = word.split(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=1).close()
-        print(word)
-    except OSError:
-        pass
-"""
-    names = {
-        f"{services.hosts[name].address}:{port}": f"{name}:{port}"
-        for name, ports in PORTS.items()
-        for port in ports
-    }
-    found = {}
-    for name in ("outside", "worker", "mlflow", "s3", "gpu-worker"):
-        lines = services.run(name, "python", "-c", script, *names).stdout.split()
-        found[name] = [names[line] for line in lines]
-    return found
-
-
-def test_policies_let_through_what_is_needed_and_nothing_else(services):
-    assert reached(services) == {
-        "outside": ["head:8265"],
-        "worker": ["head:6379", "head:8265", "mlflow:5000", "s3:9000"],
-        "mlflow": ["mlflow:5000", "postgres:5432", "s3:9000"],
-        "s3": ["s3:9000"],
-        "gpu-worker": [],
-    }

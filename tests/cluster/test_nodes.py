@@ -1,23 +1,21 @@
 """Jobs submitted from outside to a cluster of several nodes, one of which is lost."""
 
-import json
 import re
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from tests.cluster.network import Network
 from tests.cluster.nodes import Nodes
 from tests.cluster.processes import ROOT, tree
+from tests.cluster.submission import STEP, Submission
 from tests.ray_workers import worker_of
 from tests.train.test_pretrain import TINY, newest_checkpoint
 from upreid_ray.tune.trial_record import TrialRecord
@@ -43,62 +41,6 @@ CONFIG = TINY.override(
 # So many that a node can come while the run trains on without it.
 NUM_EPOCHS = 12
 STEPS_PER_EPOCH = 7
-SECONDS = 600.0
-STEP = r"step (\d+)/(\d+) +loss"
-
-
-class Submission:
-    """A job that was submitted from a folder of its own, and what it has said."""
-
-    def __init__(self, nodes: Nodes, folder: Path, *words: str, **environment: str) -> None:
-        work = Path(tempfile.mkdtemp(dir=folder))
-        for part in ("upreid_ray", "jobs"):
-            ignore = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(ROOT / part, work / part, ignore=ignore)
-        (work / "config.json").write_text(CONFIG.model_dump_json())
-        address = (f"--address={nodes.dashboard}", f"--working-dir={work}")
-        self._log = folder / f"{work.name}.log"
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(*nodes.outside.prefix, "ray", "job", "submit", *address),
-                    *("--", "python", *words, "--config=config.json"),
-                ],
-                env={**nodes.environment, **environment},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def wait(self) -> int:
-        """Wait for its end; return the exit status."""
-        try:
-            return self._process.wait(SECONDS)
-        finally:
-            self._process.kill()
-            self._process.wait()
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until something is so while it runs."""
-        deadline = time.monotonic() + SECONDS
-        while not condition():
-            assert self._process.poll() is None, self.log
-            assert time.monotonic() < deadline, self.log
-            time.sleep(0.1)
-
-    def newest_step(self) -> int:
-        """Return the step that was logged last, 0 if none was."""
-        logged = re.findall(STEP, self.log)
-        return int(logged[-1][0]) if logged else 0
-
-    def result(self) -> dict[str, Any]:
-        """Wait for its end; return what its last line says."""
-        assert self.wait() == 0, self.log
-        line = next(line for line in self.log.splitlines() if line.startswith('{"run_id"'))
-        return json.loads(line)
 
 
 @dataclass
@@ -110,6 +52,22 @@ class Cluster:
     train_nodes: list[subprocess.Popen[bytes]]
     data_node: subprocess.Popen[bytes]
     python: str
+
+
+def submit(cluster: Cluster, *words: str, **environment: str) -> Submission:
+    """Submit a job from a folder of its own."""
+    nodes, work = cluster.nodes, Path(tempfile.mkdtemp(dir=cluster.folder))
+    for part in ("upreid_ray", "jobs"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / part, work / part, ignore=ignore)
+    (work / "config.json").write_text(CONFIG.model_dump_json())
+    address = (f"--address={nodes.dashboard}", f"--working-dir={work}")
+    job = ("--", "python", *words, "--config=config.json")
+    return Submission(
+        [*nodes.outside.prefix, "ray", "job", "submit", *address, *job],
+        cluster.folder / f"{work.name}.log",
+        {**nodes.environment, **environment},
+    )
 
 
 def processes(cluster: Cluster, node: subprocess.Popen[bytes], title: str) -> set[int]:
@@ -154,7 +112,7 @@ def resized(cluster: Cluster) -> SimpleNamespace:
     elastic = ("--scaling.min_workers=1", "--scaling.resize_seconds=2")
     # So that the checkpoint can only be the one that the end of a node brings about.
     seldom = (f"--evaluation.every_epochs={NUM_EPOCHS}", "--checkpoint.every_steps=1000")
-    job = Submission(cluster.nodes, cluster.folder, *words, *elastic, *seldom)
+    job = submit(cluster, *words, *elastic, *seldom)
     run = cluster.folder / "runs/resized"
 
     def workers() -> list[int]:
@@ -187,7 +145,7 @@ def test_a_job_without_the_token_is_refused(cluster, token):
     environment = (
         {"RAY_AUTH_TOKEN_PATH": str(other)} if token else {"RAY_AUTH_MODE": "disabled"}
     )
-    job = Submission(cluster.nodes, cluster.folder, "jobs/pretrain.py", **environment)
+    job = submit(cluster, "jobs/pretrain.py", **environment)
 
     assert job.wait() != 0
     assert "auth" in job.log.lower()
@@ -234,7 +192,7 @@ def swept(cluster: Cluster, resized: SimpleNamespace) -> SimpleNamespace:
     halving = ("--scheduler=asha", "--grace_epochs=1", "--reduction_factor=2")
     trials = ("--training.epochs=2", "--scaling.num_workers=1")
     axis = "--space.optimizer.lr=grid(1e-9,0.02,0.03)"
-    job = Submission(cluster.nodes, cluster.folder, *words, *halving, *trials, axis)
+    job = submit(cluster, *words, *halving, *trials, axis)
     result = job.result()
     files = sorted((cluster.folder / "runs/swept").glob("*/trial.json"))
     records = [TrialRecord.model_validate_json(file.read_text()) for file in files]
