@@ -337,6 +337,8 @@ def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[StderrHandler()])
     for library in ("alembic", "mlflow", "ray"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    # It warns of each font that its cache, which may be stale, does not list.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     try:
         result = job()
     except InputError as error:
