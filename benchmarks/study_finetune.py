@@ -175,7 +175,12 @@ def main() -> None:
     add("--results", type=Path, default=RESULTS, help="file of JSON lines")
     add("--table", action="store_true", help="only print the tables")
     options = parser.parse_args()
+    pre_trained = [row for row in options.rows if row != RANDOM]
     if not options.table:
+        if None in (options.root, options.out) or not pre_trained:
+            parser.error(
+                "--data.root, --out and a row of the study other than random are needed"
+            )
         torch.set_num_threads(1)
         common = {"checkpoint.every_steps": "100"} | parse_settings(options.settings)
         size = PRESETS[options.preset].override(common).data
@@ -192,7 +197,8 @@ def main() -> None:
                     "row": row,
                     "seed": seed,
                 }
-                of = options.rows[-1] if row == RANDOM else row
+                # All runs with a seed start from the same weights.
+                of = pre_trained[0] if row == RANDOM else row
                 folder = run_folder(options.out, options.preset, common, of, seed)
                 run(data, pids, about, config, folder, options.results)
     for table in tables(read_lines(options.results)):

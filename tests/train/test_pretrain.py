@@ -373,9 +373,7 @@ def hindered(finished, ray_cluster, python, folder, tiny) -> SimpleNamespace:
     run_id = json.loads((job.run / "run.json").read_text())["run_id"]
     killed = finished.client.get_run(run_id).info.status
     damaged = damage_the_newest(job)
-    # What a worker leaves that is killed while a checkpoint is uploaded.
-    left = local_checkpoint_prefix(RunFolder(str(job.run.parent), job.run.name))
-    tempfile.mkdtemp(prefix=left)
+    left = leave_a_checkpoint(job)
 
     resume = ("--resume", "hindered")
     stopped = Job(config, folder, *resume, ray_address=ray_cluster)
@@ -429,6 +427,13 @@ def damage_the_newest(job: Job) -> str:
     snapshot = job.run / "checkpoint_manager_snapshot.json"
     snapshot.write_text(snapshot.read_text()[:-9])
     return name
+
+
+def leave_a_checkpoint(job: Job) -> str:
+    """Leave what a worker does that is killed during an upload; return how its name begins."""
+    prefix = local_checkpoint_prefix(RunFolder(str(job.run.parent), job.run.name))
+    tempfile.mkdtemp(prefix=prefix)
+    return prefix
 
 
 def flip_a_bit(file: Path) -> None:
