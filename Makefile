@@ -17,8 +17,7 @@ CONSUMERS := torchreid==0.2.5 fastreid==1.4.0 absl-py==2.5.1 beautifulsoup4==4.1
 # The allocator settings of workers on CPUs, as in upreid_ray/core/memory.py; a test compares them.
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
 # So many processes share the tests without Ray, a file at a time. `make test` has one more for those
-# with Ray, which often wait for a single process. It is one, since Ray Train does not know which of
-# several Rays to ask whether a run is alive.
+# with Ray. Two of these need 6 GB more and gain nothing on two cores (34 instead of 31 minutes).
 JOBS ?= 2
 SHARED := --numprocesses $(JOBS) --dist loadfile
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
