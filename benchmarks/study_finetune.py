@@ -183,6 +183,17 @@ def main() -> None:
             )
         torch.set_num_threads(1)
         common = {"checkpoint.every_steps": "100"} | parse_settings(options.settings)
+        folders = {
+            (row, seed): run_folder(options.out, options.preset, common, row, seed)
+            for row in pre_trained
+            for seed in options.seeds
+        }
+        for (row, seed), folder in folders.items():
+            if not folder.is_dir():
+                parser.error(
+                    f"--out {options.out}: has no run of {row!r} with seed {seed} and these "
+                    "--settings; python -m benchmarks.study makes it"
+                )
         size = PRESETS[options.preset].override(common).data
         data, pids = labelled_data(options.root, size.height, size.width)
         split = f"{options.persons:.0%} of the persons, {options.epochs} epochs"
@@ -199,8 +210,7 @@ def main() -> None:
                 }
                 # All runs with a seed start from the same weights.
                 of = pre_trained[0] if row == RANDOM else row
-                folder = run_folder(options.out, options.preset, common, of, seed)
-                run(data, pids, about, config, folder, options.results)
+                run(data, pids, about, config, folders[of, seed], options.results)
     for table in tables(read_lines(options.results)):
         Console(width=130).print(table)
 

@@ -1,7 +1,9 @@
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from benchmarks import study_finetune
@@ -44,3 +46,16 @@ def test_a_run_is_fine_tuned_once_from_its_last_and_its_first_checkpoint(
     assert first["mAP"] != last["mAP"]
     (table,) = tables(read_lines(results))
     assert list(table.columns[0].cells) == ["random", "MoCo v2"]
+
+
+def test_a_run_that_the_study_lacks_is_named_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data.root=nothing", f"--out={tmp_path}", "--rows", "MoCo v2", "--seeds", "3"]
+    monkeypatch.setattr(sys, "argv", ["study_finetune", *words])
+
+    with pytest.raises(SystemExit) as ended:
+        study_finetune.main()
+
+    assert ended.value.code == 2
+    assert "'MoCo v2' with seed 3" in capsys.readouterr().err
