@@ -19,6 +19,7 @@ import click
 import pytest
 import ray
 import ray.scripts.scripts
+import torch
 from ray._private import ray_constants
 
 from cluster.make_secrets import FILES
@@ -354,6 +355,16 @@ def test_compose_names_services_and_ports_that_it_has() -> None:
             assert volume.split(":")[0] in tree["volumes"], name
     used = {v.split(":")[0] for s in tree["services"].values() for v in s.get("volumes", [])}
     assert used == tree["volumes"].keys()
+
+
+def test_the_documents_name_the_driver_that_cuda_needs() -> None:
+    # The table that the document links to.
+    driver = {"12": 525, "13": 580}[str(torch.version.cuda).partition(".")[0]]
+    text = " ".join((ROOT / "docs/operations.md").read_text().split())
+
+    assert (
+        f"has CUDA {torch.version.cuda}, which needs NVIDIA's driver {driver} or newer" in text
+    )
 
 
 def test_every_volume_of_a_pod_is_mounted_and_every_mount_has_one(
