@@ -322,6 +322,7 @@ def test_the_dashboard_shows_metrics_that_exist(rendered: dict[str, list[Tree]])
         for target in panel["targets"]:
             shown |= set(re.findall(r"ray_\w+(?=\{)", target["expr"]))
     assert len(shown) > 8
+    assert shown == {metric.lower() for metric in shown}  # Ray exports names in lower case
     for metric in shown:
         if metric.startswith("ray_upreid_"):
             section, _, name = metric.removeprefix("ray_upreid_").partition("_")

@@ -22,10 +22,11 @@ class Gauges:
         self._gauges: dict[str, Gauge] = {}
 
     def set(self, values: Mapping[str, float]) -> None:
-        """Set metrics; Prometheus calls ``section/name`` ``ray_upreid_section_name``."""
+        """Set metrics; Prometheus calls ``section/Name`` ``ray_upreid_section_name``."""
         for name, value in values.items():
             if name not in self._gauges:
-                metric = f"upreid_{name.replace('/', '_')}"
+                # Ray exports names in lower case.
+                metric = f"upreid_{name.replace('/', '_').lower()}"
                 self._gauges[name] = Gauge(metric, tag_keys=("run",))
             self._gauges[name].set(value, tags={"run": self._run})
 
