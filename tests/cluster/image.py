@@ -29,6 +29,7 @@ PROGRAMS = {
     "dnsmasq": "dnsmasq-base",
     "ip": "iproute2",
     "nft": "nftables",
+    "prometheus": "prometheus",
 }
 CERTIFICATES = Path("/etc/ssl/certs")
 # What the official image of Python has.

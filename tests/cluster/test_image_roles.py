@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 from tests.cluster import firewall
 from tests.cluster.composition import Composition
 from tests.cluster.image import Image
-from tests.cluster.manifests import CLUSTER, ROOT, Tree
+from tests.cluster.manifests import CLUSTER, ROOT, Tree, hook
 from tests.cluster.network import Network
 from tests.cluster.processes import ending
 from tests.cluster.submission import Submission
@@ -45,6 +47,9 @@ FINETUNING = PEOPLE | {
     "training.num_images": "2",
     "training.num_groups": "1",
 }
+# So long that much can happen. Each evaluation saves a checkpoint; others are between these.
+EPOCHS, EVERY_EPOCHS = 40, 4
+EVERY_STEPS = 7 * EVERY_EPOCHS
 STORE = "postgresql+psycopg2://mlflow:$POSTGRES_PASSWORD@postgres:5432/mlflow"
 
 # The pod that stands for each service; from outside, the one that submits a RayJob.
@@ -204,6 +209,41 @@ for _ in range(120):
     assert sum(each**2 for each in features) == pytest.approx(1, abs=1e-4)
 
 
+class Prometheus:
+    """A server that scrapes Ray's nodes each second, as it does by the pods' annotations."""
+
+    def __init__(self, services: Composition, rendered: list[Tree]) -> None:
+        (ray,) = (each["spec"] for each in rendered if each["kind"] == "RayCluster")
+        note = ray["headGroupSpec"]["template"]["metadata"]["annotations"]
+        nodes = [services.hosts[name].address for name in ("head", "worker")]
+        targets = [f"{node}:{note['prometheus.io/port']}" for node in nodes]
+        scrape = {"job_name": "ray", "static_configs": [{"targets": targets}]}
+        config = services.folder / "prometheus.yml"
+        every = {"scrape_interval": "1s", "scrape_timeout": "1s"}
+        config.write_text(json.dumps({"global": every, "scrape_configs": [scrape]}))
+        self._services, prefix = services, services.hosts["prometheus"].prefix
+        options = (f"--config.file={config}", f"--storage.tsdb.path={services.folder}/tsdb")
+        self.command = [*prefix, "prometheus", *options, "--log.level=error"]
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        """Return the data of an answer."""
+        uri = f"http://127.0.0.1:9090/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        return json.loads(
+            output(self._services.command("prometheus", "wget", "-q", "-O-", uri))
+        )["data"]
+
+
+def queries(rendered: list[Tree]) -> dict[str, str]:
+    """Return the dashboard's queries that a machine without GPUs can answer, by their panel."""
+    (board,) = (each for each in rendered if each["metadata"]["name"] == "upreid-dashboard")
+    return {
+        f"{panel['title']} {number}": target["expr"].replace("$run", "second")
+        for panel in json.loads(board["data"]["dashboard.json"])["panels"]
+        for number, target in enumerate(panel["targets"])
+        if "GPU" not in panel["title"]
+    }
+
+
 def documented(pod: str) -> list[list[str]]:
     """Return the commands that docs/operations.md runs in a pod, without their redirections."""
     text = (ROOT / "docs/operations.md").read_text().replace("\\\n", "")
@@ -214,6 +254,168 @@ def documented(pod: str) -> list[list[str]]:
 def python(services: Composition, script: str, host: str = "worker", of: str = "head") -> str:
     """Run a script in the image; return what it prints."""
     return output(services.command(host, "python", "-c", script, of=of))
+
+
+def checkpoints(services: Composition, run: str) -> list[int]:
+    """Return the steps of a run's checkpoints in the bucket."""
+    script = f"""
+import boto3
+pages = boto3.client("s3").get_paginator("list_objects_v2")
+for page in pages.paginate(Bucket="upreid", Prefix="runs/{run}/step-", Delimiter="/"):
+    for each in page.get("CommonPrefixes", []):
+        print(int(each["Prefix"].rstrip("/").rpartition("-")[2]))
+"""
+    return sorted(map(int, python(services, script).split()))
+
+
+def move(services: Composition, source: str, target: str) -> None:
+    """Move all that is in a folder of the bucket."""
+    script = f"""
+import boto3
+s3 = boto3.resource("s3")
+files = list(s3.Bucket("upreid").objects.filter(Prefix="{source}/"))
+assert files
+for file in files:
+    name = file.key.replace("{source}", "{target}", 1)
+    s3.Object("upreid", name).copy({{"Bucket": "upreid", "Key": file.key}})
+    file.delete()
+"""
+    python(services, script, "mlflow", of="bucket")
+
+
+def aliases(services: Composition) -> dict[str, str]:
+    """Return the version of each alias of the pre-trained model."""
+    script = """
+import json, mlflow
+print(json.dumps(mlflow.MlflowClient().get_registered_model("upreid-resnet18").aliases))
+"""
+    found: dict[str, str] = json.loads(python(services, script))
+    return found
+
+
+def resume(services: Composition, run: str) -> Submission:
+    """Resume a run; check that it goes on from a checkpoint."""
+    saved = checkpoints(services, run)
+    job = submit(services, "pretrain", f"--resume={run}")
+    job.wait_for(lambda: len(job.steps()) > 0)
+    assert job.steps()[0] - 1 in saved
+    return job
+
+
+def newest_checkpoint(services: Composition, run: str) -> int:
+    """Return the step of the newest checkpoint that Ray Train knows of, 0 if of none."""
+    script = f"""
+import boto3, json
+name = "runs/{run}/checkpoint_manager_snapshot.json"
+try:
+    known = json.load(boto3.client("s3").get_object(Bucket="upreid", Key=name)["Body"])
+    print(known["latest_checkpoint_result"]["metrics"]["step"])
+except Exception:  # none yet
+    print(0)
+"""
+    return int(python(services, script))
+
+
+def lose_the_node(services: Composition, job: Submission, command: list[str]) -> None:
+    """Let a run's node say that it ends, and end; check that it has a checkpoint of then."""
+    with ending(subprocess.Popen(services.execute("worker", *command))):
+        job.wait_for(lambda: newest_checkpoint(services, "second") % EVERY_STEPS > 0)
+        services.lose("worker")
+    saved = newest_checkpoint(services, "second")
+    services.up("worker")
+    before = len(job.steps())
+    job.wait_for(lambda: len(job.steps()) > before + 2)
+    kept = [step for step in job.steps() if step <= saved]
+    assert len(kept) == len(set(kept)), "a step before the checkpoint was taken again"
+
+
+def lose_the_head(services: Composition, job: Submission) -> None:
+    """Let the head end and start again, as its container does; its jobs end with it."""
+    services.lose("head")
+    services.up("head")
+    assert job.wait() != 0
+    services.wait_until_restarted("worker")
+    services.wait_until_healthy("head")
+
+
+def stop(services: Composition, job: Submission) -> None:
+    """Stop a job; check that its run is told."""
+    (name,) = set(re.findall(r"raysubmit_\w+", job.log))
+    words = ("ray", "job", "stop", "--address=http://head:8265", name)
+    output(services.command("outside", *words))
+    job.wait()  # with status 0: Ray calls such a job stopped, not failed
+    assert "stopping at the next log entry" in job.log
+
+
+def upgrade(services: Composition) -> None:
+    """Back MLflow up, end all of our services, lose MLflow's stores, restore and start anew."""
+    dump, restore = documented("postgres-0")
+    content = services.postgres(*dump)
+    for service in ("worker", "head", "mlflow"):
+        services.lose(service)
+    move(services, "mlflow", "backup/mlflow")
+    services.postgres("dropdb", "--username=mlflow", "--force", "mlflow")
+    services.postgres("createdb", "--username=mlflow", "mlflow")
+    move(services, "backup/mlflow", "mlflow")
+    services.postgres(*restore, given=content)
+    tables = f"mlflow db upgrade {STORE}"
+    output(services.command("mlflow", "sh", "-c", tables, of="mlflow"))
+    services.up("worker")
+    services.wait_until_healthy("head")
+
+
+def kill_the_training(services: Composition, job: Submission) -> None:
+    """Kill the process that trains; the run starts another one."""
+    script = """
+import os
+from pathlib import Path
+for file in Path("/proc").glob("[0-9]*/cmdline"):
+    if file.read_bytes().startswith(b"ray::RayTrainWorker"):
+        os.kill(int(file.parent.name), 9)
+        print("killed")
+"""
+    before = len(job.steps())
+    assert output(services.execute("worker", "python", "-c", script)) == "killed\n"
+    job.wait_for(lambda: len(job.steps()) > before + 2)
+
+
+def test_an_operators_hour(services, registered, rendered):
+    """A run loses its node, its head and a process, and is stopped; MLflow is restored."""
+    prometheus = Prometheus(services, rendered["gpu"])
+    with ending(subprocess.Popen(prometheus.command)):
+        began = time.time()
+        settings = TINY | {"training.epochs": EPOCHS, "evaluation.every_epochs": EVERY_EPOCHS}
+        seldom = "--checkpoint.every_steps=1000"
+        job = submit(services, "pretrain", "demo", "--run.name=second", seldom, **settings)
+        job.wait_for(lambda: job.newest_step() > EVERY_STEPS + 2)
+        lose_the_node(services, job, hook(rendered["gpu"]))
+        lose_the_head(services, job)
+        job = resume(services, "second")
+        kill_the_training(services, job)
+        stop(services, job)
+        before = aliases(services)
+        upgrade(services)
+        assert aliases(services) == before
+        version = resume(services, "second").result()["model_uri"]
+
+        model = version.rpartition("/")[0]
+        champion = aliases(services)["champion"]
+        numbers = [uri.rpartition("/")[2] for uri in (registered, version)]
+        other = next(number for number in numbers if number != champion)
+        for number in (other, champion):  # promoted, and back
+            words = ("python", "jobs/promote.py", f"{model}/{number}", "--reason=A test.")
+            output(services.command("head", *words))
+            assert aliases(services)["champion"] == number
+
+        # All of this is on the dashboard.
+        span = {"start": str(began), "end": str(time.time()), "step": "1"}
+        assert "second" in prometheus.ask("label/run/values")
+        shown = {
+            panel: prometheus.ask("query_range", query=query, **span)["result"]
+            for panel, query in queries(rendered["gpu"]).items()
+        }
+        assert len(shown) > 8
+        assert [panel for panel, series in shown.items() if not series] == []
 
 
 def test_a_deleted_run_is_collected_and_its_version_stays(services, registered):
