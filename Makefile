@@ -61,7 +61,8 @@ MOCO := demo --run.name moco-v2 --run.register_as upreid-resnet18-moco-v2 --trai
 compare: $(READY)  ## compare that champion with MoCo v2 in the same time, and with random weights
 	$(BIN)/python jobs/pretrain.py $(if $(wildcard runs/moco-v2),--resume moco-v2,$(MOCO))
 	$(BIN)/python jobs/compare.py demo --splits 0.1 1.0 --seeds 1 --min_steps 40 \
-	  --init models:/upreid-resnet18@champion "MoCo v2=models:/upreid-resnet18-moco-v2@champion"
+	  --init UP-ReID=models:/upreid-resnet18@champion \
+	  "MoCo v2=models:/upreid-resnet18-moco-v2@champion"
 
 check: $(READY)  ## check format, lint, types, import layers and cluster manifests
 	$(BIN)/ruff format --check --quiet .
