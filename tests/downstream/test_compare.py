@@ -197,7 +197,11 @@ def test_the_table_has_a_row_for_each_label_and_a_column_for_each_split():
 
     table = result.table()
 
-    assert [column.header for column in table.columns] == ["mAP / rank-1", FROZEN, "0.1"]
+    assert [column.header for column in table.columns] == [
+        "mAP / rank-1, %",
+        "frozen",
+        "10% of the persons",
+    ]
     assert [list(column.cells) for column in table.columns] == [
         ["a", "b"],
         ["25.0 / 25.0", " / "],

@@ -130,7 +130,7 @@ def _side_by_side(
         The name of a run that ended, and its scores or the reason why it failed.
     """
     waiting = list(reversed(planned))
-    started: dict[ray.ObjectRef, str] = {}
+    started: dict[ray.ObjectRef, ComparisonRun] = {}
     task = ray.remote(num_cpus=0, max_retries=0)(_run)
     with Progress(console=Console(stderr=True)) as progress:
         bar = progress.add_task("comparing", total=len(planned))
@@ -138,17 +138,18 @@ def _side_by_side(
             while waiting and len(started) < num_side_by_side(scaling, living_nodes()):
                 next_run = waiting.pop()
                 reference = task.remote(next_run, connection.tracking_uri(), parent_run_id)
-                started[reference] = next_run.name
+                started[reference] = next_run
             (done,), _ = ray.wait(list(started))
-            name = started.pop(done)
+            ended = started.pop(done)
             try:
                 outcome = ray.get(done)
             except RayError as error:  # the process of the run was lost
                 outcome = first_line(error)
             progress.advance(bar)
-            text = f"failed: {outcome}" if isinstance(outcome, str) else f"{outcome['mAP']:.3f}"
-            progress.console.print(f"{name}: {text}", markup=False)
-            yield name, outcome
+            failed = isinstance(outcome, str)
+            text = f"failed: {outcome}" if failed else f"mAP {outcome['mAP']:.3f}"
+            progress.console.print(f"{ended}: {text}", markup=False)
+            yield ended.name, outcome
 
 
 def _run(planned: ComparisonRun, tracking_uri: str, parent_run_id: str) -> Scores | str:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
 from rich.table import Table
 
-from upreid_ray.downstream.comparison_runs import FROZEN, ComparisonRun
+from upreid_ray.downstream.comparison_runs import FROZEN, ComparisonRun, heading
 from upreid_ray.page import png
 from upreid_ray.tracking import runs
 from upreid_ray.train.folder import RunFolder
@@ -71,7 +71,7 @@ class CompareResult:
     def table(self) -> Table:
         """Return mAP and rank-1 in percent, a row for each label."""
         columns = list(dict.fromkeys(name for row in self.scores.values() for name in row))
-        table = Table("mAP / rank-1", *columns)
+        table = Table("mAP / rank-1, %", *map(heading, columns))
         for label in self.scores | self.failed:
             cells = (
                 " / ".join(self.cell(label, column, score) for score in ("mAP", "rank1"))

@@ -91,6 +91,14 @@ class ComparisonRun:
     column: str
     config: EvaluateConfig | DownstreamConfig
 
+    def __str__(self) -> str:
+        return f"{self.label}, {heading(self.column)}, seed {self.config.seed}"
+
+
+def heading(column: str) -> str:
+    """Return what stands above a column of the table."""
+    return column if column == FROZEN else f"{100 * float(column):g}% of the persons"
+
 
 def resolve_variants(
     variants: Sequence[Variant],
