@@ -190,6 +190,15 @@ def test_a_cell_has_the_runs_that_ended_and_names_those_that_failed():
     assert result.cell("b", "0.1", "mAP") == "(1 failed)"
 
 
+@pytest.mark.parametrize(
+    ("column", "said"), [(FROZEN, "frozen"), ("0.125", "12.5% of the persons")]
+)
+def test_a_run_is_called_by_its_row_its_column_and_its_seed(column, said):
+    run = ComparisonRun("2-a-b-7", "a b", column, EvaluateConfig(seed=7))
+
+    assert str(run) == f"a b, {said}, seed 7"
+
+
 def test_the_table_has_a_row_for_each_label_and_a_column_for_each_split():
     spread = Spread.of([0.25])
     cell = {"mAP": spread, "rank1": spread}

@@ -22,11 +22,10 @@ class Gauges:
         self._gauges: dict[str, Gauge] = {}
 
     def set(self, values: Mapping[str, float]) -> None:
-        """Set metrics; Prometheus calls ``section/Name`` ``ray_upreid_section_name``."""
+        """Set metrics; Ray exports ``section/Name`` as ``ray_upreid_section_name``."""
         for name, value in values.items():
             if name not in self._gauges:
-                # Ray exports names in lower case.
-                metric = f"upreid_{name.replace('/', '_').lower()}"
+                metric = f"upreid_{name.replace('/', '_')}"
                 self._gauges[name] = Gauge(metric, tag_keys=("run",))
             self._gauges[name].set(value, tags={"run": self._run})
 
