@@ -7,6 +7,7 @@ nodes are replaced; a job that ended is submitted again with --resume. At the en
 of the last checkpoints is compared with those of the same job left alone.
 
     python -m benchmarks.chaos
+    python -m benchmarks.chaos --backbone vit_tiny_patch16 --kills 5
     python -m benchmarks.chaos --job finetune --kills 5 --epochs 60
     python -m benchmarks.chaos --job sweep --kills 5 --epochs 6
 """
@@ -96,14 +97,16 @@ class Job:
     Args:
         kind: Of `COMMANDS`.
         epochs: Of a run; of each trial.
+        backbone: Name of the backbone.
         folder: Of everything.
     """
 
-    def __init__(self, kind: str, epochs: int, folder: Path) -> None:
+    def __init__(self, kind: str, epochs: int, backbone: str, folder: Path) -> None:
         folder.mkdir()
         self.folder = folder
         self._kind = kind
         changes: dict[str, Any] = {"training.epochs": epochs}
+        changes["backbone" if kind == "finetune" else "model.backbone"] = backbone
         if kind == "finetune":  # whose settings no file can give
             changes |= FINETUNING
         if kind == "sweep":
@@ -299,6 +302,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--job", default="pretrain", choices=("pretrain", "finetune", "sweep"))
+    parser.add_argument("--backbone", default="resnet18", help="as of --model.backbone")
     parser.add_argument("--kills", type=int, default=50, help="of the campaign")
     parser.add_argument("--epochs", type=int, default=25, help="of a run; of each trial")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
@@ -307,12 +311,13 @@ def main() -> int:
     console = Console(width=110)
     folder = arguments.out or Path(tempfile.mkdtemp(prefix="upreid-chaos-"))
     folder.mkdir(exist_ok=True)
-    calm = Job(arguments.job, arguments.epochs, folder.resolve() / "undisturbed")
+    kind = (arguments.job, arguments.epochs, arguments.backbone)
+    calm = Job(*kind, folder.resolve() / "undisturbed")
     began = time.monotonic()
     Campaign(calm, 0, console).run(0)
     undisturbed = time.monotonic() - began
     console.print(f"undisturbed: {calm.steps()} steps in {undisturbed:.0f} s")
-    job = Job(arguments.job, arguments.epochs, folder.resolve() / "disturbed")
+    job = Job(*kind, folder.resolve() / "disturbed")
     campaign = Campaign(job, arguments.seed, console)
     began = time.monotonic()
     campaign.run(arguments.kills)
@@ -326,7 +331,7 @@ def main() -> int:
     wrong = differences(expected, tensors)
     num_kills = sum(map(len, campaign.lost.values()))
     console.print(
-        f"{arguments.job}: {num_kills} kills, {job.num_starts} starts of the job; "
+        f"{arguments.job}, {arguments.backbone}: {num_kills} kills, {job.num_starts} starts of the job; "
         f"{len(wrong)} of {len(expected)} tensors differ; {calm.steps()} steps, "
         f"{undisturbed:.0f} s undisturbed, {disturbed:.0f} s disturbed"
     )
