@@ -331,8 +331,8 @@ def main() -> int:
     wrong = differences(expected, tensors)
     num_kills = sum(map(len, campaign.lost.values()))
     console.print(
-        f"{arguments.job}, {arguments.backbone}: {num_kills} kills, {job.num_starts} starts of the job; "
-        f"{len(wrong)} of {len(expected)} tensors differ; {calm.steps()} steps, "
+        f"{arguments.job}, {arguments.backbone}: {num_kills} kills, {job.num_starts} starts of "
+        f"the job; {len(wrong)} of {len(expected)} tensors differ; {calm.steps()} steps, "
         f"{undisturbed:.0f} s undisturbed, {disturbed:.0f} s disturbed"
     )
     for name in wrong[:5]:

@@ -144,18 +144,41 @@ def run(
     folder: Path,
     results: Path,
 ) -> None:
-    """Fine-tune the backbone of a run and append a line, unless there is one.
+    """Fine-tune the backbone of a run and append a line.
 
     ``about`` says which row and seed it is; ``random`` takes the run's first checkpoint.
     """
-    if any(about.items() <= line.items() for line in read_lines(results)):
-        return
     checkpoint = folder / "0" if about["row"] == RANDOM else newest(folder)
     line = finetune(resolve(str(checkpoint)), config, data, pids)
     when = {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "commit": commit()}
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a") as file:
         file.write(json.dumps({**about, **line, **when}) + "\n")
+
+
+def missing_runs(
+    options: argparse.Namespace, common: Mapping[str, Any]
+) -> list[tuple[Line, Path]]:
+    """Return what has no line yet: which row and seed it is, and the folder of the run."""
+    about = {
+        "set": Path(options.root).absolute().name,
+        "split": f"validation, fine-tuned on {options.persons:.0%} of the persons, "
+        f"{options.epochs} epochs",
+        "preset": options.preset,
+        "common": common,
+    }
+    wanted = [
+        about | {"row": row, "seed": seed} for seed in options.seeds for row in options.rows
+    ]
+    # All runs with a seed start from the same weights.
+    start = next(row for row in options.rows if row != RANDOM)
+    lines = read_lines(options.results)
+    return [
+        (each, run_folder(options.out, options.preset, common, row, each["seed"]))
+        for each in wanted
+        if not any(each.items() <= line.items() for line in lines)
+        for row in [start if each["row"] == RANDOM else each["row"]]
+    ]
 
 
 def main() -> None:
@@ -175,42 +198,27 @@ def main() -> None:
     add("--results", type=Path, default=RESULTS, help="file of JSON lines")
     add("--table", action="store_true", help="only print the tables")
     options = parser.parse_args()
-    pre_trained = [row for row in options.rows if row != RANDOM]
     if not options.table:
-        if None in (options.root, options.out) or not pre_trained:
+        if None in (options.root, options.out) or not set(options.rows) - {RANDOM}:
             parser.error(
                 "--data.root, --out and a row of the study other than random are needed"
             )
         torch.set_num_threads(1)
         common = {"checkpoint.every_steps": "100"} | parse_settings(options.settings)
-        folders = {
-            (row, seed): run_folder(options.out, options.preset, common, row, seed)
-            for row in pre_trained
-            for seed in options.seeds
-        }
-        for (row, seed), folder in folders.items():
+        missing = missing_runs(options, common)
+        for _, folder in missing:
             if not folder.is_dir():
                 parser.error(
-                    f"--out {options.out}: has no run of {row!r} with seed {seed} and these "
-                    "--settings; python -m benchmarks.study makes it"
+                    f"--out {options.out}: has no run {folder.name!r}; python -m "
+                    "benchmarks.study with these --settings makes it"
                 )
         size = PRESETS[options.preset].override(common).data
         data, pids = labelled_data(options.root, size.height, size.width)
-        split = f"{options.persons:.0%} of the persons, {options.epochs} epochs"
-        for seed in options.seeds:
-            config = finetune_config(seed, persons=options.persons, epochs=options.epochs)
-            for row in options.rows:
-                about = {
-                    "set": Path(options.root).absolute().name,
-                    "split": f"validation, fine-tuned on {split}",
-                    "preset": options.preset,
-                    "common": common,
-                    "row": row,
-                    "seed": seed,
-                }
-                # All runs with a seed start from the same weights.
-                of = pre_trained[0] if row == RANDOM else row
-                run(data, pids, about, config, folders[of, seed], options.results)
+        for about, folder in missing:
+            config = finetune_config(
+                about["seed"], persons=options.persons, epochs=options.epochs
+            )
+            run(data, pids, about, config, folder, options.results)
     for table in tables(read_lines(options.results)):
         Console(width=130).print(table)
 

@@ -1,3 +1,4 @@
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ COMMON = {"checkpoint.every_steps": 2}
 CONFIG = tiny({"training.epochs": 1} | COMMON)
 
 
-def test_a_run_is_fine_tuned_once_from_its_last_and_its_first_checkpoint(
+def test_a_run_is_fine_tuned_from_its_last_and_its_first_checkpoint(
     tmp_path: Path,
 ) -> None:
     def labelled(number: int, seed: int) -> LabelledImages:
@@ -31,17 +32,12 @@ def test_a_run_is_fine_tuned_once_from_its_last_and_its_first_checkpoint(
         {"training.num_persons": 2, "training.num_images": 2}
     )
 
-    def run() -> list[str]:
-        for row in ("random", "MoCo v2"):
-            about = {"set": "people", "split": "validation", "preset": "tiny"}
-            about |= {"common": COMMON, "row": row, "seed": 0}
-            study_finetune.run(data, pids, about, config, folder, results)
-        return results.read_text().splitlines()
+    for row in ("random", "MoCo v2"):
+        about = {"set": "people", "split": "validation", "preset": "tiny"}
+        about |= {"common": COMMON, "row": row, "seed": 0}
+        study_finetune.run(data, pids, about, config, folder, results)
 
-    lines = run()
-
-    assert run() == lines
-    first, last = map(json.loads, lines)
+    first, last = map(json.loads, results.read_text().splitlines())
     assert (first["persons"], first["images"], first["step"]) == (3, 12, 6)
     assert first["mAP"] != last["mAP"]
     (table,) = tables(read_lines(results))
@@ -58,4 +54,20 @@ def test_a_run_that_the_study_lacks_is_named_before_anything_is_computed(
         study_finetune.main()
 
     assert ended.value.code == 2
-    assert "'MoCo v2' with seed 3" in capsys.readouterr().err
+    assert "MoCo_v2_3'; python -m " in capsys.readouterr().err
+
+
+def test_a_run_with_a_line_is_left_out_and_needs_no_folder(tmp_path: Path) -> None:
+    results = tmp_path / "lines.jsonl"
+    options = argparse.Namespace(
+        root="people", out=tmp_path, preset="demo", rows=["random", "MoCo v2"], seeds=[0, 1],
+        persons=0.1, epochs=40, results=results,
+    )  # fmt: skip
+    everything = study_finetune.missing_runs(options, COMMON)
+    results.write_text(json.dumps(everything[1][0] | {"mAP": 0.2}) + "\n")
+
+    assert [(each["row"], each["seed"]) for each, _ in everything] == [
+        ("random", 0), ("MoCo v2", 0), ("random", 1), ("MoCo v2", 1),
+    ]  # fmt: skip
+    assert study_finetune.missing_runs(options, COMMON) == everything[:1] + everything[2:]
+    assert everything[2][1] == run_folder(tmp_path, "demo", COMMON, "MoCo v2", 1)
