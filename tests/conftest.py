@@ -54,11 +54,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, new_database: Path) -> Iter
 
 @pytest.fixture(scope="session")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Return a program in place of Python, whose Ray forks its workers from one process."""
-    from tests.ray_workers import forked_workers
+    """Return a Python whose Ray forks its workers from one server, as do all jobs of tests."""
+    from tests.ray_workers import make_python
+    from upreid_ray.train.forked_workers import PROGRAM_VARIABLE, WorkerServer
 
-    with forked_workers(tmp_path_factory.mktemp("workers")) as program:
+    server = WorkerServer()
+    program = str(make_python(tmp_path_factory.mktemp("workers"), server))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PROGRAM_VARIABLE, program)
         yield program
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -364,7 +364,10 @@ class Home:
 
     def run(self, command: str, *, own_ray: bool = False) -> str:
         """Run a command in bash; return its output."""
-        without = ("MLFLOW_TRACKING_URI", "UPREID_RAY_STORAGE", "RAY_ADDRESS")
+        without = (
+            *("MLFLOW_TRACKING_URI", "UPREID_RAY_STORAGE", "RAY_ADDRESS"),
+            "UPREID_RAY_WORKER_PROGRAM",
+        )
         environment = {name: value for name, value in os.environ.items() if name not in without}
         environment |= {"PYTHONPATH": str(self.folder)}
         if not own_ray:

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib import import_module, metadata
 from importlib.resources import files
 from pathlib import Path
@@ -410,29 +411,31 @@ def connect_to_ray(*, meanwhile: str | None = None, show_workers: bool = True) -
 
 def _connect(address: str, *, meanwhile: str | None, show_workers: bool) -> None:
     """Connect to a cluster, or start a local one."""
-    # Importing Ray Data configures its loggers, which are made quieter below.
-    import ray.data  # noqa: PLC0415, see `connect_to_ray`
+    from upreid_ray.train.forked_workers import forked_workers  # noqa: PLC0415
 
-    # These loggers warn of the token of a local cluster and of disabled progress bars.
-    for talkative in ("ray._private.authentication", "ray.data._internal.progress"):
-        logging.getLogger(talkative).setLevel(logging.ERROR)
-    environment = {}
-    if address == "local":
-        # Ray hands this path to a shell as it is, where a blank would end it: every worker
-        # would fail to start, and the job would wait forever.
-        quoted = shlex.quote(sys.executable)
-        environment = {"py_executable": quoted} if quoted != sys.executable else {}
+    is_local, own = address == "local", sys.executable
+    if is_local:
         # The only node is never preempted, and the watcher costs a process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    if meanwhile is not None:
-        # Ray's servers take seconds to start, for which this process would only wait.
-        threading.Thread(target=import_module, args=(meanwhile,), daemon=True).start()
-    ray.init(
-        address,
-        logging_level=logging.WARNING,
-        log_to_driver=show_workers,
-        runtime_env=environment,
-    )
+    with forked_workers() if is_local else nullcontext():
+        # Importing Ray Data configures its loggers, which are made quieter below.
+        import ray.data  # noqa: PLC0415, see `connect_to_ray`
+
+        # These loggers warn of the token of a local cluster and of disabled progress bars.
+        for talkative in ("ray._private.authentication", "ray.data._internal.progress"):
+            logging.getLogger(talkative).setLevel(logging.ERROR)
+        # Ray hands this path to a shell as it is, where a blank would end it: every worker
+        # would fail to start, and the job would wait forever.
+        python = shlex.quote(sys.executable)
+        if meanwhile is not None:
+            # Ray's servers take seconds to start, for which this process would only wait.
+            threading.Thread(target=import_module, args=(meanwhile,), daemon=True).start()
+        ray.init(
+            address,
+            logging_level=logging.WARNING,
+            log_to_driver=show_workers,
+            runtime_env={"py_executable": python} if python != own else {},
+        )
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     if threading.current_thread() is threading.main_thread():
         # Ray's own handler prints its stack and aborts. This one ends a job as Ctrl-C does.
