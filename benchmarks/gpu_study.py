@@ -36,6 +36,8 @@ from rich.console import Console
 from benchmarks import step
 from benchmarks.step import Case, provenance
 from benchmarks.study import (
+    BASELINE,
+    METHODS,
     Run,
     StudyData,
     clock,
@@ -50,15 +52,7 @@ from upreid_ray.core.precision import multiplies_bf16
 from upreid_ray.core.training import train_step
 
 PRESET = "laptop"
-BASELINE = "MoCo v2"
-# The settings with which the study on CPUs found a gain (docs/i2-study.md).
-INTRINSIC = "patches.alignment=body loss.intrinsic_weight=1"
-ROWS = (
-    BASELINE,
-    "+ consistency loss.consistency_weight=1",
-    f"+ intrinsic {INTRINSIC}",
-    f"UP-ReID {INTRINSIC} loss.consistency_weight=1",
-)
+ROWS = tuple(METHODS)
 LONGEST = ROWS[-1]
 LR_PER_IMAGE = 0.3 / 2560  # LUPerson's
 NUM_PILOT_STEPS = 5

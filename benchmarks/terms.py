@@ -118,6 +118,7 @@ def crop_table() -> Table:
                 {
                     "augmentation": augmentation,
                     "patches.rows": num_rows,
+                    "patches.alignment": "view",
                     "training.batch_size": NUM_CROPS,
                     "training.group_size": NUM_CROPS,
                     "scaling.num_workers": 1,

@@ -53,11 +53,12 @@ def test_keys_without_information_are_those_of_another_image_and_patches_are_out
 
 
 def test_rows_of_equal_crops_and_rows_at_the_body_are_the_same_rows() -> None:
-    one = {"augmentation.crop_area": (1, 1), "augmentation.crop_ratio": (0.5, 0.5)}
+    view = {"patches.alignment": "view"}
+    equal = {"augmentation.crop_area": (1, 1), "augmentation.crop_ratio": (0.5, 0.5)}
     for settings, expected in (
-        (one, 1.0),
+        (view | equal, 1.0),
         ({"patches.alignment": "body"}, 1.0),
-        ({}, None),
+        (view, None),
     ):
         config = tiny(settings)
         share = share_in_same_row(StepDraw.at(config, 0), config)

@@ -237,7 +237,8 @@ def test_patches_aligned_to_the_view_show_other_rows_in_each_view():
 
 
 def test_patches_aligned_to_the_view_are_cut_from_it():
-    views = render_views(batch(0), StepDraw.at(TINY, 0).query, TINY)
+    config = tiny({"patches.alignment": "view"})
+    views = render_views(batch(0), StepDraw.at(config, 0).query, config)
 
     assert_close(views.patches[:, 0], views.view[:, :, :32, :16])
     assert_close(views.patches[:, 3], views.view[:, :, 32:, 16:])

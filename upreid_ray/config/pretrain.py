@@ -95,7 +95,7 @@ class PatchesConfig(Section):
     """Number of rows of patches."""
     columns: PositiveInt = 2
     """Number of columns of patches."""
-    alignment: Literal["view", "body"] = "view"
+    alignment: Literal["view", "body"] = "body"
     """Where patches are cut: from the augmented view (view), or in rows at fixed heights of the
     original image (body)."""
     mining: Literal["symmetry", "none"] = "symmetry"
@@ -147,13 +147,13 @@ class LossConfig(Section):
 
     temperature: PositiveFloat = 0.1
     """Temperature of the InfoNCE loss."""
-    consistency_weight: NonNegativeFloat = 0.1
+    consistency_weight: NonNegativeFloat = 1.0
     """Weight of the global consistency loss."""
     consistency_temperature: PositiveFloat = 0.1
     """Temperature of the softmax over the augmented view (the student)."""
     consistency_target_temperature: PositiveFloat = 0.04
     """Temperature of the softmax over the original image (the teacher)."""
-    intrinsic_weight: NonNegativeFloat = 0.1
+    intrinsic_weight: NonNegativeFloat = 1.0
     """Weight of the intrinsic contrastive loss."""
     intrinsic_temperature: PositiveFloat = 0.2
     """Temperature of the intrinsic contrastive loss."""

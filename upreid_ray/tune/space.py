@@ -255,8 +255,8 @@ def _text(value: Any) -> str:  # noqa: ANN401, the value of a setting
 
 
 _I2: Space = {
-    "loss.consistency_weight": LogUniform(0.01, 1.0, zero=True),
-    "loss.intrinsic_weight": LogUniform(0.01, 1.0, zero=True),
+    "loss.consistency_weight": LogUniform(0.1, 5.0, zero=True),
+    "loss.intrinsic_weight": LogUniform(0.1, 5.0, zero=True),
     "loss.consistency_temperature": LogUniform(0.05, 0.5),
     "loss.intrinsic_temperature": LogUniform(0.05, 1.0),
 }
