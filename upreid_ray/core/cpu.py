@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 # A convolution whose output has at most this many positions is no faster than a few products
-# of matrices. OneDNN's bf16 kernels take up to twice as long for small maps, and their weight
-# gradient of a strided convolution over one pixel holds uninitialized memory (torch 2.15).
+# of matrices. OneDNN's bf16 kernels take up to twice as long for small maps. Those with a
+# stride are wrong where the output is one column wide: on CPUs with AVX-512, output and weight
+# gradient hold uninitialized memory (torch 2.15).
 FEW_POSITIONS = 2
 FEW_POSITIONS_BF16 = 4
 FEW_POINTS_BF16 = 32  # for a 1x1 kernel, which is one product for all positions
@@ -60,7 +61,8 @@ class TrimmedConv2d(nn.Conv2d):
             points = pixels[:, :: self.stride[0], :: self.stride[1]]
             product = F.linear(points.flatten(0, 2), kernel.flatten(1), self.bias)
             return product.view(*points.shape[:3], self.out_channels).permute(0, 3, 1, 2)
-        if num_positions <= (FEW_POSITIONS_BF16 if is_bf16 else FEW_POSITIONS):
+        is_wrong = is_bf16 and len(columns) == 1 and self.stride[0] > 1
+        if is_wrong or num_positions <= (FEW_POSITIONS_BF16 if is_bf16 else FEW_POSITIONS):
             products = [
                 F.linear(pixels[:, y, x].flatten(1), kernel[:, v, u].flatten(1), self.bias)
                 for y, v in rows

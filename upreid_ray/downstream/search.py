@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upreid_ray.config.downstream import EmbedConfig
 from upreid_ray.config.errors import InputError
+from upreid_ray.core.cpu import for_cpu
 from upreid_ray.core.reranking import reranked_distances
 from upreid_ray.core.retrieval import extract_features
 from upreid_ray.data.stream.decode import Columns
@@ -282,8 +283,8 @@ class QueryEmbedder:
     def __init__(self, init: Initialization, *, flip: bool, precision: str) -> None:
         self._images = init.description
         self._flip, self._precision = flip, precision
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._extractor = init.extractor().to(device)
+        extractor = init.extractor()
+        self._extractor = extractor.cuda() if torch.cuda.is_available() else for_cpu(extractor)
 
     @classmethod
     def of(cls, features: FeatureSet) -> "QueryEmbedder":
