@@ -58,7 +58,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from tests.ray_workers import make_python
     from upreid_ray.train.forked_workers import PROGRAM_VARIABLE, WorkerServer
 
-    server = WorkerServer()
+    server = WorkerServer(ray_modules=())  # which would be of one Ray
     program = str(make_python(tmp_path_factory.mktemp("workers"), server))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(PROGRAM_VARIABLE, program)

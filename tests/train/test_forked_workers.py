@@ -46,17 +46,30 @@ for _ in range(20):
     bytearray(2**25)
 print(faults() - before)
 """
+TASK = """\
+import ray, sys
+from upreid_ray.command_line import connect_to_ray
+connect_to_ray()
+@ray.remote(num_cpus=0.1, max_calls=1)
+def about():
+    return sys.executable, "mlflow" in sys.modules and "ray.train.torch" in sys.modules
+for _ in range(100):
+    said = ray.get(about.remote())
+    if said[1]:
+        break
+print(*said, sys.executable)
+"""
 OWNER = """\
 import time
 from upreid_ray.train.forked_workers import WorkerServer
-print(WorkerServer([]).program, flush=True)
+print(WorkerServer([], []).program, flush=True)
 time.sleep(100)
 """
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[WorkerServer]:
-    server = WorkerServer(["colorsys", "numpy"])
+    server = WorkerServer(["colorsys", "numpy"], [])
     yield server
     server.close()
 
@@ -64,8 +77,9 @@ def server() -> Iterator[WorkerServer]:
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     """Write a script with the name of Ray's, and a module beside it."""
-    (tmp_path / "beside.py").touch()
-    file = tmp_path / "default_worker.py"
+    file = tmp_path / "scripts/default_worker.py"
+    file.parent.mkdir()
+    (file.parent / "beside.py").touch()
     file.write_text(SAYS)
     return file
 
@@ -166,7 +180,79 @@ def test_the_program_ends_with_the_worker(server: WorkerServer, script: Path):
     with subprocess.Popen([server.program, script, "100"], stdout=subprocess.PIPE) as program:
         psutil.Process(json.loads(program.stdout.readline())["pid"]).kill()
 
-        assert program.wait(30) == 0
+        assert program.wait(30) == 1
+
+
+def test_a_worker_ends_as_python_does(server: WorkerServer, script: Path):
+    script.write_text(
+        "import atexit, sys, threading, time\n"
+        "atexit.register(print, 'at exit')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
+        "sys.exit(7)"
+    )
+    done = subprocess.run(
+        [server.program, script], check=False, capture_output=True, text=True, timeout=60
+    )
+
+    assert (done.returncode, done.stdout) == (7, "thread\nat exit\n")
+
+
+def test_a_worker_that_fails_tells_why(server: WorkerServer, script: Path):
+    script.write_text("raise RuntimeError('the reason')")
+    done = subprocess.run(
+        [server.program, script], check=False, capture_output=True, text=True, timeout=60
+    )
+
+    assert done.returncode == 1
+    assert "RuntimeError: the reason" in done.stderr
+
+
+def test_a_worker_may_open_as_many_files_as_the_program(server: WorkerServer, script: Path):
+    script.write_text("import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])")
+
+    said = output("bash", "-c", 'ulimit -n 200; exec "$0" "$1"', server.program, script)
+
+    assert said == "200\n"
+
+
+def test_libraries_have_the_threads_that_the_variable_says(script: Path):
+    server = WorkerServer(["numpy"], [])
+    script.write_text(
+        "import numpy, threadpoolctl\n"
+        "print(*{each['num_threads'] for each in threadpoolctl.threadpool_info()})"
+    )
+
+    for number in ("1", "2"):
+        variables = os.environ | {"OMP_NUM_THREADS": number}
+        wait_for(lambda: output(server.program, script, env=variables) == f"{number}\n")  # noqa: B023
+    server.close()
+
+
+def test_the_server_imports_nothing_of_the_working_folder(
+    script: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    (tmp_path / "colorsys.py").write_text("raise SystemExit('this is not the library')")
+    monkeypatch.chdir(tmp_path)
+    server = WorkerServer(["colorsys"], [])
+
+    wait_for(lambda: json.loads(output(server.program, script))["preloaded"])
+    server.close()
+
+
+def test_a_server_needs_no_standard_input(script: Path):
+    code = (
+        "import os, subprocess, sys; os.close(0)\n"
+        "from upreid_ray.train.forked_workers import WorkerServer\n"
+        "server = WorkerServer([], [])\n"
+        "print(subprocess.run([server.program, sys.argv[1]], stdin=subprocess.DEVNULL,"
+        " capture_output=True, text=True).stdout)\n"
+        "server.close()"
+    )
+
+    said = json.loads(output(sys.executable, "-c", code, script))
+
+    assert said["executable"].endswith("/python")
+    assert not Path(said["executable"]).exists()
 
 
 def test_server_and_workers_end_with_their_owner_and_leave_nothing(script: Path):
@@ -182,7 +268,7 @@ def test_server_and_workers_end_with_their_owner_and_leave_nothing(script: Path)
 
 
 def test_without_its_server_the_program_is_python(script: Path, tmp_path: Path):
-    server = WorkerServer([])
+    server = WorkerServer([], [])
     program = tmp_path / "copy"
     program.write_text(server.program.read_text())
     program.chmod(0o700)
@@ -193,19 +279,100 @@ def test_without_its_server_the_program_is_python(script: Path, tmp_path: Path):
     assert (about["words"], about["executable"]) == (["0"], sys.executable)
 
 
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make a folder of modules that a server finds before all others."""
+    (tmp_path / "modules").mkdir()
+    monkeypatch.setenv(
+        "PYTHONPATH", f"{tmp_path / 'modules'}:{Path(module.__file__).parents[2]}"
+    )
+    return tmp_path / "modules"
+
+
+def test_ray_is_imported_with_the_variables_of_its_first_worker(script: Path, modules: Path):
+    (modules / "ray.py").write_text("import os\nread = dict(os.environ)\n")
+    script.write_text(
+        "import sys\nread = sys.modules['ray'].read if 'ray' in sys.modules else {}\n"
+        "print(sys.executable, *(read.get(f'RAY_{name}') for name in ('JOB_ID', 'RAYLET_PID')))"
+    )
+    server = WorkerServer([], ["ray"])
+
+    def worker(job: str, raylet: str) -> str:
+        variables = {"RAY_JOB_ID": job, "RAY_RAYLET_PID": raylet}
+        return output(server.program, script, env=os.environ | variables).strip()
+
+    # Ray starts some workers before it knows their job.
+    assert worker("ffffffff", "7") == f"{server.program} None None"
+    wait_for(lambda: worker("01000000", "7") == f"{server.program} 01000000 7")
+    # Another Ray, and another job.
+    assert worker("01000000", "8") == f"{sys.executable} None None"
+    assert worker("02000000", "7") == f"{sys.executable} None None"
+    server.close()
+
+
+def test_a_module_that_is_not_there_or_fails_does_no_harm(script: Path, modules: Path):
+    (modules / "broken.py").write_text("raise RuntimeError")
+    server = WorkerServer(["there_is_no_such_module", "broken", "colorsys"], [])
+
+    wait_for(lambda: json.loads(output(server.program, script))["preloaded"])
+    server.close()
+
+
+def test_a_server_with_threads_forks_no_more(script: Path, modules: Path):
+    (modules / "busy.py").write_text(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=[100], daemon=True).start()\n"
+    )
+    server = WorkerServer(["busy"], [])
+
+    wait_for(lambda: json.loads(output(server.program, script))["executable"] == sys.executable)
+    server.close()
+
+
 def test_where_programs_cannot_be_run_ray_gets_python(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     (tmp_path / "with a blank").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "with a blank"))
     monkeypatch.delenv(module.PROGRAM_VARIABLE, raising=False)
-    monkeypatch.setattr(module, "_program", module._program.__wrapped__)
     python = sys.executable
 
     with forked_workers():
         assert sys.executable == python
 
     assert list((tmp_path / "with a blank").iterdir()) == []
+
+
+def test_each_ray_of_a_process_has_a_server_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(module.PROGRAM_VARIABLE, raising=False)
+    monkeypatch.setattr(module, "GPUS", ())
+    programs = []
+
+    for _ in range(2):
+        with forked_workers():
+            programs.append(Path(sys.executable))
+
+    assert [program.exists() for program in programs] == [False, True]
+    monkeypatch.setenv(module.PROGRAM_VARIABLE, sys.executable)
+    with forked_workers():
+        assert not programs[1].exists()
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(
+    any(True for name in module.GPUS for _ in Path("/dev").glob(name)), reason="has a GPU"
+)
+def test_ray_forks_its_workers_and_all_is_gone_with_the_job():
+    variables = os.environ | {"RAY_ADDRESS": "local", module.PROGRAM_VARIABLE: ""}
+    done = subprocess.run(
+        [sys.executable, "-c", TASK],
+        env=variables, check=True, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+    program, is_whole, python = done.stdout.split()
+    assert Path(program).parent.name.startswith("upreid-workers-")
+    assert (is_whole, python) == ("True", sys.executable)
+    wait_for(lambda: not Path(program).exists())
 
 
 def test_a_program_that_the_user_names_is_taken(monkeypatch: pytest.MonkeyPatch):

@@ -3,8 +3,9 @@
 Ray starts each worker as a new Python process. A run needs a dozen of them, and imports are
 most of what a start costs. On Linux, a job therefore runs one server, and gives its Ray a small
 program (`worker_program`) in place of Python, which asks the server to fork a worker. The
-worker gets the arguments, the environment and the files of the program; from there on it is as
-if Python had started it. It ends with the program, with the server, and with the job.
+worker gets the arguments, the environment, the files and the limits of the program. It is
+killed when the program, the server or the job ends. Where no worker can be forked, the program
+becomes Python.
 
 Ray on a cluster starts its workers itself.
 """
@@ -12,10 +13,11 @@ Ray on a cluster starts its workers itself.
 import atexit
 import ctypes
 import fcntl
-import functools
 import gc
 import json
+import multiprocessing.spawn  # noqa: F401, it keeps the Python that it finds
 import os
+import resource
 import runpy
 import shlex
 import shutil
@@ -25,19 +27,23 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from select import select
+from typing import NoReturn, Self
 
 from upreid_ray.train import worker_program
 
 # The program that a local Ray runs in place of Python; a Python here turns forking off.
 PROGRAM_VARIABLE = "UPREID_RAY_WORKER_PROGRAM"
-# What takes long to import in actors, tasks, training workers and, at the end, in trials. Not
-# Ray, which reads the environment of the worker when it is imported.
+# What takes long to import in actors, tasks and training workers; the last two are for trials.
 MODULES = (
     "aiohttp",
     "fsspec",
@@ -55,6 +61,28 @@ MODULES = (
     "mlflow.tracking",
     "upreid_ray.tracking.runs",
 )
+# The same, of Ray, which reads variables when it is imported. Some of them differ between one
+# Ray and the next. The first request of a Ray tells them, except the number of the job, which
+# is always the same in a new Ray.
+RAY_MODULES = (
+    "ray",
+    "ray.data",
+    "ray.train.torch",
+    "upreid_ray.train.finetune_worker",
+    "upreid_ray.train.pretrain_worker",
+)
+RAY_VARIABLES = ("RAY_AUTH_MODE", "RAY_JOB_ID", "RAY_RAYLET_PID")
+FIRST_JOB = "01000000"
+REQUEST_SECONDS = 30.0
+# Libraries that have threads when they are loaded are not safe to fork.
+WITHOUT_THREADS = {
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+# On machines with a GPU, forking is untried.
+GPUS = ("nvidia*", "kfd", "dxg")
+ROOT = str(Path(__file__).parents[2])  # of the package
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 # The C library reads these when a process starts; `mallopt(3)` sets them later.
 MALLOC_PARAMETERS = {
@@ -69,7 +97,9 @@ class WorkerServer:
     """A process that forks workers; it ends with this process.
 
     Args:
-        modules: What it imports.
+        modules: What it imports at once.
+        ray_modules: What it imports after the first request of a Ray. From then on, only
+            workers of that Ray are forked.
 
     Attributes:
         folder: Folder of its own, which only this user can read.
@@ -79,150 +109,254 @@ class WorkerServer:
         OSError: Programs in the folder of temporary files cannot be run.
     """
 
-    def __init__(self, modules: Iterable[str] = MODULES) -> None:
+    def __init__(
+        self, modules: Sequence[str] = MODULES, ray_modules: Sequence[str] = RAY_MODULES
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="upreid-workers-"))
-        address, self.program = self.folder / "socket", self.folder / "python"
-        words = (sys.executable, "-IS", worker_program.__file__, str(address))
-        self.program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$0" "$@"\n')
+        self.program = self.folder / "python"
+        with ExitStack() as stack:
+            stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            self._write_program()
+            self._process = self._start(",".join(modules), ",".join(ray_modules))
+            stack.pop_all()
+
+    def _write_program(self) -> None:
+        words = (sys.executable, "-IS", worker_program.__file__, str(self.folder / "socket"))
+        self.program.write_bytes(
+            os.fsencode(f'#!/bin/sh\nexec {shlex.join(words)} "$0" "$@"\n')
+        )
         self.program.chmod(0o700)
-        # Ray hands the path to a shell as it is.
-        if not os.access(self.program, os.X_OK) or shlex.quote(str(self.program)) != str(
-            self.program
-        ):
-            shutil.rmtree(self.folder)
-            raise PermissionError(f"{self.program} cannot be run")
+        path = str(self.program)  # Ray hands it to a shell as it is.
+        if not os.access(path, os.X_OK) or shlex.quote(path) != path:
+            raise PermissionError(f"{path} cannot be run")
+
+    def _start(self, *modules: str) -> subprocess.Popen[bytes]:
+        more = os.environ.get("PYTHONPATH")
         with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(address))
+            listener.bind(str(self.folder / "socket"))
             listener.listen(64)
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", __name__, str(listener.fileno())),
-                    *(str(self.folder), *modules),
-                ],
-                stdin=subprocess.PIPE,  # Its end tells the server that this process has ended.
-                pass_fds=[listener.fileno()],
-                start_new_session=True,  # Ctrl-C is for the job alone.
-                # A process with threads, as of Arrow and OpenBLAS, is not safe to fork.
-                env=os.environ
-                | {"JE_ARROW_MALLOC_CONF": "background_thread:false", "OMP_NUM_THREADS": "1"},
-            )
+            file = fcntl.fcntl(listener, fcntl.F_DUPFD, 3)  # not one of the standard streams
+            try:
+                return subprocess.Popen(
+                    # -P: modules in the working folder are not for the server.
+                    [*(sys.executable, "-P", "-m", __name__), str(file), self.folder, *modules],
+                    stdin=subprocess.PIPE,  # Its end tells that this process has ended.
+                    pass_fds=[file],
+                    start_new_session=True,  # Ctrl-C is for the job alone.
+                    env=os.environ
+                    | WITHOUT_THREADS
+                    | {"PYTHONPATH": os.pathsep.join(filter(None, (ROOT, more)))},
+                )
+            finally:
+                os.close(file)
 
     def close(self) -> None:
-        """End the server and its workers, and remove its folder."""
+        """Kill the server and its workers, and remove its folder."""
+        self._process.kill()
         self._process.communicate()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-@functools.cache
-def _program() -> str:
-    """Return the program of the server of this process, which starts at the first call.
-
-    Where workers cannot be forked, or where that is untried, it is Python itself.
-    """
-    if sys.platform != "linux" or any(Path("/dev").glob("nvidia*")):
-        return sys.executable
-    try:
-        server = WorkerServer()
-    except OSError:
-        return sys.executable
-    atexit.register(server.close)
-    return str(server.program)
+# The server of the newest Ray of this process.
+_newest = ExitStack()
 
 
 @contextmanager
 def forked_workers() -> Iterator[None]:
-    """Let a local Ray that is started inside take the program for Python, if there is one."""
+    """Let a local Ray that is started inside take the program for Python, if that is possible.
+
+    The server of an earlier Ray of this process is ended.
+    """
+    _newest.close()
     python = sys.executable
-    sys.executable = os.environ.get(PROGRAM_VARIABLE) or _program()
+    program = os.environ.get(PROGRAM_VARIABLE) or None
+    has_gpu = any(True for name in GPUS for _ in Path("/dev").glob(name))
+    if program is None and sys.platform == "linux" and not has_gpu:
+        with suppress(OSError):
+            server = WorkerServer()
+            _newest.callback(server.close)
+            program = str(server.program)
+    sys.executable = program or python
     try:
         yield
     finally:
         sys.executable = python
 
 
-def serve(listener: socket.socket, folder: Path, modules: Iterable[str]) -> None:
+@dataclass(frozen=True)
+class Request:
+    """What a program was started with.
+
+    Attributes:
+        connection: Connection to the program.
+        pid: Its process.
+        program: Its path.
+        words: What Python would get.
+        environment: Its variables.
+        folder: Its working folder.
+        files: Standard input, output and error, and the network namespace.
+    """
+
+    connection: socket.socket
+    pid: int
+    program: str
+    words: list[str]
+    environment: dict[str, str]
+    folder: str
+    files: list[int]
+
+    @classmethod
+    def read(cls, connection: socket.socket) -> Self:
+        """Read what a program sends.
+
+        Raises:
+            OSError: The program has ended.
+            ValueError: What it sent is incomplete.
+        """
+        connection.settimeout(REQUEST_SECONDS)
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid = int(struct.unpack("3i", credentials)[0])
+        size, files, _, _ = socket.recv_fds(connection, 4, 4)
+        with ExitStack() as stack:
+            for file in files:
+                stack.callback(os.close, file)
+            with connection.makefile("rb") as stream:
+                text = stream.read(int.from_bytes(size))
+            program, words, environment, folder = json.loads(text)
+            stack.pop_all()
+        return cls(connection, pid, program, words, environment, folder, files)
+
+    def ray_variables(self) -> dict[str, str]:
+        """Return the variables that differ from one Ray to the next."""
+        return {name: self.environment.get(name, "") for name in RAY_VARIABLES}
+
+    def answer(self, what: object) -> None:
+        """Tell the program with which status to end, or what to become."""
+        with suppress(OSError):  # It has ended.
+            self.connection.sendall(json.dumps(what).encode())
+
+    def become_python(self) -> None:
+        """Let the program become Python, which then starts the worker."""
+        self.answer([sys.executable, [sys.executable, *self.words], self.environment])
+
+
+def serve(
+    listener: socket.socket, folder: Path, modules: Iterable[str], ray_modules: Iterable[str]
+) -> None:
     """Fork a worker for each program that connects, until standard input ends.
 
     Modules are imported while no program waits.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # No worker stays as a zombie.
-    missing = list(reversed(list(modules)))
-    server = os.getpid()
+    missing, server, is_safe = deque(modules), os.getpid(), True
+    of_ray: dict[str, str] | None = None
     while True:
         ready, _, _ = select([listener, sys.stdin], [], [], 0 if missing else None)
         if not ready:
-            import_module(missing.pop())
-            num_threads = len(list(Path("/proc/self/task").iterdir()))
-            if num_threads > 1:
-                raise RuntimeError(f"a process of {num_threads} threads is not safe to fork")
+            with suppress(Exception):  # The worker that needs it tells what is wrong.
+                import_module(missing.popleft())
+            # A fork copies one thread. Another one may hold a lock, which nobody would release.
+            is_safe = is_safe and len(list(Path("/proc/self/task").iterdir())) == 1
             gc.freeze()  # Workers share the memory of what is imported.
-        elif sys.stdin in ready:
+            continue
+        if sys.stdin in ready:
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)  # Some libraries would complain about what is left.
-        else:
-            connection, _ = listener.accept()
-            if os.fork() == 0:
-                listener.close()
-                ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
-                if os.getppid() == server:
-                    (folder / str(_peer(connection))).write_text(str(os.getpid()))
-                    _become_worker(connection)
-                os._exit(1)
-            connection.close()
+        connection, _ = listener.accept()
+        with connection:
+            try:
+                request = Request.read(connection)
+            except (OSError, ValueError):
+                continue
+            if is_safe and ("ray" not in sys.modules or request.ray_variables() == of_ray):
+                if os.fork() == 0:
+                    listener.close()
+                    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+                    if os.getppid() == server:
+                        with suppress(OSError):  # for tests
+                            (folder / str(request.pid)).write_text(str(os.getpid()))
+                        _become_worker(request)
+                    os._exit(1)
+            else:
+                request.become_python()
+            for file in request.files:
+                os.close(file)
+            if of_ray is None and request.environment.get("RAY_RAYLET_PID"):
+                of_ray = request.ray_variables() | {"RAY_JOB_ID": FIRST_JOB}
+                os.environ.update(of_ray)
+                missing.extend(ray_modules)
 
 
-def _peer(connection: socket.socket) -> int:
-    """Return the process at the other end."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int(struct.unpack("3i", credentials)[0])
+def _become_worker(request: Request) -> None:
+    """Take over what the program was started with, run what it was to run, and end."""
+    # Python itself, not the program, which the script finds.
+    path = sys.path[len(os.environ["PYTHONPATH"].split(os.pathsep)) :]
+    try:
+        _take_over(request)
+    except Exception:
+        request.become_python()
+        os._exit(0)
+    script = Path(request.words[0])
+    more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [str(script.parent), *filter(None, more), *path]
+    sys.executable, sys.argv = request.program, request.words
+    if script.name == worker_program.SHIM:
+        os.execvp = partial(_become, request)
+    status: object = 0
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as error:
+        status = error.code
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    request.answer(status if isinstance(status, int) else int(status is not None))
+    os._exit(0)
 
 
-def _become_worker(connection: socket.socket) -> None:
-    """Take over what the program was started with, and run what it was to run."""
+def _become(request: Request, file: str, args: list[str]) -> NoReturn:
+    """Let the program become another one, in the place of this process."""
+    request.answer([file, args, dict(os.environ)])
+    os._exit(0)
+
+
+def _take_over(request: Request) -> None:
+    """Take what Ray has set of the process that it started."""
     os.setsid()  # Ray may signal the whole group of a worker.
-    stand_in = _peer(connection)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    size, (*files, network), _, _ = socket.recv_fds(connection, 4, 4)
-    with connection.makefile("rb") as stream:
-        program, words, environment, folder = json.loads(stream.read(int.from_bytes(size)))
+    *files, network = request.files
     if not os.path.samestat(os.fstat(network), Path("/proc/self/ns/net").stat()):
         ctypes.CDLL(None).setns(network, 0)  # A node of a cluster may be a host of its own.
-    os.close(network)
-    # Ray has set these of the process that it started.
-    os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, stand_in))
-    adjustment = Path(f"/proc/{stand_in}/oom_score_adj").read_text()
+    os.setpriority(os.PRIO_PROCESS, 0, os.getpriority(os.PRIO_PROCESS, request.pid))
+    adjustment = Path(f"/proc/{request.pid}/oom_score_adj").read_text()
     Path("/proc/self/oom_score_adj").write_text(adjustment)
+    files_limit = resource.prlimit(request.pid, resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, files_limit)
+    os.chdir(request.folder)
+    # The end of the program, which closes the connection, kills this process.
+    request.connection.settimeout(None)
+    fcntl.fcntl(request.connection, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(request.connection, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(request.connection, fcntl.F_SETFL, os.O_ASYNC)
     for number, file in enumerate(files):
         os.dup2(file, number)
+    for file in request.files:
         os.close(file)
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(request.environment)
     _apply_malloc_variables()
-    os.chdir(folder)
-    # The end of the program, which closes the connection, kills this process.
-    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(connection, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(connection, fcntl.F_SETFL, os.O_ASYNC)
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    if threads.isdecimal() and threads != "1":  # which the server has
+        import_module("threadpoolctl").threadpool_limits(int(threads))
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # Python's own generator does so by itself.
-    sys.executable, sys.argv = program, words
-    more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:1] = [str(Path(words[0]).parent), *filter(None, more)]
-
-    def replace_program(file: str, args: list[str]) -> None:
-        connection.sendall(json.dumps([file, args, dict(os.environ)]).encode())
-        connection.close()
-        os._exit(0)
-
-    os.execvp = replace_program  # type: ignore[assignment]
-    try:
-        runpy.run_path(words[0], run_name="__main__")
-    except Exception:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        connection.close()
-        os._exit(0)
 
 
 def _apply_malloc_variables() -> None:
@@ -235,5 +369,10 @@ def _apply_malloc_variables() -> None:
 
 
 if __name__ == "__main__":
-    file, own_folder, *names = sys.argv[1:]
-    serve(socket.socket(fileno=int(file)), Path(own_folder), names)
+    number, own_folder, names, ray_names = sys.argv[1:]
+    serve(
+        socket.socket(fileno=int(number)),
+        Path(own_folder),
+        filter(None, names.split(",")),
+        filter(None, ray_names.split(",")),
+    )
