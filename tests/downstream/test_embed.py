@@ -107,7 +107,7 @@ def test_flipped_images_are_added(init):
     assert not torch.allclose(plain, both)
 
 
-CONFIG = EmbedConfig().override({"scaling.cpus_per_worker": 0.5})
+CONFIG = EmbedConfig().override({"scaling.cpus_per_worker": 0.5, "precision": "fp32"})
 
 
 @pytest.fixture
