@@ -21,7 +21,7 @@ HEADER = """\
 
 
 def losses() -> list[float]:
-    # Weights off by 1e-7 change these losses by 1e-5 at most, but by 1e-2 at a learning rate
+    # Weights off by 1e-7 change these losses by 3e-5 at most, but by 1e-2 at a learning rate
     # of 1e-3, because batch norm over few pixels amplifies; ten times this rate changes them
     # by 1e-3 and more.
     config = tiny(
