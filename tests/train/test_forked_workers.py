@@ -215,16 +215,26 @@ def test_a_worker_may_open_as_many_files_as_the_program(server: WorkerServer, sc
     assert said == "200\n"
 
 
-def test_libraries_have_the_threads_that_the_variable_says(script: Path):
+@pytest.mark.parametrize("number", [1, 2])
+def test_libraries_have_the_threads_that_the_variable_says(script: Path, number: int):
     server = WorkerServer(["numpy"], [])
     script.write_text(
         "import numpy, threadpoolctl\n"
         "print(*{each['num_threads'] for each in threadpoolctl.threadpool_info()})"
     )
+    variables = os.environ | {"OMP_NUM_THREADS": str(number)}
 
-    for number in ("1", "2"):
-        variables = os.environ | {"OMP_NUM_THREADS": number}
-        wait_for(lambda: output(server.program, script, env=variables) == f"{number}\n")  # noqa: B023
+    wait_for(lambda: output(server.program, script, env=variables) == f"{number}\n")
+    server.close()
+
+
+def test_a_worker_finds_all_that_python_finds(script: Path, monkeypatch: pytest.MonkeyPatch):
+    root = str(Path(module.__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([root, root, "", root, *sys.path]))
+    server = WorkerServer([], [])
+    script.write_text("import colorsys, PIL.Image, upreid_ray; print('found')")
+
+    assert output(server.program, script) == "found\n"
     server.close()
 
 

@@ -82,7 +82,11 @@ WITHOUT_THREADS = {
 }
 # On machines with a GPU, forking is untried.
 GPUS = ("nvidia*", "kfd", "dxg")
-ROOT = str(Path(__file__).parents[2])  # of the package
+# The package may be on the path of this process alone.
+MAIN = (
+    f"import sys; sys.path.append({str(Path(__file__).parents[2])!r})\n"
+    f"from {__name__} import main\nmain()"
+)
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 # The C library reads these when a process starts; `mallopt(3)` sets them later.
 MALLOC_PARAMETERS = {
@@ -131,7 +135,6 @@ class WorkerServer:
             raise PermissionError(f"{path} cannot be run")
 
     def _start(self, *modules: str) -> subprocess.Popen[bytes]:
-        more = os.environ.get("PYTHONPATH")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(self.folder / "socket"))
             listener.listen(64)
@@ -139,13 +142,11 @@ class WorkerServer:
             try:
                 return subprocess.Popen(
                     # -P: modules in the working folder are not for the server.
-                    [*(sys.executable, "-P", "-m", __name__), str(file), self.folder, *modules],
+                    [*(sys.executable, "-P", "-c", MAIN), str(file), self.folder, *modules],
                     stdin=subprocess.PIPE,  # Its end tells that this process has ended.
                     pass_fds=[file],
                     start_new_session=True,  # Ctrl-C is for the job alone.
-                    env=os.environ
-                    | WITHOUT_THREADS
-                    | {"PYTHONPATH": os.pathsep.join(filter(None, (ROOT, more)))},
+                    env=os.environ | WITHOUT_THREADS,
                 )
             finally:
                 os.close(file)
@@ -289,8 +290,6 @@ def serve(
 
 def _become_worker(request: Request) -> None:
     """Take over what the program was started with, run what it was to run, and end."""
-    # Python itself, not the program, which the script finds.
-    path = sys.path[len(os.environ["PYTHONPATH"].split(os.pathsep)) :]
     try:
         _take_over(request)
     except Exception:
@@ -298,7 +297,7 @@ def _become_worker(request: Request) -> None:
         os._exit(0)
     script = Path(request.words[0])
     more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:] = [str(script.parent), *filter(None, more), *path]
+    sys.path[:0] = [str(script.parent), *filter(None, more)]
     sys.executable, sys.argv = request.program, request.words
     if script.name == worker_program.SHIM:
         os.execvp = partial(_become, request)
@@ -368,11 +367,12 @@ def _apply_malloc_variables() -> None:
             ctypes.CDLL(None).mallopt(parameter, int(value) if fits else NO_LIMIT)
 
 
-if __name__ == "__main__":
-    number, own_folder, names, ray_names = sys.argv[1:]
+def main() -> None:
+    """Run a server; its arguments are those that `WorkerServer` gives it."""
+    number, folder, modules, ray_modules = sys.argv[1:]
     serve(
         socket.socket(fileno=int(number)),
-        Path(own_folder),
-        filter(None, names.split(",")),
-        filter(None, ray_names.split(",")),
+        Path(folder),
+        filter(None, modules.split(",")),
+        filter(None, ray_modules.split(",")),
     )
