@@ -403,6 +403,17 @@ def job():
 
 run_job(job)
 """
+# A job whose libraries have something to do when it ends.
+CLEANS_UP = """
+import atexit, sys
+from upreid_ray.command_line import run_job
+
+def job():
+    atexit.register(sys.stderr.write, "cleaned up")
+    return {"score": 1}
+
+run_job(job)
+"""
 EARLY = {
     "RunFailed": (1, "because"),
     "RunStopped": (3, "because"),
@@ -477,9 +488,10 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(folder) -> dict[str, tuple[int, str, str]]:
-    """Run the refused jobs and one that shows its help, a few at once."""
+    """Run the refused jobs and some that end in other ways, a few at once."""
     early = {reason: ("-c", ENDS, reason) for reason in EARLY}
-    jobs = {**REFUSED, **early, "help": (PRETRAIN, "--help")}
+    others = {"help": (PRETRAIN, "--help"), "cleans up": ("-c", CLEANS_UP)}
+    jobs = {**REFUSED, **early, **others}
     with ThreadPoolExecutor(3) as pool:
         results = pool.map(lambda words: finish(folder, words), jobs.values())
         return dict(zip(jobs, results, strict=True))
@@ -509,6 +521,10 @@ def test_the_help_of_a_job_goes_to_standard_output_with_status_0(finished):
 
     missing = [title for title in sections(PretrainConfig) if f"\n{title}:\n" not in output]
     assert (status, errors, missing) == (0, "", [])
+
+
+def test_the_result_is_a_json_line_and_libraries_clean_up_behind_it(finished):
+    assert finished["cleans up"] == (0, '{"score": 1}\n', "cleaned up")
 
 
 def test_what_a_job_needs_next_is_imported_while_ray_starts(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import atexit
 import difflib
 import json
 import logging
@@ -11,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib import import_module, metadata
 from importlib.resources import files
 from pathlib import Path
@@ -328,7 +329,7 @@ def read_pretrain_settings(
 
 
 def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
-    """Run a job, write its result as a JSON line, and exit.
+    """Run a job, write its result as a JSON line, and end this process.
 
     The exit status is 0 for success, 1 for a failure, 2 for input that was refused, 3 for a run
     that was asked to stop and can be continued, and 130 for another job that was interrupted.
@@ -340,25 +341,44 @@ def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
         logging.getLogger(library).setLevel(logging.WARNING)
     # It warns of each font that its cache, which may be stale, does not list.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    status = 1
+
+    def end() -> None:
+        with suppress(OSError):  # Nobody reads it any more.
+            sys.stdout.flush()
+        os._exit(status)
+
+    # What is registered first is called last. Python would then take all modules apart, which
+    # lasts a second or two.
+    atexit.register(end)
+    status = _run(job)
+    sys.exit(status)
+
+
+def _run(job: Callable[[], dict[str, Any]]) -> int:
+    """Run a job, and write its result or what is wrong; return the exit status."""
+    name = Path(sys.argv[0]).name
     try:
         result = job()
     except InputError as error:
-        logger.error("%s: %s", Path(sys.argv[0]).name, error)
-        sys.exit(2)
+        logger.error("%s: %s", name, error)
+        return 2
     except RunFailed as error:
-        logger.error("%s: %s", Path(sys.argv[0]).name, error)
-        sys.exit(3 if isinstance(error, RunStopped) else 1)
+        logger.error("%s: %s", name, error)
+        return 3 if isinstance(error, RunStopped) else 1
     except KeyboardInterrupt:
-        logger.error("%s: interrupted", Path(sys.argv[0]).name)
-        sys.exit(128 + signal.SIGINT)
+        logger.error("%s: interrupted", name)
+        return 128 + signal.SIGINT
+    except SystemExit as shown:  # a help text or the version
+        return int(shown.code or 0)
     except Exception:
-        logger.exception("%s: failed", Path(sys.argv[0]).name)
-        sys.exit(1)
+        logger.exception("%s: failed", name)
+        return 1
     finally:
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
     sys.stdout.write(json.dumps(result) + "\n")
-    sys.exit(0)
+    return 0
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
