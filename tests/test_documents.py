@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from upreid_ray.core.backbone import build_backbone
+from upreid_ray.train.forked_workers import MODULES, WorkerServer
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -274,6 +275,30 @@ COPIED = (
 )
 COMMAND_SECONDS = 600
 OWN_RAY = ("make pretrain",)  # What starts a Ray, as all does for a user; the rest share one.
+# Python of the environment. What uses the shared Ray is forked: it would import for minutes.
+PYTHON_PROGRAM = """\
+#!/bin/bash
+case "$RAY_ADDRESS $1" in ?*" jobs/"* | ?*" page.py") exec {server} {launcher} "$@" ;; esac
+exec -a "$0" {python} "$@"
+"""
+# What a forked process runs; its name is that of a script of Ray's, which the server expects.
+LAUNCHER = """\
+import atexit, runpy, sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "upreid_ray"]:
+    del sys.modules[name]  # Those of this folder take their place.
+del sys.argv[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:  # The server ends the process.
+    command_line = sys.modules.get("upreid_ray.command_line")
+    atexit.unregister(getattr(command_line, "end_process", None))
+"""
+# What jobs and pages import that is not of this package.
+JOB_MODULES = (
+    *(name for name in MODULES if not name.startswith("upreid_ray")),
+    *("matplotlib.pyplot", "mlflow.artifacts", "pydantic", "rich.progress", "scipy.sparse"),
+    *("sklearn.cluster", "torch.export", "torch.onnx"),
+)
 # What stands for something of the user's, or for a long run.
 PLACEHOLDERS = {
     "upreid-resnet50@champion": "upreid-resnet18@champion",
@@ -371,7 +396,9 @@ class Home:
         environment = {name: value for name, value in os.environ.items() if name not in without}
         environment |= {"PYTHONPATH": str(self.folder)}
         if not own_ray:
-            environment |= {"RAY_ADDRESS": self.address}
+            # The only node is never preempted, as in a local Ray.
+            watcher = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+            environment |= {"RAY_ADDRESS": self.address} | watcher
         done = subprocess.run(
             ["bash", "-ec", f"source .venv/bin/activate\n{command}"],
             cwd=self.folder,
@@ -388,20 +415,26 @@ class Home:
         return done.stdout
 
 
-def make_environment(folder: Path) -> None:
-    """Make an environment that is the present one, in another folder."""
+def make_environment(folder: Path, server: WorkerServer) -> None:
+    """Make an environment that is the present one, in another folder, and forks its jobs."""
     (folder / "bin").mkdir(parents=True)
+    launcher = folder / "default_worker.py"
+    launcher.write_text(LAUNCHER)
+    words = {"server": server.program, "launcher": launcher, "python": sys.executable}
+    python = PYTHON_PROGRAM.format_map({k: shlex.quote(str(v)) for k, v in words.items()})
     for name in ("lib", "pyvenv.cfg"):
         (folder / name).symlink_to(Path(sys.prefix) / name)
     for program in (Path(sys.prefix) / "bin").iterdir():
-        if program.name != "activate":
+        if program.name not in ("activate", "python"):
             (folder / "bin" / program.name).symlink_to(program)
+    (folder / "bin/python").write_text(python)
+    (folder / "bin/python").chmod(0o755)
     (folder / "bin/activate").write_text('export PATH="$PWD/.venv/bin:$PATH"\n')
     (folder / "ready").touch()
 
 
-def make_home(folder: Path) -> None:
-    """Make the folder of a new user."""
+def make_home(folder: Path, server: WorkerServer) -> None:
+    """Make the folder of a new user, whose jobs a server forks."""
     folder.mkdir()
     for name in COPIED:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -423,14 +456,16 @@ def make_home(folder: Path) -> None:
     }
     torch.save({"state_dict": weights}, folder / "moco.pth")
     (folder / "requirements.lock").touch()
-    make_environment(folder / ".venv")
+    make_environment(folder / ".venv", server)
 
 
 @pytest.fixture(scope="module")
-def home(ray_cluster, tmp_path_factory) -> Home:
+def home(ray_cluster, tmp_path_factory) -> Iterator[Home]:
     folder = tmp_path_factory.mktemp("home") / "Ordner f\u00fcr L\u00e4ufe"
-    make_home(folder)
-    return Home(folder, ray_cluster)
+    server = WorkerServer(JOB_MODULES, ray_modules=())
+    make_home(folder, server)
+    yield Home(folder, ray_cluster)
+    server.close()
 
 
 def lines_to_run() -> Iterator[tuple[str, str]]:

@@ -341,18 +341,21 @@ def run_job(job: Callable[[], dict[str, Any]]) -> NoReturn:
         logging.getLogger(library).setLevel(logging.WARNING)
     # It warns of each font that its cache, which may be stale, does not list.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    status = 1
+    status = [1]
+    # What is registered first is called last.
+    atexit.register(end_process, status)
+    status[0] = _run(job)
+    sys.exit(status[0])
 
-    def end() -> None:
-        with suppress(OSError):  # Nobody reads it any more.
-            sys.stdout.flush()
-        os._exit(status)
 
-    # What is registered first is called last. Python would then take all modules apart, which
-    # lasts a second or two.
-    atexit.register(end)
-    status = _run(job)
-    sys.exit(status)
+def end_process(status: Sequence[int]) -> None:
+    """End this process with a status, without taking all modules apart as Python would.
+
+    That would last a second or two.
+    """
+    with suppress(OSError):  # Nobody reads it any more.
+        sys.stdout.flush()
+    os._exit(*status)
 
 
 def _run(job: Callable[[], dict[str, Any]]) -> int:
