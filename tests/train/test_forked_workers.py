@@ -300,7 +300,14 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_ray_is_imported_with_the_variables_of_its_first_worker(script: Path, modules: Path):
-    (modules / "ray.py").write_text("import os\nread = dict(os.environ)\n")
+    (modules / "ray").mkdir()
+    (modules / "ray/__init__.py").write_text(
+        "import os\nread = dict(os.environ)\n"
+        "class UniqueID(bytes):\n"
+        "    from_random = classmethod(lambda cls: cls(os.urandom(9)))\n"
+        "    binary = bytes.__bytes__\n"
+    )
+    (modules / "ray/actor.py").touch()
     script.write_text(
         "import sys\nread = sys.modules['ray'].read if 'ray' in sys.modules else {}\n"
         "print(sys.executable, *(read.get(f'RAY_{name}') for name in ('JOB_ID', 'RAYLET_PID')))"
@@ -317,6 +324,49 @@ def test_ray_is_imported_with_the_variables_of_its_first_worker(script: Path, mo
     # Another Ray, and another job.
     assert worker("01000000", "8") == f"{sys.executable} None None"
     assert worker("02000000", "7") == f"{sys.executable} None None"
+    server.close()
+
+
+@pytest.fixture
+def draws(script: Path) -> Callable[[WorkerServer], tuple[str, str]]:
+    """Return a function that lets a worker tell its program and draw an ID of Ray's."""
+    script.write_text(
+        "import sys\nwas_there = 'ray.data' in sys.modules\nimport ray\n"
+        "print(was_there and sys.executable, ray.UniqueID.from_random().hex())"
+    )
+
+    def draw(server: WorkerServer) -> tuple[str, str]:
+        program, drawn = output(server.program, script).split()
+        return program, drawn
+
+    return draw
+
+
+def test_workers_draw_different_ids_of_ray(draws, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_RAYLET_PID", "7")
+    monkeypatch.setenv("RAY_JOB_ID", module.FIRST_JOB)
+    server = WorkerServer([], ["ray", "ray.data"])
+    wait_for(lambda: draws(server)[0] == str(server.program))
+
+    programs, drawn = zip(*(draws(server) for _ in range(4)), strict=True)
+
+    assert set(programs) == {str(server.program)}
+    assert len(set(drawn)) == 4
+    server.close()
+
+
+def test_a_server_in_which_an_id_was_drawn_forks_no_more(
+    script: Path, modules: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RAY_RAYLET_PID", "7")
+    monkeypatch.setenv("RAY_JOB_ID", module.FIRST_JOB)
+    (modules / "careless.py").write_text("import ray\nray.UniqueID.from_random()\n")
+    script.write_text("import sys; print('careless' in sys.modules, sys.executable)")
+    server = WorkerServer([], ["ray", "careless"])
+    programs = [sys.executable, str(server.program)]
+
+    assert output(server.program, script) == f"False {programs[1]}\n"
+    wait_for(lambda: output(server.program, script) == f"False {programs[0]}\n")
     server.close()
 
 

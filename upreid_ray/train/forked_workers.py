@@ -255,9 +255,10 @@ def serve(
         ready, _, _ = select([listener, sys.stdin], [], [], 0 if missing else None)
         if not ready:
             with suppress(Exception):  # The worker that needs it tells what is wrong.
-                import_module(missing.popleft())
+                _import(missing.popleft())
             # A fork copies one thread. Another one may hold a lock, which nobody would release.
             is_safe = is_safe and len(list(Path("/proc/self/task").iterdir())) == 1
+            is_safe = is_safe and ("ray" not in sys.modules or _forks_draw_differently())
             gc.freeze()  # Workers share the memory of what is imported.
             continue
         if sys.stdin in ready:
@@ -286,6 +287,40 @@ def serve(
                 of_ray = request.ray_variables() | {"RAY_JOB_ID": FIRST_JOB}
                 os.environ.update(of_ray)
                 missing.extend(ray_modules)
+
+
+class _ClassID:
+    """Draws the IDs of classes of actors; Ray's generator, once used, has equal copies."""
+
+    @staticmethod
+    def from_random() -> object:
+        """Return a new ID."""
+        kind = sys.modules["ray"].ActorClassID
+        return kind(os.urandom(kind.size()))
+
+
+def _import(name: str) -> None:
+    """Import a module, without drawing from Ray's generator of random IDs."""
+    import_module(name)
+    if name == "ray":
+        import_module("ray.actor").__dict__["ActorClassID"] = _ClassID
+
+
+def _forks_draw_differently() -> bool:
+    """Tell whether two processes that are forked draw different IDs from Ray's generator."""
+    return _draw_in_a_fork() != _draw_in_a_fork()
+
+
+def _draw_in_a_fork() -> bytes:
+    """Return an ID that a forked process draws; nothing if it fails."""
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        with suppress(Exception):
+            os.write(writing, sys.modules["ray"].UniqueID.from_random().binary())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
+        return stream.read()
 
 
 def _become_worker(request: Request) -> None:
