@@ -309,6 +309,19 @@ MUTANTS = [
             "tune/test_sweep.py::test_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint",
         ),
     ),
+    # Workers that are forked.
+    Mutant(
+        "train/forked_workers.py",
+        """import_module("ray.actor").__dict__["ActorClassID"] = _ClassID""",
+        "pass",
+        ("train/test_forked_workers.py::test_workers_draw_different_ids_of_ray",),
+    ),
+    Mutant(
+        "train/forked_workers.py",
+        """is_safe and ("ray" not in sys.modules or _forks_draw_differently())""",
+        "is_safe",
+        ("train/test_forked_workers.py::test_a_server_in_which_an_id_was_drawn_forks_no_more",),
+    ),
 ]
 
 
