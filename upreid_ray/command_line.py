@@ -360,28 +360,32 @@ def end_process(status: Sequence[int]) -> None:
 
 def _run(job: Callable[[], dict[str, Any]]) -> int:
     """Run a job, and write its result or what is wrong; return the exit status."""
-    name = Path(sys.argv[0]).name
     try:
         result = job()
     except InputError as error:
-        logger.error("%s: %s", name, error)
+        logger.error("%s: %s", _program(), error)
         return 2
     except RunFailed as error:
-        logger.error("%s: %s", name, error)
+        logger.error("%s: %s", _program(), error)
         return 3 if isinstance(error, RunStopped) else 1
     except KeyboardInterrupt:
-        logger.error("%s: interrupted", name)
+        logger.error("%s: interrupted", _program())
         return 128 + signal.SIGINT
     except SystemExit as shown:  # a help text or the version
         return int(shown.code or 0)
     except Exception:
-        logger.exception("%s: failed", name)
+        logger.exception("%s: failed", _program())
         return 1
     finally:
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
     sys.stdout.write(json.dumps(result) + "\n")
     return 0
+
+
+def _program() -> str:
+    """Return how the job is called: ``pretrain.py``, or ``upreid pretrain``."""
+    return Path(sys.argv[0]).name
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
