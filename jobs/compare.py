@@ -67,7 +67,10 @@ def main() -> dict[str, Any]:
     if arguments.resume is not None:
         common = common.override({"run.name": arguments.resume})
     config = CompareConfig.parse({**own, "finetune": common})
-    connect_to_ray(meanwhile="upreid_ray.downstream.compare")
+    connect_to_ray(
+        meanwhile="upreid_ray.downstream.compare",
+        in_workers=("upreid_ray.train.finetune_worker",),
+    )
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.compare import compare
 

@@ -43,7 +43,9 @@ def main() -> dict[str, Any]:
     config = override(preset, arguments)
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})
-    connect_to_ray(meanwhile="upreid_ray.train.finetune")
+    connect_to_ray(
+        meanwhile="upreid_ray.train.finetune", in_workers=("upreid_ray.train.finetune_worker",)
+    )
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.train.finetune import finetune
 

@@ -46,7 +46,11 @@ def main() -> dict[str, Any]:
     run = _run(arguments)
     if plan is not None:
         check_shards(plan.base)
-    connect_to_ray(meanwhile="upreid_ray.tune.sweep", show_workers=False)
+    connect_to_ray(
+        meanwhile="upreid_ray.tune.sweep",
+        in_workers=("mlflow.tracking", "upreid_ray.tracking.runs"),  # of trials
+        show_workers=False,
+    )
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.train.folder import RunFolder
     from upreid_ray.tune import sweep

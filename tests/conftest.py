@@ -56,9 +56,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, new_database: Path) -> Iter
 def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Return a Python whose Ray forks its workers from one server, as do all jobs of tests."""
     from tests.ray_workers import make_python
-    from upreid_ray.train.forked_workers import PROGRAM_VARIABLE, WorkerServer
+    from upreid_ray.train.forked_workers import MODULES, PROGRAM_VARIABLE, WorkerServer
 
-    server = WorkerServer(ray_modules=())  # which would be of one Ray
+    more = ("mlflow.tracking", "scipy.sparse", "sklearn.cluster")  # of some jobs
+    server = WorkerServer((*MODULES, *more), ray_modules=())  # which would be of one Ray
     program = str(make_python(tmp_path_factory.mktemp("workers"), server))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(PROGRAM_VARIABLE, program)

@@ -296,8 +296,8 @@ finally:  # The server ends the process.
 # What jobs and pages import that is not of this package.
 JOB_MODULES = (
     *(name for name in MODULES if not name.startswith("upreid_ray")),
-    *("matplotlib.pyplot", "mlflow.artifacts", "pydantic", "rich.progress", "scipy.sparse"),
-    *("sklearn.cluster", "torch.export", "torch.onnx"),
+    *("matplotlib.pyplot", "mlflow.artifacts", "mlflow.tracking", "pydantic"),
+    *("rich.progress", "scipy.sparse", "sklearn.cluster", "torch.export", "torch.onnx"),
 )
 # What stands for something of the user's, or for a long run.
 PLACEHOLDERS = {

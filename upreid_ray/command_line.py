@@ -416,7 +416,9 @@ def check_shards(config: PretrainConfig) -> None:
         ShardSet.open(config.data.shards)
 
 
-def connect_to_ray(*, meanwhile: str | None = None, show_workers: bool = True) -> None:
+def connect_to_ray(
+    *, meanwhile: str | None = None, in_workers: Sequence[str] = (), show_workers: bool = True
+) -> None:
     """Connect to the Ray cluster of ``RAY_ADDRESS``, or start a local one for this process.
 
     A process that is connected stays as it is. Ray itself would also look for a cluster that
@@ -424,6 +426,8 @@ def connect_to_ray(*, meanwhile: str | None = None, show_workers: bool = True) -
 
     Args:
         meanwhile: A module to import while Ray starts; the job should need it next.
+        in_workers: Modules that workers of a local Ray should have imported besides what all
+            need (`train.forked_workers`).
         show_workers: Whether to show the logs of workers.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
@@ -433,10 +437,12 @@ def connect_to_ray(*, meanwhile: str | None = None, show_workers: bool = True) -
 
     address = os.environ.get("RAY_ADDRESS") or "local"
     with stage("starting Ray" if address == "local" else "connecting to Ray"):
-        _connect(address, meanwhile=meanwhile, show_workers=show_workers)
+        _connect(address, meanwhile, in_workers, show_workers=show_workers)
 
 
-def _connect(address: str, *, meanwhile: str | None, show_workers: bool) -> None:
+def _connect(
+    address: str, meanwhile: str | None, in_workers: Sequence[str], *, show_workers: bool
+) -> None:
     """Connect to a cluster, or start a local one."""
     from upreid_ray.train.forked_workers import forked_workers  # noqa: PLC0415
 
@@ -444,7 +450,7 @@ def _connect(address: str, *, meanwhile: str | None, show_workers: bool) -> None
     if is_local:
         # The only node is never preempted, and the watcher costs a process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    with forked_workers() if is_local else nullcontext():
+    with forked_workers(in_workers) if is_local else nullcontext():
         # Importing Ray Data configures its loggers, which are made quieter below.
         import ray.data  # noqa: PLC0415, see `connect_to_ray`
 

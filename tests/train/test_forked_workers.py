@@ -49,7 +49,7 @@ print(faults() - before)
 TASK = """\
 import ray, sys
 from upreid_ray.command_line import connect_to_ray
-connect_to_ray()
+connect_to_ray(in_workers=["mlflow.tracking"])
 @ray.remote(num_cpus=0.1, max_calls=1)
 def about():
     return sys.executable, "mlflow" in sys.modules and "ray.train.torch" in sys.modules

@@ -43,7 +43,7 @@ from upreid_ray.train import worker_program
 
 # The program that a local Ray runs in place of Python; a Python here turns forking off.
 PROGRAM_VARIABLE = "UPREID_RAY_WORKER_PROGRAM"
-# What takes long to import in actors, tasks and training workers; the last two are for trials.
+# What takes long to import in actors, tasks and training workers.
 MODULES = (
     "aiohttp",
     "fsspec",
@@ -57,9 +57,6 @@ MODULES = (
     "torch._dynamo",
     "torchvision",
     "upreid_ray.core.checkpoint",
-    "upreid_ray.core.cluster_contrast",
-    "mlflow.tracking",
-    "upreid_ray.tracking.runs",
 )
 # The same, of Ray, which reads variables when it is imported. Some of them differ between one
 # Ray and the next. The first request of a Ray tells them, except the number of the job, which
@@ -68,7 +65,6 @@ RAY_MODULES = (
     "ray",
     "ray.data",
     "ray.train.torch",
-    "upreid_ray.train.finetune_worker",
     "upreid_ray.train.pretrain_worker",
 )
 RAY_VARIABLES = ("RAY_AUTH_MODE", "RAY_JOB_ID", "RAY_RAYLET_PID")
@@ -163,10 +159,13 @@ _newest = ExitStack()
 
 
 @contextmanager
-def forked_workers() -> Iterator[None]:
+def forked_workers(modules: Sequence[str] = ()) -> Iterator[None]:
     """Let a local Ray that is started inside take the program for Python, if that is possible.
 
     The server of an earlier Ray of this process is ended.
+
+    Args:
+        modules: What workers of this job need besides what all do.
     """
     _newest.close()
     python = sys.executable
@@ -174,7 +173,7 @@ def forked_workers() -> Iterator[None]:
     has_gpu = any(True for name in GPUS for _ in Path("/dev").glob(name))
     if program is None and sys.platform == "linux" and not has_gpu:
         with suppress(OSError):
-            server = WorkerServer()
+            server = WorkerServer(ray_modules=(*RAY_MODULES, *modules))
             _newest.callback(server.close)
             program = str(server.program)
     sys.executable = program or python
