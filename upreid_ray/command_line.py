@@ -450,6 +450,9 @@ def _connect(
     if is_local:
         # The only node is never preempted, and the watcher costs a process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # Ray gives workers the priority 15. Beside any other busy process, one of two threads
+        # then hardly runs, and the other one waits for it: a step takes fifty times as long.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     with forked_workers(in_workers) if is_local else nullcontext():
         # Importing Ray Data configures its loggers, which are made quieter below.
         import ray.data  # noqa: PLC0415, see `connect_to_ray`

@@ -47,12 +47,13 @@ for _ in range(20):
 print(faults() - before)
 """
 TASK = """\
-import ray, sys
+import os, ray, sys
 from upreid_ray.command_line import connect_to_ray
 connect_to_ray(in_workers=["mlflow.tracking"])
 @ray.remote(num_cpus=0.1, max_calls=1)
 def about():
-    return sys.executable, "mlflow" in sys.modules and "ray.train.torch" in sys.modules
+    is_whole = "mlflow" in sys.modules and "ray.train.torch" in sys.modules
+    return sys.executable, is_whole, os.nice(0)
 for _ in range(100):
     said = ray.get(about.remote())
     if said[1]:
@@ -424,14 +425,15 @@ def test_each_ray_of_a_process_has_a_server_of_its_own(monkeypatch: pytest.Monke
 )
 def test_ray_forks_its_workers_and_all_is_gone_with_the_job():
     variables = os.environ | {"RAY_ADDRESS": "local", module.PROGRAM_VARIABLE: ""}
+    del variables["RAY_worker_niceness"]  # which all other tests set
     done = subprocess.run(
         [sys.executable, "-c", TASK],
         env=variables, check=True, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
-    program, is_whole, python = done.stdout.split()
+    program, is_whole, niceness, python = done.stdout.split()
     assert Path(program).parent.name.startswith("upreid-workers-")
-    assert (is_whole, python) == ("True", sys.executable)
+    assert (is_whole, niceness, python) == ("True", "0", sys.executable)
     wait_for(lambda: not Path(program).exists())
 
 
