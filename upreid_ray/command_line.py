@@ -450,8 +450,9 @@ def _connect(
     if is_local:
         # The only node is never preempted, and the watcher costs a process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        # Ray gives workers the priority 15. Beside any other busy process, one of two threads
-        # then hardly runs, and the other one waits for it: a step takes fifty times as long.
+        # Ray gives workers the priority 15. Beside a busy process, one of two threads may then
+        # hardly run, and the other one waits for it: a step took fifty times as long. A busy
+        # process of another session still slows two threads much, since they spin as they wait.
         os.environ.setdefault("RAY_worker_niceness", "0")
     with forked_workers(in_workers) if is_local else nullcontext():
         # Importing Ray Data configures its loggers, which are made quieter below.
