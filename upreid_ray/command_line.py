@@ -313,18 +313,10 @@ def read_pretrain_settings(
     if has_preset_shapes(config) and not has_own_optimizer:
         return config
     # Imported late: it brings PyTorch, which --help and other mistakes should not cost.
-    from upreid_ray.core.backbone import check_settings, choose_optimizer  # noqa: PLC0415
+    from upreid_ray.core.backbone import check_optimizer, check_settings  # noqa: PLC0415
 
     check_settings(config)
-    chosen = choose_optimizer(config)
-    of_other = "optimizer.adamw." if chosen == "sgd" else "optimizer."
-    for path in vars(arguments):
-        section, _, name = path.rpartition(".")
-        if f"{section}." == of_other and name != "algorithm":
-            raise InputError(
-                f"--{path}: has no effect, because {config.model.backbone} is trained by "
-                f"{chosen}; see --optimizer.algorithm"
-            )
+    check_optimizer(config, vars(arguments))
     return config
 
 

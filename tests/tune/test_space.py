@@ -115,14 +115,28 @@ def test_an_axis_that_cannot_be_is_refused_in_one_line_that_names_it(path, text)
             ),
             "--grace_epochs 1: ",
         ),
+        (plan({"optimizer.adamw.lr": "choice(1,2)"}), "--space.optimizer.adamw.lr: has no "),
+        (
+            plan({LR: "choice(1,2)"}, DEMO.override({"optimizer.algorithm": "adamw"})),
+            f"--space.{LR}: has no effect",
+        ),
     ],
-    ids=["nothing", "grid for tpe", "grace of a trial", "short trials", "grace without scores"],
+    ids=[
+        *("nothing", "grid for tpe", "grace of a trial", "short trials"),
+        *("grace without scores", "rate of AdamW for a ResNet", "rate of SGD for AdamW"),
+    ],
 )
 def test_a_plan_that_cannot_be_is_refused(made, message):
     with pytest.raises(InputError) as refusal:
         check_plan(made)
 
     assert str(refusal.value).startswith(message)
+
+
+def test_rates_of_both_optimizers_may_be_swept_with_the_optimizer():
+    choices = {LR: "choice(0.1)", "optimizer.adamw.lr": "choice(0.1)"}
+
+    check_plan(plan({**choices, "optimizer.algorithm": "choice(sgd,adamw)"}))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,6 +1,7 @@
 """The backbone that maps images to features, alone or with a neck, and its description."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
@@ -77,6 +78,23 @@ def choose_optimizer(config: PretrainConfig) -> Literal["sgd", "adamw"]:
     """Return the optimizer of a pre-training: the user's choice, or that of the family."""
     algorithm = config.optimizer.algorithm
     return backbones.find(config.model.backbone).optimizer if algorithm == "auto" else algorithm
+
+
+def check_optimizer(config: PretrainConfig, paths: Iterable[str], flag: str = "--") -> None:
+    """Check that settings at dotted paths are not those of the optimizer that is not used.
+
+    Raises:
+        InputError: One of them is, so that it has no effect.
+    """
+    chosen = choose_optimizer(config)
+    of_other = "optimizer.adamw." if chosen == "sgd" else "optimizer."
+    for path in paths:
+        section, _, name = path.rpartition(".")
+        if f"{section}." == of_other and name != "algorithm":
+            raise InputError(
+                f"{flag}{path}: has no effect, because {config.model.backbone} is trained by "
+                f"{chosen}; see --optimizer.algorithm"
+            )
 
 
 def check_size(name: str, size: Size, *, patches: str | None = None) -> None:

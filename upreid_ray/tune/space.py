@@ -150,6 +150,12 @@ def check_plan(plan: SweepPlan) -> None:
             f"--space.{grids[0]} {axes[grids[0]]}: --searcher tpe draws points one by one; "
             "use choice(...)"
         )
+    of_optimizer = any(path.startswith("optimizer.") for path in axes)
+    if of_optimizer and not axes.keys() & {"model.backbone", "optimizer.algorithm"}:
+        # Imported late: it brings PyTorch, which other mistakes should not cost.
+        from upreid_ray.core.backbone import check_optimizer  # noqa: PLC0415
+
+        check_optimizer(plan.base, axes, "--space.")
     every = plan.base.evaluation.every_epochs
     if plan.search.scheduler == "asha" and plan.grace_epochs % every:
         raise InputError(
