@@ -55,11 +55,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, new_database: Path) -> Iter
 @pytest.fixture(scope="session")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Return a Python whose Ray forks its workers from one server, as do all jobs of tests."""
-    from tests.ray_workers import make_python
+    from tests.ray_workers import JOB_MODULES, make_python
     from upreid_ray.train.forked_workers import MODULES, PROGRAM_VARIABLE, WorkerServer
 
-    more = ("mlflow.tracking", "scipy.sparse", "sklearn.cluster")  # of some jobs
-    server = WorkerServer((*MODULES, *more), ray_modules=())  # which would be of one Ray
+    # None of Ray's, which would be of one Ray.
+    server = WorkerServer((*MODULES, *JOB_MODULES), ray_modules=())
     program = str(make_python(tmp_path_factory.mktemp("workers"), server))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(PROGRAM_VARIABLE, program)

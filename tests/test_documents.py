@@ -25,8 +25,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.ray_workers import JOB_MODULES, write_program
 from upreid_ray.core.backbone import build_backbone
-from upreid_ray.train.forked_workers import MODULES, WorkerServer
+from upreid_ray.train.forked_workers import WorkerServer
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -275,30 +276,6 @@ COPIED = (
 )
 COMMAND_SECONDS = 600
 OWN_RAY = ("make pretrain",)  # What starts a Ray, as all does for a user; the rest share one.
-# Python of the environment. What uses the shared Ray is forked: it would import for minutes.
-PYTHON_PROGRAM = """\
-#!/bin/bash
-case "$RAY_ADDRESS $1" in ?*" jobs/"* | ?*" page.py") exec {server} {launcher} "$@" ;; esac
-exec -a "$0" {python} "$@"
-"""
-# What a forked process runs; its name is that of a script of Ray's, which the server expects.
-LAUNCHER = """\
-import atexit, runpy, sys
-for name in [name for name in sys.modules if name.partition(".")[0] == "upreid_ray"]:
-    del sys.modules[name]  # Those of this folder take their place.
-del sys.argv[0]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:  # The server ends the process.
-    command_line = sys.modules.get("upreid_ray.command_line")
-    atexit.unregister(getattr(command_line, "end_process", None))
-"""
-# What jobs and pages import that is not of this package.
-JOB_MODULES = (
-    *(name for name in MODULES if not name.startswith("upreid_ray")),
-    *("matplotlib.pyplot", "mlflow.artifacts", "mlflow.tracking", "pydantic"),
-    *("rich.progress", "scipy.sparse", "sklearn.cluster", "torch.export", "torch.onnx"),
-)
 # What stands for something of the user's, or for a long run.
 PLACEHOLDERS = {
     "upreid-resnet50@champion": "upreid-resnet18@champion",
@@ -418,17 +395,12 @@ class Home:
 def make_environment(folder: Path, server: WorkerServer) -> None:
     """Make an environment that is the present one, in another folder, and forks its jobs."""
     (folder / "bin").mkdir(parents=True)
-    launcher = folder / "default_worker.py"
-    launcher.write_text(LAUNCHER)
-    words = {"server": server.program, "launcher": launcher, "python": sys.executable}
-    python = PYTHON_PROGRAM.format_map({k: shlex.quote(str(v)) for k, v in words.items()})
     for name in ("lib", "pyvenv.cfg"):
         (folder / name).symlink_to(Path(sys.prefix) / name)
     for program in (Path(sys.prefix) / "bin").iterdir():
         if program.name not in ("activate", "python"):
             (folder / "bin" / program.name).symlink_to(program)
-    (folder / "bin/python").write_text(python)
-    (folder / "bin/python").chmod(0o755)
+    write_program(folder / "bin/python", server)
     (folder / "bin/activate").write_text('export PATH="$PWD/.venv/bin:$PATH"\n')
     (folder / "ready").touch()
 

@@ -46,7 +46,9 @@ class Nodes:
         self._port, self._dashboard_port, self._client_port = free_ports(3)
         self.environment = {
             **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": os.pathsep.join(
+                [str(Path(python).parent), str(Path(sys.executable).parent), os.environ["PATH"]]
+            ),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",

@@ -283,7 +283,8 @@ def newest_checkpoint(run: Path) -> int:
 class Job:
     """A process of jobs/pretrain.py.
 
-    Its Ray is its own, unless it gets the address of another one.
+    Its Ray is its own, unless it gets the address of another one. With the Python of the tests
+    it is forked.
     """
 
     def __init__(
@@ -302,6 +303,7 @@ class Job:
         begin = ["--config", file]
         if "--resume" in words:
             begin = ["--run.storage_path", str(config.run.storage_path)]
+        self._python = python
         with self._errors.open("w") as errors:
             self.process = subprocess.Popen(
                 [python, ROOT / "jobs/pretrain.py", *begin, *words],
@@ -350,7 +352,9 @@ class Job:
 
     def end(self) -> None:
         """Kill whatever is left of the job, its Ray included."""
-        kill(tree(self.process.pid))
+        pids = tree(self.process.pid)
+        forked = worker_of(self._python, self.process.pid) if pids else None
+        kill(pids | (tree(forked) if forked else set()))
         self.process.wait()
         self.process.stdout.close()
 
@@ -376,6 +380,7 @@ def hindered(finished, ray_cluster, python, folder, tiny) -> SimpleNamespace:
     left = leave_a_checkpoint(job)
 
     resume = ("--resume", "hindered")
+    # It is not forked: the process that gets the signal is the job.
     stopped = Job(config, folder, *resume, ray_address=ray_cluster)
     try:
         stopped.wait_for(lambda: "if it ends early" in stopped.errors)
@@ -391,7 +396,7 @@ def hindered(finished, ray_cluster, python, folder, tiny) -> SimpleNamespace:
     # This time a worker gets the signal, not the job.
     logged = job.num_log_entries()
     never = ("--run.max_failures", "0")
-    again = Job(config, folder, *resume, *never, ray_address=ray_cluster)
+    again = Job(config, folder, *resume, *never, python=python, ray_address=ray_cluster)
     try:
         again.wait_for(lambda: job.num_log_entries() > logged)
         os.kill(train_workers()[-1], signal.SIGTERM)
@@ -400,7 +405,7 @@ def hindered(finished, ray_cluster, python, folder, tiny) -> SimpleNamespace:
         again.end()
 
     once = ("--run.max_failures", "1")
-    resumed = Job(config, folder, *resume, *once, ray_address=ray_cluster)
+    resumed = Job(config, folder, *resume, *once, python=python, ray_address=ray_cluster)
     try:
         result = resumed.result()
     finally:

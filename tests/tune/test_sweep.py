@@ -33,6 +33,7 @@ NUM_STEPS = 14
 def base(folder) -> PretrainConfig:
     return TINY.override(
         {
+            "model.backbone": "timm/test_efficientnet",  # half the time of ResNet-18
             "training.epochs": 2,
             "evaluation.every_epochs": 1,
             "scaling.num_workers": 1,
@@ -222,7 +223,12 @@ def troubled(ray_cluster, base) -> SimpleNamespace:
     """Sweep points that lose their numbers, do not fit in memory, or are good."""
     result = start(
         base.override(
-            {"training.epochs": 3, "run.max_skipped_steps": 1, "run.max_failures": 0}
+            {
+                "model.backbone": "resnet18",  # loses its numbers at that rate
+                "training.epochs": 3,
+                "run.max_skipped_steps": 1,
+                "run.max_failures": 0,
+            }
         ),
         "troubled",
         {"optimizer.lr": "grid(0.02,1e30)", "model.queue_size": "grid(32,1000000000000)"},
@@ -292,6 +298,7 @@ class SweepJob(Job):
     ) -> None:
         self.run = Path(str(base.run.storage_path), "killed")
         self._errors = folder / f"killed{len(words)}.log"
+        self._python = python
         with self._errors.open("w") as errors:
             self.process = subprocess.Popen(
                 [python, ROOT / "jobs/sweep.py", *words],
@@ -340,7 +347,8 @@ def killed(finished, ray_cluster, python, base, folder) -> SimpleNamespace:
         job.end()
     log = (job.run / "killed-000/metrics.jsonl").read_text()
     storage = ("--run.storage_path", str(base.run.storage_path))
-    resumed = SweepJob(base, folder, "--resume", "killed", *storage, ray_address=ray_cluster)
+    words = ("--resume", "killed", *storage)
+    resumed = SweepJob(base, folder, *words, python=python, ray_address=ray_cluster)
     try:
         result = resumed.result()
         return SimpleNamespace(
