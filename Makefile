@@ -16,8 +16,7 @@ CONSUMERS := torchreid==0.2.5 fastreid==1.4.0 absl-py==2.5.1 beautifulsoup4==4.1
   tensorboard==2.21.0 termcolor==3.3.0 yacs==0.1.8
 # The allocator settings of workers on CPUs, as in upreid_ray/core/memory.py; a test compares them.
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776
-# So many processes share the tests without Ray, a file at a time. `make test` has one more for those
-# with Ray. Two of these need 6 GB more and gain nothing on two cores (34 instead of 31 minutes).
+# So many processes share the tests without Ray, a file at a time.
 JOBS ?= 2
 SHARED := --numprocesses $(JOBS) --dist loadfile
 IMAGE ?= registry.example.com/upreid-ray:0.1.0
@@ -78,10 +77,12 @@ format: $(READY)  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Beside the tests with Ray run those without, then those of the documents, which need a Ray too.
 test: $(READY) $(VENV)/consumers  ## run all tests
-	$(BIN)/python -m pytest -m ray > $(VENV)/ray-tests.log 2>&1 & \
+	$(BIN)/python -m pytest -m ray --ignore tests/test_documents.py > $(VENV)/ray-tests.log 2>&1 & \
 	$(BIN)/python -m pytest $(SHARED) -m "not ray"; others=$$?; \
-	wait $$!; ray=$$?; cat $(VENV)/ray-tests.log; exit $$((others + ray))
+	$(BIN)/python -m pytest -m ray tests/test_documents.py; documents=$$?; \
+	wait $$!; ray=$$?; cat $(VENV)/ray-tests.log; exit $$((others + documents + ray))
 
 consumers: $(READY) $(VENV)/consumers  ## install torchreid and fast-reid, with which tests load exported files
 
