@@ -326,12 +326,15 @@ MUTANTS = [
 
 
 def main(words: list[str]) -> int:
-    """Run the chosen mutants; return 0 if all of them are noticed."""
+    """Run the chosen mutants; return 0 if all of them are noticed, 2 if there are none."""
     chosen = [
         mutant
         for mutant in MUTANTS
         if not words or any(word in " ".join([mutant.file, *mutant.tests]) for word in words)
     ]
+    if not chosen:
+        print(f"No fault has any of these words: {' '.join(words)}")
+        return 2
     with tempfile.TemporaryDirectory(prefix="mutants-") as place:
         copy = Path(place)
         copy_repository(copy)

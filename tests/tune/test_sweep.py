@@ -33,7 +33,6 @@ NUM_STEPS = 14
 def base(folder) -> PretrainConfig:
     return TINY.override(
         {
-            "model.backbone": "timm/test_efficientnet",  # half the time of ResNet-18
             "training.epochs": 2,
             "evaluation.every_epochs": 1,
             "scaling.num_workers": 1,
@@ -223,12 +222,7 @@ def troubled(ray_cluster, base) -> SimpleNamespace:
     """Sweep points that lose their numbers, do not fit in memory, or are good."""
     result = start(
         base.override(
-            {
-                "model.backbone": "resnet18",  # loses its numbers at that rate
-                "training.epochs": 3,
-                "run.max_skipped_steps": 1,
-                "run.max_failures": 0,
-            }
+            {"training.epochs": 3, "run.max_skipped_steps": 1, "run.max_failures": 0}
         ),
         "troubled",
         {"optimizer.lr": "grid(0.02,1e30)", "model.queue_size": "grid(32,1000000000000)"},
