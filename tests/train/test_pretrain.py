@@ -380,12 +380,11 @@ def hindered(finished, ray_cluster, python, folder, tiny) -> SimpleNamespace:
     left = leave_a_checkpoint(job)
 
     resume = ("--resume", "hindered")
-    # It is not forked: the process that gets the signal is the job.
+    # It is not forked: the process that gets Ctrl-C is the job. A worker gets SIGTERM below.
     stopped = Job(config, folder, *resume, ray_address=ray_cluster)
     try:
         stopped.wait_for(lambda: "if it ends early" in stopped.errors)
         time.sleep(SIGNAL_SECONDS)
-        # Ctrl-C. A worker gets SIGTERM below.
         stopped.process.send_signal(signal.SIGINT)
         stopped.process.wait(JOB_SECONDS)
     finally:

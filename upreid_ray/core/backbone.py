@@ -81,10 +81,15 @@ def choose_optimizer(config: PretrainConfig) -> Literal["sgd", "adamw"]:
 
 
 def check_optimizer(config: PretrainConfig, paths: Iterable[str], flag: str = "--") -> None:
-    """Check that settings at dotted paths are not those of the optimizer that is not used.
+    """Refuse settings of the optimizer that does not train the backbone.
+
+    Args:
+        config: Decides which optimizer does.
+        paths: Dotted paths of settings that the user gave, of all sections.
+        flag: What stands before a path on the command line.
 
     Raises:
-        InputError: One of them is, so that it has no effect.
+        InputError: One of the settings has no effect.
     """
     chosen = choose_optimizer(config)
     of_other = "optimizer.adamw." if chosen == "sgd" else "optimizer."

@@ -139,7 +139,8 @@ def check_plan(plan: SweepPlan) -> None:
     """Check a plan before anything starts.
 
     Raises:
-        InputError: There is no axis, an axis is invalid, or the rungs do not fit the trials.
+        InputError: There is no axis, an axis is invalid or has no effect, or the rungs do not
+            fit the trials.
     """
     if not plan.space:
         raise InputError("--space.SETTING: nothing is swept; name a space or give an axis")
