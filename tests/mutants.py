@@ -298,7 +298,7 @@ MUTANTS = [
         "self.known_checkpoints = {Path(checkpoint.path).name for checkpoint in known}\n"
         "        if known and self._load_newest(known[:1]):",
         (
-            "tune/test_sweep.py::test_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint",
+            "train/test_pretrain.py::test_a_resumed_job_continues_from_the_newest_checkpoint_and_says_so",
         ),
     ),
     Mutant(

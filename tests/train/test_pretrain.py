@@ -529,6 +529,12 @@ def test_a_job_that_gets_ctrl_c_saves_at_its_next_log_entry(hindered):
     assert hindered.stopped_at == 6
 
 
+def test_a_resumed_job_continues_from_the_newest_checkpoint_and_says_so(hindered):
+    said = f"continuing after step {hindered.stopped_at}"
+
+    assert said in hindered.errors[2].splitlines()
+
+
 def test_a_resumed_job_continues_its_run_in_mlflow(finished, hindered):
     run = finished.client.get_run(hindered.run_id)
 

@@ -243,6 +243,8 @@ class Worker(ABC):
         self.evaluation.scores_untrained = position.scores_untrained
         self.evaluation.num_queries_without_match = position.num_queries_without_match
         self.undecodable = Counter(position.undecodable)
+        if distributed.rank() == 0:
+            logger.info("continuing after step %d", self.state.step)
         return True
 
     def _stop_request(self) -> RunStopped | None:
