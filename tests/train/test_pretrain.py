@@ -607,26 +607,15 @@ def test_a_finished_run_says_how_to_train_further(finished, tiny):
     )
 
 
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"model.queue_size": 64}, r"--model.queue_size 64: \S+/tiny/step-\d+ has 32"),
-        (
-            {"patches.source": "map", "patches.alignment": "view"},
-            r"--patches.source map: \S+/tiny/step-\d+ has image",
-        ),
-    ],
-    ids=["queue", "patches"],
-)
-def test_a_run_of_other_shapes_cannot_be_continued_from(finished, tiny, changed, said):
+def test_a_run_with_another_queue_cannot_be_continued_from(finished, tiny):
     settings = {
         "model.continue_from": finished.result.result_dir,
         "model.pretrained": None,
-        "run.name": "other-shapes",
+        "model.queue_size": 64,
     }
 
-    with pytest.raises(InputError, match=f"^{said}$"):
-        fit(tiny.override(settings | changed))
+    with pytest.raises(InputError, match=r"^--model.queue_size 64: \S+/tiny/step-\d+ has 32$"):
+        fit(tiny.override({**settings, "run.name": "other-queue"}))
 
 
 def test_a_new_run_continues_from_the_newest_checkpoint_of_another_one(finished, tiny):

@@ -17,10 +17,7 @@ from upreid_ray.train.folder import CHECKPOINT
 from upreid_ray.train.worker import newest_intact
 
 # Settings that decide the shapes of the encoders and the queue, and the optimizer.
-KEPT = (
-    *("model.backbone", "model.embedding_dim", "model.queue_size"),
-    *("optimizer.algorithm", "patches.source"),
-)
+KEPT = ("model.backbone", "model.embedding_dim", "model.queue_size", "optimizer.algorithm")
 
 
 def find_start(config: PretrainConfig) -> str:
