@@ -143,8 +143,7 @@ def has_preset_shapes(config: PretrainConfig) -> bool:
     def shapes(of: PretrainConfig) -> tuple[object, ...]:
         model, data, patches = of.model, of.data, of.patches
         built = (model.backbone, model.drop_path, model.freeze_patch_projection)
-        shape = (data.height, data.width, patches.rows, patches.columns, patches.source)
-        return built + shape
+        return (*built, data.height, data.width, patches.rows, patches.columns)
 
     return any(
         shapes(config) == shapes(preset)

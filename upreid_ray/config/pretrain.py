@@ -95,10 +95,6 @@ class PatchesConfig(Section):
     """Number of rows of patches."""
     columns: PositiveInt = 2
     """Number of columns of patches."""
-    source: Literal["image", "map"] = "image"
-    """What a patch is: a crop of the image that the encoder sees on its own (image), or a cell
-    of the view's feature map before the last stage of a ResNet (map), which costs no extra pass
-    and needs alignment view."""
     alignment: Literal["view", "body"] = "body"
     """Where patches are cut: from the augmented view (view), or in rows at fixed heights of the
     original image (body)."""
@@ -108,17 +104,6 @@ class PatchesConfig(Section):
     key_encoder: Literal["momentum", "query"] = "momentum"
     """Encoder of the other view's patches: the key encoder, which follows by its momentum
     (momentum), or the query encoder without gradient (query)."""
-
-    @model_validator(mode="after")
-    def _cells_lie_in_the_view(self) -> Self:
-        for name, value in (("alignment", "view"), ("key_encoder", "momentum")):
-            given = getattr(self, name)
-            if self.source == "map" and given != value:
-                raise ValueError(
-                    f"--patches.{name} {given}: is for patches of the image; with "
-                    f"--patches.source map it must be {value}"
-                )
-        return self
 
 
 class ModelConfig(Section):
@@ -271,18 +256,6 @@ class PretrainConfig(Section):
         return self.training.batch_size // self.training.group_size
 
     @property
-    def cuts_patches(self) -> bool:
-        """Whether patches are parts of images, which the encoder sees alone."""
-        return self.loss.needs_patches and self.patches.source == "image"
-
-    @property
-    def map_grid(self) -> tuple[int, int] | None:
-        """Rows and columns of patches if they are cells of the feature map; otherwise None."""
-        if self.loss.needs_patches and self.patches.source == "map":
-            return self.patches.rows, self.patches.columns
-        return None
-
-    @property
     def model_name(self) -> str:
         """Name under which the backbone is registered."""
         return self.run.register_as or f"upreid-{self.model.backbone.replace('/', '-')}"
@@ -321,8 +294,7 @@ class PretrainConfig(Section):
                 f"--patches.rows {rows} --patches.columns {columns} leaves no negatives for "
                 f"--patches.mining {self.patches.mining}"
             )
-        smallest = min(self.data.height // rows, self.data.width // columns)
-        if self.cuts_patches and smallest < SMALLEST_PATCH:
+        if min(self.data.height // rows, self.data.width // columns) < SMALLEST_PATCH:
             raise ValueError(
                 f"--patches.rows {rows} --patches.columns {columns} makes patches of less than "
                 f"{SMALLEST_PATCH} pixels from images of {self.data.height}x{self.data.width}"

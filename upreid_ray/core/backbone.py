@@ -1,6 +1,5 @@
 """The backbone that maps images to features, alone or with a neck, and its description."""
 
-import math
 import warnings
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -51,26 +50,10 @@ def check_settings(config: PretrainConfig) -> None:
     if config.model.drop_path is not None:
         with torch.device("meta"):
             build_for_training(config)  # refuses it where a backbone has no stochastic depth
-    if config.map_grid is not None:
-        _check_map(config, *config.map_grid)
-    if config.cuts_patches:
+    if config.loss.needs_patches:
         size = (data.height // patches.rows, data.width // patches.columns)
         grid = f"--patches.rows {patches.rows} --patches.columns {patches.columns}"
         check_size(name, size, patches=f"{grid} of images of {data.height}x{data.width}")
-
-
-def _check_map(config: PretrainConfig, rows: int, columns: int) -> None:
-    """Check that the backbone has a feature map with a cell for each patch."""
-    name, data = config.model.backbone, config.data
-    stride = backbones.find(name).map_stride
-    if stride is None:
-        raise InputError(f"--patches.source map: needs a ResNet; {name} has no such map")
-    height, width = math.ceil(data.height / stride), math.ceil(data.width / stride)
-    if rows > height or columns > width:
-        raise InputError(
-            f"--patches.rows {rows} --patches.columns {columns}: the feature map of images of "
-            f"{data.height}x{data.width} has only {height}x{width} cells"
-        )
 
 
 def build_for_training(config: PretrainConfig) -> Backbone:

@@ -1,6 +1,6 @@
 """The encoder: a backbone and a projection head.
 
-Dimensions: B images, P patches of an image, F features of the backbone, D embedding size.
+Dimensions: B images, F features of the backbone, D embedding size.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from upreid_ray.config.errors import InputError
 from upreid_ray.config.pretrain import PretrainConfig
-from upreid_ray.core import backbones
 from upreid_ray.core.backbone import build_for_training
 from upreid_ray.core.weight_files import FoundBackbone, read_backbone
 
@@ -31,8 +30,7 @@ class Encoder(nn.Module):
     """Module that computes unit-length embeddings ``[B, D]`` of images ``[B, 3, h, w]``.
 
     The projection head has two layers, as in MoCo v2 (Chen et al. 2020,
-    https://arxiv.org/abs/2003.04297). Cells of a feature map as patches, and their head, are
-    ours.
+    https://arxiv.org/abs/2003.04297).
     """
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -42,34 +40,16 @@ class Encoder(nn.Module):
         self.backbone = build_for_training(config)
         if (found := read_pretrained(config)) is not None:
             self.backbone.load_state_dict(found.weights)
-        self.projection_head = _head(self.backbone.num_features, model.embedding_dim)
-        self._family = backbones.find(model.backbone)
-        if config.map_grid is not None:
-            self.cell_head = _head(self.backbone.num_map_features, model.embedding_dim)
+        width = self.backbone.num_features
+        self.projection_head = nn.Sequential(
+            nn.Linear(width, width),
+            nn.ReLU(inplace=True),
+            nn.Linear(width, model.embedding_dim),
+        )
 
-    def forward(
-        self, images: Tensor, *, grid: tuple[int, int] | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the embeddings of normalized images, in fp32 even under autocast.
-
-        With ``grid``, rows and columns, also return the embeddings ``[B, P, D]`` of the parts
-        into which this grid divides the feature map.
-        """
-        if grid is None:
-            return _embed(self.projection_head, self.backbone(images))
-        maps, features = self._family.with_map(self.backbone, images)
-        cells = F.adaptive_avg_pool2d(maps, grid).flatten(2).transpose(1, 2)
-        return _embed(self.projection_head, features), _embed(self.cell_head, cells)
-
-
-def _head(width: int, embedding_dim: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, embedding_dim)
-    )
-
-
-def _embed(head: nn.Module, features: Tensor) -> Tensor:
-    return F.normalize(head(features).float(), dim=-1)
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the embeddings of normalized images, in fp32 even under autocast."""
+        return F.normalize(self.projection_head(self.backbone(images)).float(), dim=1)
 
 
 def read_pretrained(config: PretrainConfig) -> FoundBackbone | None:

@@ -34,8 +34,7 @@ class Views:
 
     Attributes:
         view: ``[B, 3, H, W]``, augmented and normalized.
-        patches: ``[B, P, 3, h, w]``, cut from the augmented view, or None; also None if
-            patches are cells of the view's feature map.
+        patches: ``[B, P, 3, h, w]``, cut from the augmented view, or None.
         original: ``[B, 3, H, W]``, normalized only, or None. Only the key encoder sees it.
     """
 
@@ -52,8 +51,7 @@ class Keys:
         view: ``[B, D]``, embeddings of the augmented views.
         original: ``[B, D]``, embeddings of the images without augmentation, or None.
         patches: ``[B, P, D]``, embeddings of the patches, or None; by the query encoder if
-            ``patches.key_encoder`` says so, of cells of the feature map if ``patches.source``
-            does.
+            ``patches.key_encoder`` says so.
     """
 
     view: Tensor
@@ -100,7 +98,6 @@ class UPReID(nn.Module):
         super().__init__()
         self.loss = config.loss
         self.patches = config.patches
-        self.map_grid = config.map_grid
         self.precision = config.training.precision
         self.query_encoder = Encoder(config)
         self.key_encoder = without_stochastic_depth(
@@ -129,7 +126,7 @@ class UPReID(nn.Module):
         terms = {}
         with autocast(views.view, self.precision):
             with running_statistics(self.query_encoder, momentum=statistics_momentum):
-                query, query_patches = self._encode_view(self.query_encoder, views.view)
+                query = self.query_encoder(views.view)
             terms["info_nce"] = info_nce(
                 query, keys.view, self.queue.keys, temperature=self.loss.temperature
             )
@@ -143,7 +140,7 @@ class UPReID(nn.Module):
                 )
             if views.patches is not None:
                 query_patches = _encode_patches(self.query_encoder, views.patches)
-        if query_patches is not None and keys.patches is not None:
+        if views.patches is not None and keys.patches is not None:
             # In fp32: patches may be very alike, and the least similar one is looked for.
             terms["intrinsic_contrastive"] = intrinsic_contrastive(
                 query_patches,
@@ -173,10 +170,10 @@ class UPReID(nn.Module):
             views: The key encoder's views of the images of the group.
             statistics_momentum: Momentum of the update of the running statistics.
         """
-        original = None
+        original = patches = None
         with autocast(views.view, self.precision):
             with running_statistics(self.key_encoder, momentum=statistics_momentum):
-                view, patches = self._encode_view(self.key_encoder, views.view)
+                view = self.key_encoder(views.view)
             if views.original is not None:
                 with running_statistics(self.key_encoder, momentum=0):
                     original = self.key_encoder(views.original)
@@ -185,13 +182,6 @@ class UPReID(nn.Module):
                 encoder = self.query_encoder if by_query else self.key_encoder
                 patches = _encode_patches(encoder, views.patches)
         return Keys(view, original, patches)
-
-    def _encode_view(self, encoder: Encoder, view: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return embeddings ``[B, D]``, and ``[B, P, D]`` of the cells if these are patches."""
-        if self.map_grid is None:
-            return encoder(view), None
-        embeddings, cells = encoder(view, grid=self.map_grid)
-        return embeddings, cells
 
     @torch.no_grad()
     def update_key_encoder(self, *, momentum: float, is_skipped: Tensor | bool = False) -> None:

@@ -496,7 +496,7 @@ def render_views(
     """
     view = render_view(images, parameters, config.augmentation)
     patches = original = None
-    if config.cuts_patches:
+    if config.loss.needs_patches:
         whole = view
         if config.patches.alignment == "body":
             at_body = parameters.at_full_height(config.data.height)

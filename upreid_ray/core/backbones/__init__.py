@@ -48,15 +48,12 @@ class Family(ABC):
         drop_path: Largest probability with which stochastic depth leaves out a block, unless
             the user chooses another one.
         has_last_stride: Whether the last stage can keep the resolution of the one before.
-        map_stride: Pixels between the cells of the feature map of `with_map`, in both
-            directions; None if the family has no such map.
     """
 
     names: tuple[str, ...]
     optimizer: Literal["sgd", "adamw"] = "adamw"
     drop_path = 0.0
     has_last_stride = False
-    map_stride: int | None = None
 
     def has(self, name: str) -> bool:
         """Return whether ``name`` is a member of the family.
@@ -92,14 +89,6 @@ class Family(ABC):
         No other part of a model has all of them under one prefix. There are none if members
         differ in all names and the name of the member is not given.
         """
-
-    def with_map(self, backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the feature map before the last stage, and the features; see `map_stride`.
-
-        Returns:
-            ``[B, C, h, w]``, where C is ``backbone.num_map_features``, and ``[B, F]``.
-        """
-        raise NotImplementedError
 
     def check_size(self, name: str, size: Size, *, of_patches: bool = False) -> None:
         """Check that the member takes images, or the patches of images, of this size.

@@ -23,7 +23,6 @@ class ResNets(Family):
     names: tuple[str, ...] = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
     optimizer: Literal["sgd", "adamw"] = "sgd"
     has_last_stride = True
-    map_stride = 16
 
     def build(self, name: str, *, size: Size, last_stride: int, drop_path: float) -> Backbone:
         """Return a ResNet; it takes images of any size."""
@@ -31,19 +30,12 @@ class ResNets(Family):
             raise InputError(f"--model.drop_path {drop_path:g}: {name} has no stochastic depth")
         backbone = getattr(torchvision.models, name)(weights=None)
         backbone.num_features = backbone.fc.in_features
-        backbone.num_map_features = backbone.layer4[0].conv1.in_channels
         backbone.fc = nn.Identity()
         if last_stride == 1:
             for module in backbone.layer4.modules():
                 if isinstance(module, nn.Conv2d):
                     module.stride = (1, 1)
         return backbone
-
-    def with_map(self, backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the map of the third stage, and the features."""
-        stem = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images))))
-        third = backbone.layer3(backbone.layer2(backbone.layer1(stem)))
-        return third, backbone.avgpool(backbone.layer4(third)).flatten(1)
 
     def blocks(self, backbone: Backbone) -> Iterator[Backbone]:
         """Yield the residual blocks."""
