@@ -530,7 +530,8 @@ def test_a_job_that_gets_ctrl_c_saves_at_its_next_log_entry(hindered):
 
 
 def test_a_resumed_job_continues_from_the_newest_checkpoint_and_says_so(hindered):
-    # A signal makes it save at a log entry. Before that of the third job is the second's, too.
+    # A signal makes a job save at its next log entry. The last job has two such checkpoints to
+    # choose from, those of the second and of the third one.
     logged = re.findall(r"^step (\d+)/21  loss", hindered.errors[2], re.MULTILINE)
     newest = [str(hindered.stopped_at), logged[-1]]
 
