@@ -2,9 +2,10 @@
 
 Takes the last checkpoints of runs of `benchmarks.study`, and fine-tunes each by the package's
 own step on the labelled images of a part of the persons that the run was pre-trained on. The
-persons to score are those of the study, whom neither training has seen. The row ``random``
-starts from the weights that the pre-training with the same seed started from. Fine-tunings with
-the same seed see the same images under the same augmentation, so differences are paired.
+persons to score are those of the study, whom neither training has seen; with `--test`, for runs
+that were made with it, those of the official query and gallery. The row ``random`` starts from
+the weights that the pre-training with the same seed started from. Fine-tunings with the same
+seed see the same images under the same augmentation, so differences are paired.
 
 Fine-tunings that have a line are left out, so the same command resumes; one that is broken off
 starts again.
@@ -127,13 +128,22 @@ def newest(folder: Path) -> Path:
     return max(folder.iterdir(), key=lambda each: int(each.name))
 
 
-def labelled_data(root: str, height: int, width: int) -> tuple[StudyData, NDArray[Any]]:
+def labelled_data(
+    root: str, height: int, width: int, *, test: bool
+) -> tuple[StudyData, NDArray[Any]]:
     """Return the images of the study, and the persons ``[N]`` on those to train on."""
     everyone = read_images(root, "train", height, width)
     pids, camids = everyone.labels.pids.numpy(), everyone.labels.camids.numpy()
-    train_rows, query, gallery = split_persons(pids, camids)
+    if test:
+        query, gallery = (
+            read_images(root, each, height, width) for each in ("query", "gallery")
+        )
+        return StudyData(everyone.images, query, gallery), pids
+    train_rows, query_rows, gallery_rows = split_persons(pids, camids)
     images = everyone.at(train_rows).images
-    return StudyData(images, everyone.at(query), everyone.at(gallery)), pids[train_rows]
+    return StudyData(images, everyone.at(query_rows), everyone.at(gallery_rows)), pids[
+        train_rows
+    ]
 
 
 def run(
@@ -162,8 +172,8 @@ def missing_runs(
     """Return what has no line yet: which row and seed it is, and the folder of the run."""
     about = {
         "set": Path(options.root).absolute().name,
-        "split": f"validation, fine-tuned on {options.persons:.0%} of the persons, "
-        f"{options.epochs} epochs",
+        "split": f"{'test' if options.test else 'validation'}, "
+        f"fine-tuned on {options.persons:.0%} of the persons, {options.epochs} epochs",
         "preset": options.preset,
         "common": common,
     }
@@ -195,6 +205,7 @@ def main() -> None:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--persons", type=float, default=0.1, help="fraction of the persons with labels")
     add("--epochs", type=int, default=40, help="epochs of the fine-tuning")
+    add("--test", action="store_true", help="score the official query and gallery")
     add("--results", type=Path, default=RESULTS, help="file of JSON lines")
     add("--table", action="store_true", help="only print the tables")
     options = parser.parse_args()
@@ -213,7 +224,7 @@ def main() -> None:
                     "benchmarks.study with these --settings makes it"
                 )
         size = PRESETS[options.preset].override(common).data
-        data, pids = labelled_data(options.root, size.height, size.width)
+        data, pids = labelled_data(options.root, size.height, size.width, test=options.test)
         for about, folder in missing:
             config = finetune_config(
                 about["seed"], persons=options.persons, epochs=options.epochs

@@ -61,7 +61,7 @@ def test_a_run_with_a_line_is_left_out_and_needs_no_folder(tmp_path: Path) -> No
     results = tmp_path / "lines.jsonl"
     options = argparse.Namespace(
         root="people", out=tmp_path, preset="demo", rows=["random", "MoCo v2"], seeds=[0, 1],
-        persons=0.1, epochs=40, results=results,
+        persons=0.1, epochs=40, test=False, results=results,
     )  # fmt: skip
     everything = study_finetune.missing_runs(options, COMMON)
     results.write_text(json.dumps(everything[1][0] | {"mAP": 0.2}) + "\n")
@@ -71,3 +71,41 @@ def test_a_run_with_a_line_is_left_out_and_needs_no_folder(tmp_path: Path) -> No
     ]  # fmt: skip
     assert study_finetune.missing_runs(options, COMMON) == everything[:1] + everything[2:]
     assert everything[2][1] == run_folder(tmp_path, "demo", COMMON, "MoCo v2", 1)
+
+
+def test_runs_that_are_scored_by_the_official_query_are_others(tmp_path: Path) -> None:
+    results = tmp_path / "lines.jsonl"
+    options = argparse.Namespace(
+        root="people", out=tmp_path, preset="demo", rows=["MoCo v2"], seeds=[0],
+        persons=0.1, epochs=40, test=False, results=results,
+    )  # fmt: skip
+    (validation,) = study_finetune.missing_runs(options, COMMON)
+    results.write_text(json.dumps(validation[0]) + "\n")
+    options.test = True
+
+    ((about, _),) = study_finetune.missing_runs(options, COMMON)
+
+    assert about["split"] == "test, fine-tuned on 10% of the persons, 40 epochs"
+
+
+def test_with_test_all_train_persons_have_labels_and_the_official_images_are_scored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    splits = {"train": 20, "query": 3, "gallery": 6}
+
+    def read_images(root: str, split: str, height: int, width: int) -> LabelledImages:
+        number = splits[split]
+        pids = torch.arange(number) // 2
+        return LabelledImages(people(number, number), Labels(pids, torch.arange(number) % 2))
+
+    monkeypatch.setattr(study_finetune, "read_images", read_images)
+
+    (official, everyone), (inner, some) = (
+        study_finetune.labelled_data("people", 64, 32, test=test) for test in (True, False)
+    )
+
+    assert everyone.tolist() == [row // 2 for row in range(20)]
+    assert [len(each) for each in (official.train, official.query.images)] == [20, 3]
+    assert len(official.gallery.images) == 6
+    assert (len(inner.train), len(some)) == (16, 16)
+    assert set(inner.query.labels.pids.tolist()).isdisjoint(some.tolist())
