@@ -78,5 +78,9 @@ def extract_blocks(
         num_gpus=scaling.gpus_per_worker if scaling.use_gpu else 0,
     )
     extracted.context.enable_progress_bars = False
+    extracted.context.print_on_execution_start = False
     extracted.context.execution_options.preserve_order = in_order
-    yield from extracted.iter_batches(batch_size=None)
+    # A pool's creator says that its actors may not restart (ray-project/ray#57733). Split, the
+    # creator is another process, whose line is hidden (`QUIET_LIBRARIES` of the command line).
+    (only,) = extracted.streaming_split(1)
+    yield from only.iter_batches(batch_size=None)
