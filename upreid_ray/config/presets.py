@@ -65,7 +65,7 @@ PRESETS = {
         augmentation=AUGMENTATIONS["mild"],
         # With a lower momentum, such a short run learns less or collapses (docs/benchmarks.md).
         model=_SMALL_MODEL.override({"momentum": 0.999}),
-        optimizer=OptimizerConfig(lr=0.06, warmup_epochs=1, adamw=_SHORT_ADAMW),
+        optimizer=OptimizerConfig(lr=0.03, warmup_epochs=1, adamw=_SHORT_ADAMW),
         training=TrainingConfig(epochs=3, batch_size=64, group_size=32, log_every_steps=10),
         evaluation=EvaluationConfig(every_epochs=1),
         checkpoint=CheckpointConfig(every_steps=50),
