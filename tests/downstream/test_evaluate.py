@@ -2,10 +2,12 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -15,14 +17,14 @@ from torch import nn
 
 from tests.data.stream.test_stream import BROKEN, flat, write_set
 from upreid_ray.config.downstream import EvaluateConfig
-from upreid_ray.config.errors import InputError
+from upreid_ray.config.errors import InputError, RunFailed
 from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core.cpu import TrimmedConv2d
 from upreid_ray.core.retrieval import extract_features, retrieval_scores
 from upreid_ray.data.shards.shard_set import ShardSet
 from upreid_ray.data.stream.labelled import LabelledImages
 from upreid_ray.downstream.evaluate import evaluate
-from upreid_ray.downstream.extractor import Extractor
+from upreid_ray.downstream.extractor import Extractor, extract_blocks
 from upreid_ray.tracking import connection
 from upreid_ray.train import initialization
 
@@ -79,6 +81,23 @@ def test_an_actor_without_a_gpu_trims_its_convolutions(ray_cluster):
 
     kinds = {type(each) for each in extractor.modules() if isinstance(each, nn.Conv2d)}
     assert kinds == {TrimmedConv2d}
+
+
+def test_the_death_of_the_process_that_hands_out_blocks_is_one_line(ray_cluster):
+    def images(rows):
+        time.sleep(0.5)
+        return {"image": np.zeros((1, 3, 64, 32), np.uint8), **rows}
+
+    blocks = ray.data.range(40, override_num_blocks=40).map_batches(images, batch_size=None)
+    init = initialization.random("resnet18", seed=0)
+    arriving = extract_blocks(blocks, 40, init, ScalingConfig(use_gpu=False))
+    next(arriving)
+    for process in psutil.process_iter(["cmdline"]):
+        if "SplitCoordinator" in " ".join(process.info["cmdline"] or ()):
+            process.kill()
+
+    with pytest.raises(RunFailed, match="images died; run the same command again"):
+        list(arriving)
 
 
 def test_scores_are_those_of_one_process(finished, config):

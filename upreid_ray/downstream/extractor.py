@@ -7,7 +7,9 @@ import ray
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy
+from ray.exceptions import ActorDiedError
 
+from upreid_ray.config.errors import RunFailed
 from upreid_ray.config.run import ScalingConfig
 from upreid_ray.core.cpu import for_cpu
 from upreid_ray.core.retrieval import extract_features
@@ -64,6 +66,9 @@ def extract_blocks(
     """Yield decoded blocks as they are done, with features in the place of the images.
 
     In order, a block waits for those before it, so that the time between two says nothing.
+
+    Raises:
+        RunFailed: The process that hands out the blocks died. Actors are replaced.
     """
     extracted = blocks.map_batches(
         Extractor,
@@ -83,4 +88,9 @@ def extract_blocks(
     # A pool's creator says that its actors may not restart (ray-project/ray#57733). Split, the
     # creator is another process, whose line is hidden (`QUIET_LIBRARIES` of the command line).
     (only,) = extracted.streaming_split(1)
-    yield from only.iter_batches(batch_size=None)
+    try:
+        yield from only.iter_batches(batch_size=None)
+    except ActorDiedError as error:
+        raise RunFailed(
+            "the process of Ray Data that hands out the images died; run the same command again"
+        ) from error
