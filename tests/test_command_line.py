@@ -2,6 +2,7 @@
 
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import ray
 from jobs import prepare as prepare_job
 from jobs import sweep as sweep_job
 from upreid_ray.command_line import (
+    CONNECT_SECONDS,
     JobParser,
     add_finetune_settings,
     add_pretrain_settings,
@@ -544,3 +546,28 @@ def test_what_a_job_needs_next_is_imported_while_ray_starts(tmp_path, monkeypatc
         connect_to_ray(meanwhile="needed_next")
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.mark.parametrize("address", ["cluster", "127.0.0.1:1", "127.0.0.1:99999"])
+def test_an_address_at_which_no_cluster_answers_is_refused_at_once(address, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    began = time.monotonic()
+
+    with pytest.raises(InputError, match=f"^RAY_ADDRESS={address}: no Ray cluster answers"):
+        connect_to_ray()
+
+    assert time.monotonic() - began < CONNECT_SECONDS
+
+
+def test_a_cluster_that_refuses_this_process_may_require_a_token(monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("Failed to connect to Ray cluster at 127.0.0.1:6379")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(ray, "is_initialized", lambda: False)
+        monkeypatch.setattr(ray, "init", refuse)
+
+        with pytest.raises(InputError, match="RAY_AUTH_MODE=token"):
+            connect_to_ray()

@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,8 @@ QUIET_LIBRARIES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+
+CONNECT_SECONDS = 10
 
 SectionT = TypeVar("SectionT", bound=Section)
 NumberT = TypeVar("NumberT", int, float)
@@ -421,6 +424,9 @@ def connect_to_ray(
         in_workers: Modules that workers of a local Ray should have imported besides what all
             need (`train.forked_workers`).
         show_workers: Whether to show the logs of workers.
+
+    Raises:
+        InputError: No cluster answers at ``RAY_ADDRESS``, or it refuses this process.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         return
@@ -429,7 +435,35 @@ def connect_to_ray(
 
     address = os.environ.get("RAY_ADDRESS") or "local"
     with stage("starting Ray" if address == "local" else "connecting to Ray"):
-        _connect(address, meanwhile, in_workers, show_workers=show_workers)
+        check_answer(address)
+        try:
+            _connect(address, meanwhile, in_workers, show_workers=show_workers)
+        except ConnectionError as error:
+            raise InputError(
+                f"RAY_ADDRESS={address}: the Ray cluster refuses the connection; it may "
+                "require a token, which RAY_AUTH_MODE=token sends"
+            ) from error
+
+
+def check_answer(address: str) -> None:
+    """Check that something listens at the address of a cluster; Ray would wait for minutes.
+
+    Args:
+        address: ``HOST:PORT``, or what Ray looks up itself: ``local``, ``auto`` or a URI.
+
+    Raises:
+        InputError: Nothing listens there, or it is no address.
+    """
+    if address in {"local", "auto"} or "://" in address:
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers at this HOST:PORT; without "
+            "RAY_ADDRESS the job starts a Ray of its own"
+        ) from error
 
 
 def _connect(
