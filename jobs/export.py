@@ -13,6 +13,7 @@ Examples:
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ def main() -> dict[str, Any]:
         raise InputError(
             f"--with_preprocessing: not for --to {arguments.to}, which gets weights"
         )
+    check_out(arguments.out, arguments.init)
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.train.initialization import resolve
 
@@ -69,6 +71,22 @@ def main() -> dict[str, Any]:
         Console(stderr=True).print(line, soft_wrap=True, markup=False, highlight=False)
     folder = str(Path(arguments.out).parent)
     return {"init": init.uri, "result_dir": folder, "file": arguments.out, **result}
+
+
+def check_out(out: str, init: str) -> None:
+    """Check that a file can be written without harm.
+
+    Raises:
+        InputError: It is behind a URI, is that of the weights, or cannot be written.
+    """
+    if "://" in out:
+        raise InputError(f"--out {out}: is a URI; give a local file")
+    file, weights = Path(out), Path(init.partition("#")[0])
+    if file.exists() and weights.exists() and file.samefile(weights):
+        raise InputError(f"--out {out}: is the file of INIT, which it would replace")
+    folder = next(each for each in file.absolute().parents if each.exists())
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--out {out}: {folder} cannot be written")
 
 
 def _export_weights(

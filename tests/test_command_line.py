@@ -348,11 +348,23 @@ def test_a_resumed_fine_tuning_knows_its_method_and_init(record):
     assert parse_recorded(ClusterContrastConfig, recorded, words) == begun
 
 
-def test_a_run_of_another_job_is_not_resumed(record):
+@pytest.mark.parametrize("is_joined", [False, True])
+def test_a_run_of_another_job_is_not_resumed(record, is_joined):
     words = record(METHOD_PRESETS["supervised"]["demo"])
+    if is_joined:
+        words = ["=".join(words[:2]), *words[2:]]
 
     with pytest.raises(InputError, match=r"^--resume begun: was started by another job$"):
         resumed_pretrain(words)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"run_id": "0", "conf'])
+def test_a_run_whose_record_is_damaged_is_not_resumed(record, tmp_path, text):
+    words = record(PRESETS["demo"])
+    (tmp_path / "begun" / "run.json").write_text(text)
+
+    with pytest.raises(InputError, match=r"^--resume begun: \S+/run\.json is damaged$"):
+        recorded_settings(words)
 
 
 def test_a_run_that_was_never_started_is_not_resumed(tmp_path):
@@ -442,6 +454,16 @@ REFUSED = {
     "no such file to score": (EVALUATE, "--init", "a file.pth"),
     "no such folder to fine-tune": (FINETUNE, "demo", "--init", "runs/none/step-1"),
     "no such file to export": (EXPORT, "a.pth", "--to", "timm", "--out", "b.pth"),
+    "a name that is too long": (EXPORT, "a" * 300, "--to", "timm", "--out", "b.pth"),
+    "export to a URI": (EXPORT, "images/a.jpg", "--to", "timm", "--out", "s3://b/c.pth"),
+    "export over its own input": (
+        EXPORT,
+        "images/a.jpg",
+        "--to",
+        "timm",
+        "--out",
+        "images/a.jpg",
+    ),
     "no such file to embed with": (EMBED, "a.pth", "images", "--out", "out"),
     "no gallery": (SEARCH, "--query", "images"),
     "no features": (SEARCH, "--gallery", "images", "--query", "images/a.jpg"),
@@ -548,7 +570,9 @@ def test_what_a_job_needs_next_is_imported_while_ray_starts(tmp_path, monkeypatc
         signal.signal(signal.SIGTERM, handler)
 
 
-@pytest.mark.parametrize("address", ["cluster", "127.0.0.1:1", "127.0.0.1:99999"])
+@pytest.mark.parametrize(
+    "address", ["cluster", "127.0.0.1:1", "127.0.0.1:99999", "http://127.0.0.1:1"]
+)
 def test_an_address_at_which_no_cluster_answers_is_refused_at_once(address, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)

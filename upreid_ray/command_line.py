@@ -4,6 +4,7 @@ import argparse
 import ast
 import atexit
 import difflib
+import errno
 import json
 import logging
 import os
@@ -51,6 +52,16 @@ QUIET_LIBRARIES = {
 }
 
 CONNECT_SECONDS = 10
+
+# Errors of files that only the user can mend; their texts name the file.
+USERS_ERRORS = {
+    errno.EACCES,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 SectionT = TypeVar("SectionT", bound=Section)
 NumberT = TypeVar("NumberT", int, float)
@@ -114,10 +125,7 @@ def recorded_settings(words: Sequence[str]) -> dict[str, Any] | None:
     Raises:
         InputError: There is no such run.
     """
-    first = JobParser(None, "", add_help=False)
-    first.add_argument("--resume")
-    first.add_argument("--run.storage_path", "--run.storage-path", dest="storage_path")
-    known = vars(first.parse_known_args(words)[0])
+    known = _resumed(words)
     if known["resume"] is None:
         return None
     # Imported late: no other command line needs it.
@@ -126,6 +134,14 @@ def recorded_settings(words: Sequence[str]) -> dict[str, Any] | None:
     run = JobConfig.parse({"name": known["resume"], "storage_path": known["storage_path"]})
     _, recorded = RunFolder.of(run, "").recorded()
     return recorded
+
+
+def _resumed(words: Sequence[str]) -> dict[str, Any]:
+    """Return the values of ``--resume`` and ``--run.storage_path``, None where they are not."""
+    first = JobParser(None, "", add_help=False)
+    first.add_argument("--resume")
+    first.add_argument("--run.storage_path", "--run.storage-path", dest="storage_path")
+    return vars(first.parse_known_args(words)[0])
 
 
 def parse_recorded(
@@ -137,7 +153,7 @@ def parse_recorded(
         InputError: Another job recorded them.
     """
     if recorded.keys() - config.model_fields.keys():
-        name = words[words.index("--resume") + 1]
+        name = _resumed(words)["resume"]
         raise InputError(f"--resume {name}: was started by another job")
     return config.parse(recorded)
 
@@ -357,25 +373,30 @@ def _run(job: Callable[[], dict[str, Any]]) -> int:
     """Run a job, and write its result or what is wrong; return the exit status."""
     try:
         result = job()
-    except InputError as error:
-        logger.error("%s: %s", _program(), error)
-        return 2
-    except RunFailed as error:
-        logger.error("%s: %s", _program(), error)
-        return 3 if isinstance(error, RunStopped) else 1
     except KeyboardInterrupt:
         logger.error("%s: interrupted", _program())
         return 128 + signal.SIGINT
     except SystemExit as shown:  # a help text or the version
         return int(shown.code or 0)
-    except Exception:
-        logger.exception("%s: failed", _program())
-        return 1
+    except Exception as error:
+        return _report(error)
     finally:
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
     sys.stdout.write(json.dumps(result) + "\n")
     return 0
+
+
+def _report(error: Exception) -> int:
+    """Say what went wrong, in one line where somebody foresaw it; return the exit status."""
+    is_users = isinstance(error, OSError) and error.errno in USERS_ERRORS
+    if not is_users and not isinstance(error, InputError | RunFailed):
+        logger.error("%s: failed", _program(), exc_info=error)
+        return 1
+    logger.error("%s: %s", _program(), error)
+    if isinstance(error, RunFailed):
+        return 3 if isinstance(error, RunStopped) else 1
+    return 2
 
 
 def _program() -> str:
@@ -440,7 +461,7 @@ def connect_to_ray(
             _connect(address, meanwhile, in_workers, show_workers=show_workers)
         except ConnectionError as error:
             raise InputError(
-                f"RAY_ADDRESS={address}: the Ray cluster refuses the connection; it may "
+                f"RAY_ADDRESS={address}: cannot connect to a Ray cluster; it may be down, or "
                 "require a token, which RAY_AUTH_MODE=token sends"
             ) from error
 
@@ -449,12 +470,12 @@ def check_answer(address: str) -> None:
     """Check that something listens at the address of a cluster; Ray would wait for minutes.
 
     Args:
-        address: ``HOST:PORT``, or what Ray looks up itself: ``local``, ``auto`` or a URI.
+        address: ``HOST:PORT``, or what Ray looks up itself: ``local``, ``auto``, ``ray://...``.
 
     Raises:
         InputError: Nothing listens there, or it is no address.
     """
-    if address in {"local", "auto"} or "://" in address:
+    if address in {"local", "auto"} or address.startswith("ray://"):
         return
     host, _, port = address.rpartition(":")
     try:

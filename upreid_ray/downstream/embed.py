@@ -168,9 +168,14 @@ class _Writer:
         parts = [self._parts[number] for number in sorted(self._parts)]
         refused = [each for number in sorted(self._refused) for each in self._refused[number]]
         if not any(part.num_images for part in parts):
+            # Kept, they would refuse the same images once these are mended, too.
+            for number in self._parts:
+                self._file(number).delete_file()
+            # A damaged shard has no keys.
+            first = ": ".join(filter(None, (refused[0]["key"], refused[0]["reason"])))
             raise InputError(
                 f"{self._images.name}: none of {self._images.num_images} images can be used; "
-                f"{refused[0]['key']}: {refused[0]['reason']}"
+                f"{first}"
             )
         if refused:
             lines = "".join(json.dumps(each) + "\n" for each in refused)

@@ -136,5 +136,8 @@ def _explain(uri: str, error: Exception) -> str:
 
 def _hide_password(text: str, uri: str) -> str:
     """Replace the password of a URI, if it has one, by asterisks wherever a text shows it."""
-    password = urlsplit(uri).password
+    try:
+        password = urlsplit(uri).password
+    except ValueError:  # no URI; the client will say so
+        return text
     return text.replace(password, "***") if password else text

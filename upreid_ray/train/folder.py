@@ -200,13 +200,18 @@ class RunFolder:
         """Return the ID of the MLflow run that was started here, and its settings.
 
         Raises:
-            InputError: No run was started here.
+            InputError: No run was started here, or its record is damaged.
         """
         text = self.read(RUN_FILE)
         if text is None:
             raise InputError(f"--resume {self.name}: no such run in {self.storage}")
-        record = json.loads(text)
-        return record["run_id"], record["config"]
+        try:
+            record = json.loads(text)
+            return record["run_id"], record["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"--resume {self.name}: {self.uri}/{RUN_FILE} is damaged"
+            ) from error
 
     def local_path(self) -> Path:
         """Return a local folder for files that are not in the storage yet."""
