@@ -115,6 +115,13 @@ def test_a_folder_that_cannot_be_written_is_named(store, monkeypatch):
     assert f"{store}/file cannot be written; name a database" in refusal(connection.connect)
 
 
+def test_a_folder_is_no_database(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
+
+    assert "it is a folder; name a file in it" in refusal(connection.connect)
+    assert not store.with_name(f"{store.name}.lock").exists()
+
+
 def test_a_file_store_names_what_replaces_it(store, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:./mlruns")
 

@@ -49,8 +49,11 @@ def connect() -> MlflowClient:
             be used.
     """
     uri = tracking_uri()
+    database = database_file(uri)
     try:
-        with _alone_with(database_file(uri)):
+        if database is not None:
+            _check_place(database)
+        with _alone_with(database):
             client = new_client(uri)
             client.search_experiments(max_results=1)
         mlflow.set_tracking_uri(uri)  # MLflow reads the files of a version by it
@@ -91,6 +94,19 @@ def local_path(uri: str) -> Path | None:
 def shown_uri() -> str:
     """Return the tracking URI as a message may show it."""
     return _hide_password(tracking_uri(), tracking_uri())
+
+
+def _check_place(database: Path) -> None:
+    """Check that there is a database or that one can be made: MLflow tries for minutes.
+
+    Raises:
+        IsADirectoryError: It is a folder.
+        PermissionError: There is none, and its folder cannot be written.
+    """
+    if database.is_dir():
+        raise IsADirectoryError("it is a folder; name a file in it")
+    if not database.exists() and not _can_be_written(database.parent):
+        raise PermissionError(str(database.parent))
 
 
 @contextmanager
