@@ -86,6 +86,9 @@ def _parser() -> JobParser:
 
 
 def _search(arguments: argparse.Namespace) -> dict[str, Any]:
+    for flag, file in (("--out", arguments.out), ("--html", arguments.html)):
+        if file is not None and Path(file).is_dir():
+            raise InputError(f"{flag} {file}: is a folder; name a file in it")
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream import search
     from upreid_ray.downstream.feature_set import FeatureSet
