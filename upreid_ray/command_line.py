@@ -479,7 +479,8 @@ def check_answer(address: str) -> None:
         return
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        # IPv6 addresses are in brackets.
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(
             f"RAY_ADDRESS={address}: no Ray cluster answers at this HOST:PORT; without "

@@ -229,15 +229,20 @@ def test_shards_have_the_features_of_their_images(without_ray, init, market, tmp
 def test_a_set_without_any_readable_image_is_tried_again_once_it_is_mended(
     without_ray, init, market, tmp_path
 ):
-    for image in market.rglob("*.jpg"):
-        (tmp_path / "crops" / image.name).parent.mkdir(exist_ok=True)
-        (tmp_path / "crops" / image.name).write_bytes(b"x" * image.stat().st_size)
-    out = tmp_path / "features"
-
+    crops, out = tmp_path / "crops", str(tmp_path / "features")
+    crops.mkdir()
+    whole = {image.name: image.read_bytes() for image in market.rglob("*.jpg")}
+    for name, encoded in whole.items():
+        (crops / name).write_bytes(b"x" * len(encoded))
     with pytest.raises(InputError, match="can be used"):
-        embed(init.uri, str(tmp_path / "crops"), str(out), CONFIG)
+        embed(init.uri, str(crops), out, CONFIG)
 
-    assert not list(out.glob("*.parquet"))
+    for name, encoded in whole.items():
+        (crops / name).write_bytes(encoded)
+    embed(init.uri, str(crops), out, CONFIG)
+
+    manifest = FeatureSet.open(out).manifest
+    assert manifest.num_images == len(whole) - manifest.num_refused > 0
 
 
 def test_a_source_without_images_is_refused(init, tmp_path):
