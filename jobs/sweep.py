@@ -27,7 +27,9 @@ from upreid_ray.command_line import (
     check_shards,
     connect_to_ray,
     override,
+    parse_recorded,
     read_pretrain_settings,
+    recorded_settings,
     run_job,
 )
 from upreid_ray.config.errors import InputError
@@ -41,9 +43,13 @@ AXIS = "space."
 
 def main() -> dict[str, Any]:
     """Run the job; return the content of its JSON line."""
-    arguments = _parser().parse(sys.argv[1:])
+    words = sys.argv[1:]
+    arguments = _parser().parse(words)
     plan = None if arguments.resume is not None else _plan(arguments)
     run = _run(arguments)
+    recorded = recorded_settings(words)
+    if recorded is not None:
+        parse_recorded(SweepPlan, recorded, words)  # refuses the run of another job
     if plan is not None:
         check_shards(plan.base)
     connect_to_ray(

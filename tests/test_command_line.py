@@ -34,6 +34,7 @@ from upreid_ray.config.pretrain import PretrainConfig
 from upreid_ray.config.section import Section, absolute
 from upreid_ray.data.shards.images import ImageRules
 from upreid_ray.train.folder import RunFolder
+from upreid_ray.tune.space import SweepPlan
 
 ROOT = Path(__file__).parents[1]
 
@@ -214,6 +215,14 @@ def test_a_file_that_is_no_configuration_is_refused_in_one_line(tmp_path, conten
         settings("--config", str(tmp_path / "config.json"))
 
 
+def test_a_wrong_setting_of_a_file_is_refused_with_the_name_of_the_file(tmp_path):
+    file = tmp_path / "best.json"
+    file.write_text('{"optimizer": {"lr": -1}}')
+
+    with pytest.raises(InputError, match=f"^--config {file}: --optimizer.lr: .*got -1"):
+        settings("--config", str(file))
+
+
 def test_the_help_shows_every_section_and_setting():
     text = parser().format_help()
 
@@ -358,6 +367,14 @@ def test_a_run_of_another_job_is_not_resumed(record, is_joined):
         resumed_pretrain(words)
 
 
+def test_a_run_of_another_job_is_not_resumed_as_a_sweep(record):
+    words = record(PRESETS["demo"])
+    recorded = recorded_settings(words)
+
+    with pytest.raises(InputError, match=r"^--resume begun: was started by another job$"):
+        parse_recorded(SweepPlan, recorded, words)
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"run_id": "0", "conf'])
 def test_a_run_whose_record_is_damaged_is_not_resumed(record, tmp_path, text):
     words = record(PRESETS["demo"])
@@ -478,6 +495,8 @@ REFUSED = {
     "no features": (SEARCH, "--gallery", "images", "--query", "images/a.jpg"),
     "no reason": (PROMOTE, "models:/upreid-resnet18/1"),
     "unknown method": (FINETUNE, "demo", "--init", "random", "--method", "guess"),
+    "init elsewhere": (FINETUNE, "demo", "--init", "https://example.org/a.pth"),
+    "seed beyond 63 bits": (PRETRAIN, "demo", "--seed", str(2**63)),
     "no init to compare": (COMPARE, "demo", "--splits", "0.5"),
     "bad share": (COMPARE, "demo", "--init", "random", "--splits", "0.5", "3"),
     "bad groups": (FINETUNE, "demo", "--init", "random", "--training.num_groups", "3"),

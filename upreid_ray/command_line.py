@@ -258,10 +258,15 @@ def existing_init(text: str) -> str:
     """Return an initialization as it was typed.
 
     Raises:
-        argparse.ArgumentTypeError: It is empty, no text, or the path of nothing.
+        argparse.ArgumentTypeError: It is empty, no text, a URI, or the path of nothing.
     """
     is_path = text != RANDOM and not text.startswith("models:")
     init = path_or_uri(text) if is_path else text
+    if is_path and "://" in init:
+        raise argparse.ArgumentTypeError(
+            f"{text}: weights are not downloaded; give a local file or folder, or "
+            "models:/NAME@ALIAS"
+        )
     places = (init, init.rpartition("#")[0])  # FILE#PREFIX chooses a network of a file
     if init.startswith("/") and not any(place and Path(place).exists() for place in places):
         raise argparse.ArgumentTypeError(f"{text}: no such file or folder")
@@ -324,7 +329,10 @@ def read_pretrain_settings(
             ) from error
         if not isinstance(tree, dict):
             raise InputError(f"--config {arguments.config}: is not an object of settings")
-        config = PretrainConfig.parse(tree)
+        try:
+            config = PretrainConfig.parse(tree)
+        except InputError as error:
+            raise InputError(f"--config {arguments.config}: {error}") from None
     if arguments.augmentation is not None:
         config = config.override({"augmentation": AUGMENTATIONS[arguments.augmentation]})
     config = override(config, arguments)

@@ -31,6 +31,7 @@ from upreid_ray.config.section import (
     Precision,
     Probability,
     Section,
+    Seed,
     Share,
     ShareRange,
 )
@@ -89,7 +90,7 @@ class InitConfig(Section):
 class EvaluateConfig(InitConfig):
     """The evaluation of a frozen backbone."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Random seed of the weights if --init is random."""
     rerank: bool = False
     """Whether to score k-reciprocal re-ranking as well."""
@@ -208,7 +209,7 @@ class ClusteringConfig(Section):
 class DownstreamConfig(InitConfig):
     """A fine-tuning run."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Random seed of the image order, the augmentation, new weights and subsets."""
     data: LabelledDataConfig = LabelledDataConfig()
     """Settings of the images."""

@@ -5,7 +5,6 @@ from typing import Annotated, Literal, Self
 from pydantic import (
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -29,6 +28,7 @@ from upreid_ray.config.section import (
     Precision,
     Probability,
     Section,
+    Seed,
     ShareRange,
 )
 
@@ -225,7 +225,7 @@ class TrainingConfig(Section):
 class PretrainConfig(Section):
     """A pre-training run."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Random seed of the initial weights, the image order and the augmentation."""
     data: DataConfig = DataConfig()
     """Settings of the images."""

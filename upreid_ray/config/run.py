@@ -4,7 +4,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from upreid_ray.config.section import Name, PathOrUri, Pixels, Section, Share
+from upreid_ray.config.section import Name, PathOrUri, Pixels, Section, Seed, Share
 
 # Which names there are is known in `core.backbones`, which needs PyTorch.
 BackboneName = Annotated[str, Field(pattern=r"^(timm/)?[a-z0-9][A-Za-z0-9._]*$", max_length=80)]
@@ -13,7 +13,7 @@ BackboneName = Annotated[str, Field(pattern=r"^(timm/)?[a-z0-9][A-Za-z0-9._]*$",
 class SyntheticConfig(Section):
     """The synthetic set: drawn people, used when no images are given."""
 
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Seed of the drawings; each seed draws other people."""
     num_train_identities: PositiveInt = 200
     """Number of people in the train split."""
