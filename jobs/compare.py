@@ -23,6 +23,7 @@ from upreid_ray.command_line import (
     add_finetune_settings,
     add_resume,
     add_settings,
+    check_source,
     connect_to_ray,
     override,
     parse_recorded,
@@ -66,6 +67,8 @@ def main() -> dict[str, Any]:
     common = override(preset, arguments)
     if arguments.resume is not None:
         common = common.override({"run.name": arguments.resume})
+    else:
+        check_source("--data.root", common.data.root)
     config = CompareConfig.parse({**own, "finetune": common})
     connect_to_ray(
         meanwhile="upreid_ray.downstream.compare",

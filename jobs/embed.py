@@ -23,6 +23,7 @@ from typing import Any
 from upreid_ray.command_line import (
     JobParser,
     add_settings,
+    check_source,
     connect_to_ray,
     existing_init,
     override,
@@ -51,6 +52,7 @@ def main() -> dict[str, Any]:
     add_settings(parser, EmbedConfig)
     arguments = parser.parse(sys.argv[1:])
     config = override(EmbedConfig(), arguments)
+    check_source("SOURCE", arguments.source)
     connect_to_ray(meanwhile="upreid_ray.downstream.embed")
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.embed import embed

@@ -16,6 +16,7 @@ from rich.table import Table
 from upreid_ray.command_line import (
     JobParser,
     add_settings,
+    check_source,
     connect_to_ray,
     override,
     run_job,
@@ -29,6 +30,7 @@ def main() -> dict[str, Any]:
     add_settings(parser, EvaluateConfig)
     arguments = parser.parse(sys.argv[1:])
     config = override(EvaluateConfig(), arguments)
+    check_source("--data.root", config.data.root)
     connect_to_ray(meanwhile="upreid_ray.downstream.evaluate")
     # Imported late: it takes seconds, which a mistake or --help should not cost.
     from upreid_ray.downstream.evaluate import evaluate

@@ -21,6 +21,7 @@ from upreid_ray.command_line import (
     JobParser,
     add_finetune_settings,
     add_resume,
+    check_source,
     connect_to_ray,
     override,
     parse_recorded,
@@ -43,6 +44,8 @@ def main() -> dict[str, Any]:
     config = override(preset, arguments)
     if arguments.resume is not None:
         config = config.override({"run.name": arguments.resume})
+    else:
+        check_source("--data.root", config.data.root)
     connect_to_ray(
         meanwhile="upreid_ray.train.finetune", in_workers=("upreid_ray.train.finetune_worker",)
     )

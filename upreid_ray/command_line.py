@@ -433,11 +433,25 @@ def check_shards(config: PretrainConfig) -> None:
     Raises:
         InputError: There is no manifest, or it cannot be read.
     """
-    if config.data.shards is not None:
+    for shards in filter(None, (config.data.shards, config.evaluation.shards)):
         # Imported late: it brings pyarrow, which --help and other mistakes should not cost.
         from upreid_ray.data.shards.shard_set import ShardSet  # noqa: PLC0415
 
-        ShardSet.open(config.data.shards)
+        ShardSet.open(shards)
+
+
+def check_source(name: str, place: str | None) -> None:
+    """Check that local images exist: a wrong path should not cost the start of Ray.
+
+    Args:
+        name: The flag or argument that names them.
+        place: Path or URI; None for the synthetic set.
+
+    Raises:
+        InputError: There is no such file or folder.
+    """
+    if place is not None and "://" not in place and not Path(place).exists():
+        raise InputError(f"{name} {place}: no such file or folder")
 
 
 def connect_to_ray(
