@@ -99,7 +99,7 @@ Init = Annotated[str, AfterValidator(absolute_init)]
 PathOrUri = Annotated[str, AfterValidator(_without_secret), AfterValidator(absolute)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what a tensor of PyTorch can hold
 ShareRange = Annotated[tuple[Share, Share], AfterValidator(_ascending)]
 PositiveRange = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
 Color = tuple[Probability, Probability, Probability]
